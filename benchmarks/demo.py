@@ -1,0 +1,95 @@
+"""The main job, end to end, on real pictures: ``python -m benchmarks.demo``, or ``make demo``.
+
+scikit-learn's handwritten digits are split by a published rule (``edge_agent.splits``): the cloud's part trains a small
+teacher, the device's part, without labels, is all that the agent has, and the test part serves the table at the end.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from benchmarks import datasets
+from benchmarks.evaluation import add_test_figures
+from benchmarks.services import create_account, run_agent, serving, show_account
+from benchmarks.teachers import train_teacher
+from edge_agent.config import AdaptConfig
+from edge_agent.console import Console
+
+BUDGET = 5000
+TEACHER = {"architecture": "resnet20", "epochs": 40, "peak_learning_rate": 0.1, "shift_px": 1}
+
+
+@click.command()
+@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of teacher, generator, queries and student.")
+@click.option("--budget", default=BUDGET, show_default=True, help="Pictures the account is granted.")
+@click.option("--answers", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Passed on to edge-agent.")
+def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[str, ...]) -> None:
+    """Train a teacher, sell its answers, distil a student from them, and show what it came to."""
+    console = Console()
+    started = time.monotonic()
+    shutil.rmtree(run_dir, ignore_errors=True)  # a demo starts from nothing
+    run_dir.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="mekd-demo-") as folder:
+        cloud = Path(folder)
+        teacher = cloud / "teacher.pt"
+        with console.bar("cloud: train the teacher", "steps") as tell:
+            train_teacher(datasets.digits("cloud"), path=teacher, seed=seed, progress=tell, **TEACHER)  # type: ignore[arg-type]
+        ledger = f"sqlite:///{cloud / 'ledger.db'}"
+        api_key = create_account(ledger, "demo", budget)
+        with serving(teacher, ledger, log=run_dir / "teacher-serve.log", more=("--answers", answers)) as address:
+            console.say(f"cloud: teacher-serve on {address}, account 'demo' with {budget} pictures")
+            arguments = ["--phase", "all", "--images", "digits", "--teacher", address, "--budget", str(budget)]
+            arguments += ["--run-dir", str(run_dir), "--seed", str(seed)]
+            for setting in settings:
+                arguments += ["--set", setting]
+            status = run_agent(arguments, api_key=api_key)
+            if status != 0:
+                sys.exit(status)
+        account = show_account(ledger, "demo")
+        summary = add_test_figures(run_dir, teacher, datasets.digits("test"), AdaptConfig())
+    show(summary, account, time.monotonic() - started, run_dir)
+
+
+def show(summary: dict[str, Any], account: dict[str, int], seconds: float, run_dir: Path) -> None:
+    """The table a person reads."""
+    console = RichConsole(highlight=False)
+    accuracy = Table(title="Accuracy on the test part", title_justify="left")
+    accuracy.add_column("model")
+    accuracy.add_column("accuracy", justify="right")
+    accuracy.add_column("share of the teacher's", justify="right")
+    for name in ("teacher", "student", "student_adapted"):
+        value = summary["accuracy"][name]
+        accuracy.add_row(name.replace("_", ", "), f"{value:.4f}", f"{value / summary['accuracy']['teacher']:.4f}")
+    console.print(accuracy)
+    phases = Table(title="What was sent and paid", title_justify="left")
+    for column in ("phase", "queries", "bytes sent", "bytes received", "seconds"):
+        phases.add_column(column, justify="left" if column == "phase" else "right")
+    for name in ("deprivatize", "distill", "adapt"):
+        traffic = summary["bytes"]["by_phase"][name]
+        phases.add_row(
+            name,
+            str(summary["queries"][name]),
+            f"{traffic['sent']:,}",
+            f"{traffic['received']:,}",
+            f"{summary['seconds'][name]:.1f}",
+        )
+    console.print(phases)
+    console.print(
+        f"budget {summary['queries']['budget']}, charged {summary['queries']['charged']}, "
+        f"debited by the ledger {account['posted']}, held {account['held']}, balance {account['balance']}; "
+        f"private pictures sent {summary['private_images_sent']}; {seconds:.0f} s in all"
+    )
+    console.print(f"Everything is in {run_dir}; the figures in {run_dir / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main()

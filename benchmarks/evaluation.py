@@ -1,0 +1,59 @@
+"""Test accuracy, once a run is finished: the only place where test labels are read.
+
+Shape letters: N pictures, K classes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.datasets import Labelled
+from edge_agent.adapt import Adapter, Memory
+from edge_agent.config import AdaptConfig
+from networks.modelfile import load_model
+from teacher_service.torch_engine import TorchEngine
+
+BATCH_COUNT = 200
+
+
+def add_test_figures(run_dir: Path, teacher: Path, test: Labelled, adapt: AdaptConfig) -> dict[str, Any]:
+    """Fills ``accuracy.*`` and ``agreement`` into a run's summary.json, and returns the summary.
+
+    Test pictures go through local copies of the networks alone, never through a server.
+    """
+    teacher_N = _classes(teacher, test)
+    student_N = _classes(run_dir / "student.pt", test)
+    adapted_N = _adapted_classes(run_dir, test, adapt)
+    path = run_dir / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text())
+    summary["accuracy"] = {
+        "teacher": _share(teacher_N, test.labels_N),
+        "student": _share(student_N, test.labels_N),
+        "student_adapted": _share(adapted_N, test.labels_N),
+    }
+    summary["agreement"] = _share(student_N, teacher_N)
+    beside = path.with_name(".summary.json.new")
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.replace(path)
+    return summary
+
+
+def _classes(model: Path, test: Labelled) -> np.ndarray[Any, np.dtype[np.int64]]:
+    engine = TorchEngine(load_model(model), device="cpu")
+    parts = np.array_split(test.images_NCHW, max(1, len(test.images_NCHW) // BATCH_COUNT))
+    return np.concatenate([engine.answer(part).argmax(axis=1) for part in parts])
+
+
+def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
+    with np.load(run_dir / "memory.npz", allow_pickle=False) as arrays:
+        memory = Memory.from_arrays({name: arrays[name] for name in arrays.files})
+    adapter = Adapter(load_model(run_dir / "student.pt").module, memory, adapt)
+    parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
+    return np.concatenate([adapter.predict(part)[1].argmax(1).numpy() for part in parts])
+
+
+def _share(predicted_N: np.ndarray[Any, Any], expected_N: np.ndarray[Any, Any]) -> float:
+    return round(float((predicted_N == expected_N).mean()), 5)

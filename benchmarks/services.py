@@ -1,0 +1,87 @@
+"""Both sides as real processes: a server on a free port, an account, an agent."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 120.0
+STOP_SECONDS = 30.0
+
+
+class ServiceError(Exception):
+    """A process did not do what it was started for."""
+
+
+def command(name: str) -> str:
+    """The installed program beside this interpreter."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def create_account(ledger: str, name: str, budget: int) -> str:
+    """Makes an account and returns its key."""
+    return _admin(ledger, "account", "create", name, "--budget", str(budget)).strip()
+
+
+def show_account(ledger: str, name: str) -> dict[str, int]:
+    """granted, posted, held and balance."""
+    found: dict[str, int] = json.loads(_admin(ledger, "account", "show", name, "--format", "json"))
+    return found
+
+
+def _admin(ledger: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [command("teacher-admin"), "--ledger", ledger, *arguments], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode != 0:
+        raise ServiceError(f"teacher-admin {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+@contextmanager
+def serving(model: Path, ledger: str, *, log: Path, more: Sequence[str] = ()) -> Iterator[str]:
+    """A ``teacher-serve`` on a free port; yields HOST:PORT. SIGTERM and a wait at the end."""
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [command("teacher-serve"), "--model", str(model), "--ledger", ledger]
+            + ["--listen", "127.0.0.1:0", "--metrics-port", "0", *more],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        yield _address(process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def run_agent(arguments: Sequence[str], *, api_key: str, timeout_seconds: float | None = None) -> int:
+    """Runs ``edge-agent run`` with its progress shown, and returns its exit code."""
+    environment = os.environ | {"MEKD_API_KEY": api_key}
+    return subprocess.run(
+        [command("edge-agent"), "run", *arguments], env=environment, timeout=timeout_seconds
+    ).returncode
+
+
+def _address(process: "subprocess.Popen[str]", log: Path) -> str:
+    """HOST:PORT from the server's one line of output."""
+    assert process.stdout is not None
+    line: list[str] = []
+    reader = threading.Thread(target=lambda: line.append(process.stdout.readline()), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    reader.join(START_SECONDS)
+    if not line or not line[0].startswith("serving on "):
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise ServiceError(f"teacher-serve did not start: {' '.join(last) or 'no message'}")
+    return line[0].removeprefix("serving on ").strip()

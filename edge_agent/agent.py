@@ -1,0 +1,420 @@
+"""One run, top-down: describe the teacher, read the local pictures, then the phases in their order.
+
+The phases meet only through files in the run folder. Each records a digest of its inputs: what was finished on the
+same inputs is not done again, changed training options train again on the answers already paid for, and a changed
+generator or teacher needs a new folder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edge_agent import pool as pools
+from edge_agent.adapt import Adapter, build_memory
+from edge_agent.config import RunConfig, as_layers
+from edge_agent.console import Console
+from edge_agent.data import DataError, LocalImages, load_local_images
+from edge_agent.deprivatize import train_generator
+from edge_agent.distill import Pool, train_student
+from edge_agent.egress import EgressDoor
+from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
+from edge_agent.pixels import normalise
+from edge_agent.runs import RunFolder, digest_of
+from edge_agent.teacher import Balance, Description, RemoteTeacher
+from networks import registry
+from networks.gan import Generator
+from networks.modelfile import ModelFacts
+from protos.mekd.v1.teacher_inference_pb2 import Batch
+
+PHASES = ("deprivatize", "distill", "adapt")
+EVALUATION_PICTURES = 256
+
+
+def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, console: Console) -> dict[str, Any]:
+    """Runs phases in a run folder and returns the summary, which is written however the run ends.
+
+    Raises Failure (``failures``): what was paid for is kept, and the same call goes on.
+    """
+    with RunFolder(Path(config.run_dir)) as folder:
+        agent = Agent(config, folder, api_key, console)
+        try:
+            agent.prepare()
+            for phase in phases:
+                with folder.clock(phase):
+                    getattr(agent, phase)()
+            agent.reconcile()
+        finally:
+            try:
+                summary = agent.write_summary()
+            except DiskProblem:
+                summary = {}
+            agent.close()
+        return summary
+
+
+class Agent:
+    """The state that the phases of one run share."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, api_key: str | None, console: Console) -> None:
+        self._config = config
+        self._folder = folder
+        self._journal = folder.journal
+        self._api_key = api_key
+        self._console = console
+        self._device = choose_device(config.device)
+        self._teacher: RemoteTeacher | None = None
+        self._balance: Balance | None = None
+
+    # --- what the phases need ---
+
+    def prepare(self) -> None:
+        """Reads teacher and pictures, and refuses a folder that belongs to another run."""
+        if self._config.student not in registry.CLASSIFIERS:
+            raise BadInput(
+                f"--student: expected one of {', '.join(registry.CLASSIFIERS)}; got {self._config.student!r}"
+            )
+        identity = {
+            "pictures": self._local.digest,
+            "seed": self._config.seed,
+            "teacher's model": self._description.model_digest,
+            "generator's side": self._side,
+            **{f"deprivatize.{name}": value for name, value in asdict(self._config.deprivatize).items()},
+        }
+        known = self._journal.fact("identity")
+        if known is not None and self._journal.totals().planned_pictures > 0:
+            for name, value in identity.items():
+                if known.get(name) != value:
+                    raise RunFolderProblem(
+                        f"{self._folder.path} has paid answers for other {name}: it began with {known.get(name)!r}, "
+                        f"now it is {value!r}; give another --run-dir, or the former value"
+                    )
+        charged = self._journal.totals().charged_pictures
+        if self._config.budget < charged:
+            raise BadInput(
+                f"--budget: expected at least the {charged} pictures that {self._folder.path} was charged already, "
+                f"got {self._config.budget}"
+            )
+        self._journal.set_facts(identity=identity)
+        self._folder.write_toml("run.toml", as_layers(self._config))
+
+    @cached_property
+    def _description(self) -> Description:
+        known = self._journal.fact("teacher")
+        # With answers in the journal the run is bound to its first teacher; asking checks that it is still there.
+        if known is not None and (self._api_key is None or self._journal.totals().planned_pictures > 0):
+            return Description(**{**known, "labels": tuple(known["labels"])})
+        described = self._connected().describe()
+        self._journal.set_facts(teacher=asdict(described))
+        return described
+
+    @cached_property
+    def _local(self) -> LocalImages:
+        """The local pictures at the generator's size."""
+        local = self._load(self._side, self._side)
+        if local.skipped:
+            name, why = local.skipped[0]
+            self._console.say(f"{len(local.skipped)} files left out, such as {name}: {why}")
+            for name, why in local.skipped:
+                self._folder.metric(skipped=name, why=why)
+        self._console.say(f"{len(local.images_NCHW)} local pictures of {local.source}")
+        return local
+
+    @property
+    def _side(self) -> int:
+        height, width = self._description.height, self._description.width
+        square = height == width and 8 <= height <= 128 and height % 4 == 0
+        return height if square else self._config.image_size
+
+    @cached_property
+    def _door(self) -> EgressDoor:
+        """The egress door: it knows the local pictures at the size that is sent."""
+        height, width = self._description.height, self._description.width
+        same = (height, width) == (self._side, self._side)
+        return EgressDoor((self._local if same else self._load(height, width)).images_NCHW)
+
+    def _load(self, height: int, width: int) -> LocalImages:
+        try:
+            return load_local_images(
+                self._config.images,
+                channels=self._description.channels,
+                height=height,
+                width=width,
+                data_root=Path(self._config.data) if self._config.data else None,
+                limit=self._config.local_pictures or None,
+                seed=self._config.seed,
+            )
+        except DataError as error:
+            raise BadInput(str(error)) from None
+
+    def _connected(self) -> RemoteTeacher:
+        if self._teacher is None:
+            if self._api_key is None:
+                raise BadInput("expected a key in MEKD_API_KEY or --key-file, got neither; teacher-admin makes one")
+            self._teacher = RemoteTeacher(
+                self._config.teacher,
+                api_key=self._api_key,
+                tls_ca=Path(self._config.tls_ca) if self._config.tls_ca else None,
+                insecure=self._config.insecure,
+                wait_seconds=self._config.wait_seconds,
+                check_egress=lambda batch: self._door.check(batch),
+                tell=self._console.say,
+            )
+        return self._teacher
+
+    # --- the phases ---
+
+    def deprivatize(self) -> None:
+        """Phase 1: local pictures in, ``generator.pt`` out. Asks the teacher nothing."""
+        inputs = digest_of({"identity": self._journal.fact("identity"), "classes": len(self._description.labels)})
+        if self._folder.done("deprivatize", inputs) and self._folder.has("generator.pt"):
+            self._console.say("deprivatize: done before")
+            return
+        with self._console.bar("deprivatize", "steps") as tell:
+            generator = train_generator(
+                torch.from_numpy(self._local.images_NCHW),
+                class_count=len(self._description.labels),
+                config=self._config.deprivatize,
+                seed=self._config.seed,
+                device=self._device,
+                checkpoint=self._folder.checkpoint("deprivatize", inputs),
+                progress=tell,
+            )
+        content = {"arguments": generator.arguments, "state_dict": generator.cpu().state_dict()}
+        self._folder.write_tensors("generator.pt", content)
+        self._folder.finish("deprivatize", inputs)
+
+    def distill(self) -> None:
+        """Phase 2: ``generator.pt`` and the budget in, paid answers and ``student.pt`` out."""
+        generator = self._generator()
+        digest = self._folder.digest("generator.pt")
+        asked_with = self._journal.fact("generator")
+        if self._journal.slots(pools.PHASE) > 0 and asked_with not in (None, digest):
+            raise RunFolderProblem(
+                f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
+            )
+        self._journal.set_facts(generator=digest)
+        self._ask(generator)
+        paid = self._pool(generator)
+        facts = self._student_facts()
+        inputs = digest_of(
+            {
+                "settings": asdict(self._config.distill),
+                "student": self._config.student,
+                "seed": self._config.seed,
+                "held out": self._config.held_out_fraction,
+                "generator": digest,
+                "answers": sorted(self._journal.charges()),
+                "pictures": self._local.digest,
+            }
+        )
+        if self._folder.done("distill", inputs) and self._folder.has("student.pt"):
+            self._console.say("distill: done before")
+            return
+        train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._config.seed)
+            student = registry.build(self._config.student, class_count=len(facts.labels), channels=facts.channels)
+        with self._console.bar("distill: train", "steps") as tell:
+            student = train_student(
+                student.to(self._device),
+                generator.to(self._device),
+                train,
+                torch.from_numpy(self._local.images_NCHW),
+                config=self._config.distill,
+                seed=self._config.seed,
+                device=self._device,
+                checkpoint=self._folder.checkpoint("distill", inputs),
+                progress=tell,
+            )
+        agreement = agreement_with_answers(student, held_out) if len(held_out) else None
+        self._folder.write_student(student.cpu(), facts)
+        self._journal.set_facts(agreement_synthetic=agreement)
+        self._folder.finish("distill", inputs)
+
+    def adapt(self) -> None:
+        """Phase 3: ``student.pt`` and the paid answers in, ``memory.npz`` out: what online adaptation needs."""
+        if not self._folder.has("student.pt"):
+            raise RunFolderProblem(f"{self._folder.path}: expected student.pt; run --phase distill first")
+        inputs = digest_of({"settings": asdict(self._config.adapt), "student": self._folder.digest("student.pt")})
+        if self._folder.done("adapt", inputs) and self._folder.has("memory.npz"):
+            self._console.say("adapt: done before")
+            return
+        student = self._folder.read_student()
+        memory = build_memory(student, self._pool(self._generator()), config=self._config.adapt)
+        self._folder.write_arrays("memory.npz", memory.to_arrays())
+        adapter = Adapter(student, memory, self._config.adapt)
+        changed = 0
+        with self._console.bar("adapt: local pictures", "pictures") as tell:
+            for start in range(0, len(self._local.images_NCHW), EVALUATION_PICTURES):
+                images_NCHW = torch.from_numpy(self._local.images_NCHW[start : start + EVALUATION_PICTURES])
+                before_NK, after_NK = adapter.predict(images_NCHW)
+                changed += int((before_NK.argmax(1) != after_NK.argmax(1)).sum())
+                tell(start + len(images_NCHW), len(self._local.images_NCHW))
+        self._folder.metric(phase="adapt", local_pictures=len(self._local.images_NCHW), changed=changed)
+        self._folder.finish("adapt", inputs)
+
+    def reconcile(self) -> None:
+        """Compares the journal with the teacher's books, id by id. Raises RunFolderProblem naming the ids."""
+        if self._teacher is None:
+            return
+        ours, theirs = self._journal.charges(), self._teacher.posts(self._journal.run_id)
+        open_ids = self._journal.open_ids()
+        wrong = sorted(
+            batch_id
+            for batch_id in ours.keys() | theirs.keys()
+            # An answer that is still on its way, or was lost with a connection, is ours for the asking.
+            if ours.get(batch_id, 0) != theirs.get(batch_id, 0) and batch_id not in open_ids
+        )
+        if wrong:
+            raise RunFolderProblem(
+                f"this journal and the teacher's books disagree on {len(wrong)} batches: {', '.join(wrong[:20])}; "
+                f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}"
+            )
+
+    # --- parts of phases ---
+
+    def _generator(self) -> Generator:
+        if not self._folder.has("generator.pt"):
+            raise RunFolderProblem(f"{self._folder.path}: expected generator.pt; run --phase deprivatize first")
+        content = self._folder.read_tensors("generator.pt")
+        generator = Generator(**content["arguments"])
+        generator.load_state_dict(content["state_dict"])
+        return generator.eval().requires_grad_(False)
+
+    def _ask(self, generator: Generator) -> None:
+        totals = self._journal.totals()
+        if totals.charged_pictures >= self._config.budget:
+            return
+        teacher = self._connected()
+        outbox = pools.PoolOutbox(
+            self._journal,
+            generator,
+            self._door,
+            self._description,
+            budget=self._config.budget,
+            batch_pictures=self._config.batch_pictures,
+            seed=self._config.seed,
+        )
+        with self._console.bar("distill: ask", "pictures") as tell:
+            pools.fill_pool(
+                teacher,
+                self._journal,
+                outbox,
+                self._description,
+                progress=lambda answered: tell(answered, self._config.budget),
+            )
+
+    def _pool(self, generator: Generator) -> Pool:
+        return pools.load_pool(
+            self._journal, generator, self._description, label_smoothing=self._config.distill.label_smoothing
+        )
+
+    def _held_out(self, count: int) -> int:
+        return int(count * self._config.held_out_fraction)
+
+    def _student_facts(self) -> ModelFacts:
+        channels = self._description.channels
+        return ModelFacts(
+            architecture=self._config.student,
+            labels=self._description.labels,
+            channels=channels,
+            height=self._side,
+            width=self._side,
+            # pixels.normalise, said in the words of a model file
+            mean=(0.5,) * channels,
+            std=(0.5,) * channels,
+            output="logits",
+        )
+
+    # --- the end ---
+
+    def write_summary(self) -> dict[str, Any]:
+        """Writes ``summary.json`` and returns it; null where something is not known."""
+        if self._teacher is not None and self._balance is None:
+            try:
+                self._balance = self._teacher.balance(self._journal.run_id)
+            except Exception:  # a summary is written even where the teacher is away
+                self._balance = None
+        by_phase = {phase: self._journal.totals(phase) for phase in PHASES}
+        total = self._journal.totals()
+        summary: dict[str, Any] = {
+            "accuracy": {"teacher": None, "student": None, "student_adapted": None},
+            "agreement": None,
+            "agreement_synthetic": self._journal.fact("agreement_synthetic"),
+            "queries": {
+                "budget": self._config.budget,
+                "charged": total.charged_pictures,
+                **{phase: totals.charged_pictures for phase, totals in by_phase.items()},
+            },
+            "ledger": {
+                "debited": self._balance.run_posted if self._balance else None,
+                "held": self._balance.held if self._balance else None,
+                "balance": self._balance.balance if self._balance else None,
+            },
+            "bytes": {
+                "sent": total.sent_bytes,
+                "received": total.received_bytes,
+                "by_phase": {
+                    phase: {"sent": totals.sent_bytes, "received": totals.received_bytes}
+                    for phase, totals in by_phase.items()
+                },
+            },
+            "private_images_sent": self._private_images_sent(),
+            "run_id": self._journal.run_id,
+            "seed": self._config.seed,
+            "seconds": {phase: self._folder.seconds(phase) for phase in PHASES},
+            "phases_done": [phase for phase in PHASES if self._journal.fact(f"done.{phase}") is not None],
+        }
+        self._folder.write_json("summary.json", summary)
+        return summary
+
+    def _private_images_sent(self) -> int | None:
+        """Local pictures among all that was ever planned to be sent; None where no local picture is known."""
+        if self._journal.totals().planned_pictures == 0:
+            return 0
+        if "_local" not in self.__dict__:  # the run ended before it read them
+            return None
+        return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
+
+    def close(self) -> None:
+        """Closes the connection."""
+        if self._teacher is not None:
+            self._teacher.close()
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises BadInput."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(
+            f"--device: expected auto, cpu, cuda or cuda:N that this machine has, got {name!r} ({first})"
+        ) from None
+    return device
+
+
+@torch.inference_mode()
+def predict_classes(student: nn.Module, images_NCHW: Tensor) -> Tensor:
+    """Class indices (N,) for pictures (uint8); ``student`` in eval mode."""
+    device = next(student.parameters()).device
+    parts = [student(normalise(part.to(device))).argmax(1).cpu() for part in images_NCHW.split(EVALUATION_PICTURES)]
+    return torch.cat(parts)
+
+
+def agreement_with_answers(student: nn.Module, answered: Pool) -> float:
+    """Share of pictures on which student and teacher name the same class."""
+    answers_N = answered.class_indices_N
+    if answers_N is None:
+        assert answered.probabilities_NK is not None
+        answers_N = answered.probabilities_NK.argmax(1)
+    return float(np.mean((predict_classes(student, answered.images_NCHW) == answers_N).numpy()))

@@ -1,0 +1,82 @@
+"""Random changes of pictures (N, C, H, W) on the networks' scale, -1..1; -1 is the empty background.
+
+Each function draws from the `rng` it is given, on the CPU: the same seed gives the same pictures on
+every device. All of them are differentiable, so a generator can be trained through them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def shift(images_NCHW: Tensor, *, largest_px: int, rng: torch.Generator) -> Tensor:
+    """Move each picture by whole pixels, up to `largest_px` each way; what comes in is background."""
+    count, _, height, width = images_NCHW.shape
+    device = images_NCHW.device
+    offsets_2N = torch.randint(0, 2 * largest_px + 1, (2, count), generator=rng).to(device)
+    rows_NH = offsets_2N[0, :, None] + torch.arange(height, device=device)
+    columns_NW = offsets_2N[1, :, None] + torch.arange(width, device=device)
+    pictures_N = torch.arange(count, device=device)
+    padded_NCHW = F.pad(images_NCHW, [largest_px] * 4, value=-1.0)
+    # Index tensors around the channels' slice put their own axes first, hence the permutation.
+    shifted_NHWC = padded_NCHW[pictures_N[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]]
+    return shifted_NHWC.permute(0, 3, 1, 2).contiguous()
+
+
+def affine(
+    images_NCHW: Tensor,
+    *,
+    largest_shift_px: float,
+    largest_turn_degrees: float,
+    largest_zoom: float,
+    rng: torch.Generator,
+) -> Tensor:
+    """Shift, turn and zoom each picture, by up to the given amounts; what comes in is background.
+
+    A zoom of z scales by a factor between 1 / (1 + z) and 1 + z, drawn for each axis.
+    """
+    count, _, _, width = images_NCHW.shape
+    uniform_5N = (2.0 * torch.rand(5, count, generator=rng) - 1.0).to(images_NCHW.device)
+    angle_N = uniform_5N[0] * torch.pi * largest_turn_degrees / 180.0
+    zoom_2N = (1.0 + largest_zoom) ** uniform_5N[1:3]
+    # The grid spans -1..1, so one pixel is 2 / width of it.
+    shift_2N = uniform_5N[3:5] * largest_shift_px * 2.0 / width
+    cos_N, sin_N = angle_N.cos(), angle_N.sin()
+    rows_N23 = torch.stack(
+        [
+            torch.stack([cos_N * zoom_2N[0], -sin_N * zoom_2N[1], shift_2N[0]], dim=1),
+            torch.stack([sin_N * zoom_2N[0], cos_N * zoom_2N[1], shift_2N[1]], dim=1),
+        ],
+        dim=1,
+    )
+    grid_NHW2 = F.affine_grid(rows_N23, list(images_NCHW.shape), align_corners=False)
+    # Background is -1 and grid_sample fills with 0: move the scale by one and back.
+    return F.grid_sample(images_NCHW + 1.0, grid_NHW2, align_corners=False) - 1.0
+
+
+def recolour(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
+    """Change each picture's brightness and contrast, by up to `strength` (1 = the half range) each.
+
+    With several channels saturation changes too; a grey picture has none.
+    """
+    count, channels, _, _ = images_NCHW.shape
+    uniform_3N111 = (2.0 * torch.rand(3, count, 1, 1, 1, generator=rng) - 1.0).to(images_NCHW.device)
+    changed = images_NCHW + strength * uniform_3N111[0]
+    if channels > 1:
+        grey = changed.mean(dim=1, keepdim=True)
+        changed = grey + (changed - grey) * (1.0 + strength * uniform_3N111[1])
+    mean = changed.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (changed - mean) * (1.0 + strength * uniform_3N111[2])
+
+
+def cutout(images_NCHW: Tensor, *, fraction: float, rng: torch.Generator) -> Tensor:
+    """Overwrite a square of `fraction` of the side, centred anywhere, with background."""
+    count, _, height, width = images_NCHW.shape
+    device = images_NCHW.device
+    centre_2N = torch.rand(2, count, generator=rng).to(device)
+    rows_NH = (torch.arange(height, device=device) + 0.5) / height - centre_2N[0, :, None]
+    columns_NW = (torch.arange(width, device=device) + 0.5) / width - centre_2N[1, :, None]
+    rows_inside = rows_NH.abs() < fraction / 2
+    columns_inside = columns_NW.abs() < fraction / 2
+    inside_N1HW = (rows_inside[:, :, None] & columns_inside[:, None, :])[:, None]
+    return images_NCHW.masked_fill(inside_N1HW, -1.0)

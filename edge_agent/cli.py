@@ -1,0 +1,199 @@
+"""``edge-agent``: flags, environment and run.toml in; a run, and an exit code that scripts can rely on, out."""
+
+import json
+import os
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from edge_agent.config import ConfigError, RunConfig, build_config, parse_setting
+from edge_agent.failures import BadInput, Failure
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+PHASES = ("deprivatize", "distill", "adapt")
+
+EXIT_CODES = """\b
+Exit status:
+  0 done                     4 the teacher is away        7 the disk refuses
+  2 bad input                5 the key is refused         130 SIGINT
+  3 the budget is spent      6 the run folder             143 SIGTERM
+After any of them the same command goes on where it was, and pays for no picture twice."""
+
+
+@click.group(context_settings=SETTINGS)
+def main() -> None:
+    """Turn a teacher's paid answers into a small model of your own.
+
+    Your pictures stay on this device: a generator learns to make synthetic ones, and only those are sent.
+    """
+
+
+@main.command(epilog=EXIT_CODES)
+@click.option(
+    "--phase",
+    type=click.Choice(["all", *PHASES]),
+    required=True,
+    help="deprivatize: train the generator on local pictures. distill: ask the teacher about synthetic ones and train the student. adapt: build what online adaptation needs. all: one after the other.",
+)
+@click.option(
+    "--images", metavar="SOURCE", help="Local pictures: a folder (with subfolders), or digits, mnist or cifar10."
+)
+@click.option("--teacher", metavar="HOST:PORT", help="The teacher.  [default: 127.0.0.1:50051]")
+@click.option(
+    "--student",
+    metavar="NAME",
+    help="Architecture of the small model: resnet8, resnet20, mobilenet, vgg11, …  [default: resnet8]",
+)
+@click.option(
+    "--budget",
+    type=int,
+    metavar="N",
+    help="Most pictures to pay for in this run folder, over all phases and resumes. May be raised later.  [default: 50000]",
+)
+@click.option(
+    "--run-dir",
+    metavar="DIR",
+    help="Where everything is kept; the same folder goes on where it was.  [default: runs/mekd]",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Settings in TOML; flags win.  [default: ./run.toml where there is one]",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any setting of run.toml, for example distill.passes=20; may be given several times.",
+)
+@click.option("--seed", type=int, metavar="N", help="Of every random choice.  [default: 0]")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option(
+    "--data",
+    metavar="DIR",
+    envvar="MEKD_DATA",
+    help="Where mnist and cifar10 lie, or are downloaded to; also in MEKD_DATA.",
+)
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Holds the account's key; else it is taken from MEKD_API_KEY.",
+)
+@click.option("--wait-seconds", type=float, metavar="S", help="How long the teacher may be away.  [default: 600]")
+@click.option("--tls-ca", metavar="FILE", help="The authority that signed the teacher's certificate, PEM.")
+@click.option("--insecure", is_flag=True, default=None, help="Let the key travel unencrypted beyond loopback.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def run(
+    phase: str, config_file: Path | None, settings: tuple[str, ...], key_file: Path | None, quiet: bool, **flags: Any
+) -> None:
+    """Run one phase, or all of them.
+
+    \b
+    export MEKD_API_KEY=$(cat key)
+    edge-agent run --phase all --images ~/pictures --teacher teacher.example:50051 --tls-ca ca.pem --budget 20000
+
+    Results are in the run folder: student.pt (teacher-serve could serve it), generator.pt, memory.npz, summary.json.
+    """
+    _raise_on_sigterm()
+    try:
+        config = _config(config_file, settings, {name: value for name, value in flags.items() if value is not None})
+        api_key = _api_key(key_file)
+        # torch takes seconds to import: not before the input is known to be good.
+        from edge_agent import agent
+        from edge_agent.console import Console
+
+        phases = agent.PHASES if phase == "all" else (phase,)
+        agent.run(config, phases, api_key=api_key, console=Console(quiet=quiet))
+    except Failure as failure:
+        _fail(str(failure), failure.exit_code)
+    except ConfigError as error:
+        _fail(str(error), BadInput.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it was", 130)
+    except _Terminated:
+        _fail("terminated; the same command goes on where it was", 143)
+
+
+@main.command()
+@click.option("--run-dir", default="runs/mekd", show_default=True, metavar="DIR", help="The run folder.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def status(run_dir: str, form: str) -> None:
+    """Show how far a run is, also while it works."""
+    from edge_agent.journal import Journal
+
+    path = Path(run_dir) / "journal.db"
+    if not path.is_file():
+        _fail(f"expected a run folder with a journal, found no {path}", 6)
+    try:
+        journal = Journal.open(path)
+        totals = journal.totals()
+        found = {
+            "run_id": journal.run_id,
+            "planned": totals.planned_pictures,
+            "charged": totals.charged_pictures,
+            "unanswered": totals.planned_pictures - totals.charged_pictures,
+            "phases_done": [phase for phase in PHASES if journal.fact(f"done.{phase}") is not None],
+        }
+        journal.close()
+    except Failure as failure:
+        _fail(str(failure), failure.exit_code)
+    if form == "json":
+        click.echo(json.dumps(found))
+    else:
+        for name, value in found.items():
+            click.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _config(config_file: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunConfig:
+    layers: list[dict[str, Any]] = []
+    path = config_file or Path("run.toml")
+    if config_file is not None or path.is_file():
+        try:
+            layers.append(tomllib.loads(path.read_text("utf-8")))
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: expected TOML: {error}") from None
+    try:
+        return build_config(*layers, flags, *(parse_setting(setting) for setting in settings))
+    except ConfigError as error:
+        where = f"{path}: " if layers else ""
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _api_key(key_file: Path | None) -> str | None:
+    if key_file is not None:
+        try:
+            text = key_file.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--key-file {key_file}: expected a file with a key ({error})") from None
+    else:
+        text = os.environ.get("MEKD_API_KEY", "").strip()
+    if text and not (text.isascii() and text.isprintable() and " " not in text):
+        raise BadInput("the key holds characters that no key has; give the line that teacher-admin printed")
+    return text or None
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the work is, so that everything is closed on the way out."""
+
+
+def _raise_on_sigterm() -> None:
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def _fail(line: str, exit_code: int) -> NoReturn:
+    click.echo(f"error: {line}", err=True)
+    sys.exit(exit_code)

@@ -1,0 +1,204 @@
+"""The settings of the three phases: frozen, keyword-only, built once at the entry; leaves get plain values."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeprivatizeConfig:
+    """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing."""
+
+    steps: int = 2000
+    """Optimiser steps of the generator; the discriminator takes as many."""
+    batch_count: int = 64
+    """Real pictures a step, and as many synthetic ones."""
+    generator_width: int = 32
+    """Channels of the generator's last layer; the layers before have twice as many."""
+    discriminator_width: int = 32
+    """Channels of the discriminator's first layers; the deepest have four times as many."""
+    noise_count: int = 54
+    """Free numbers of a latent, beside one a class. 0 is the paper's generator."""
+    generator_learning_rate: float = 4e-4
+    """Step size of Adam for the generator; it falls to 0 along a half cosine."""
+    discriminator_learning_rate: float = 4e-4
+    """Step size of Adam for the discriminator; it falls to 0 along a half cosine."""
+    ema_decay: float = 0.995
+    """Share of the averaged generator that survives a step; about 1 / (1 - decay) steps are averaged."""
+    recolour_strength: float = 0.2
+    """Largest change of brightness and contrast that the discriminator sees; 1 is half the range."""
+    shift_fraction: float = 0.125
+    """Largest shift that the discriminator sees, as a fraction of the side."""
+    cutout_fraction: float = 0.0
+    """Side of the square hidden from the discriminator, as a fraction of the picture's side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Phase 2: train the student on the answers that were paid for."""
+
+    passes: int = 30
+    """Times that the pool is gone through, each time with other views of its pictures."""
+    batch_count: int = 64
+    """Synthetic pictures a step, and as many local ones if `local_weight` is above 0."""
+    learning_rate: float = 0.1
+    """Peak step size of SGD with Nesterov momentum; rises over the first steps, then a half cosine to 0."""
+    warmup_fraction: float = 0.05
+    """Part of all steps over which the step size rises from 0."""
+    momentum: float = 0.9
+    """Nesterov momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD."""
+    ema_decay: float = 0.995
+    """Share of the averaged student that survives a step; about 1 / (1 - decay) steps are averaged."""
+    temperature: float = 1.0
+    """Softens teacher and student in the divergence; its gradients are scaled back by its square."""
+    label_smoothing: float = 0.1
+    """Probability spread over all classes when an answer is only an index."""
+    image_weight: float = 1.0
+    """Weight of the image loss (mean absolute difference of pixels in -1..1) beside the divergence; 0: off."""
+    image_fraction: float = 0.125
+    """Part of each batch that the image loss is taken on: it costs a pass through the generator."""
+    shift_px: int = 1
+    """Largest shift of the student's view, in pixels each way."""
+    local_weight: float = 1.0
+    """Weight of the agreement with the averaged student on local pictures; 0: local pictures are not used."""
+    local_start_fraction: float = 0.5
+    """Part of all steps before the local pictures join: until then the student knows too little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Phase 3: correct predictions by their neighbours, with forward passes only."""
+
+    memory_count: int = 1000
+    """Most synthetic pictures remembered, split evenly over the classes that the teacher named."""
+    memory_bytes: int = 3_500_000
+    """Most bytes that the memory takes, before any compression."""
+    neighbour_count: int = 5
+    """Nearest neighbours that each picture listens to."""
+    strength: float = 1.0
+    """The most, in nats, that neighbours can move the log-odds between two classes."""
+    iterations: int = 30
+    """Most rounds of propagation; it stops before when nothing moves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what ``run.toml`` holds, with the flags of ``edge-agent run`` on top."""
+
+    images: str
+    """A folder of pictures, or digits, mnist or cifar10."""
+    teacher: str = "127.0.0.1:50051"
+    """HOST:PORT."""
+    student: str = "resnet8"
+    """Architecture of the small model."""
+    budget: int = 50_000
+    """Most pictures this run folder may be charged for, over all phases and resumes."""
+    run_dir: str = "runs/mekd"
+    """The run folder."""
+    seed: int = 0
+    """Of every random choice."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    data: str = ""
+    """Where mnist and cifar10 lie, or are downloaded to."""
+    local_pictures: int = 0
+    """Most local pictures used, chosen by the seed; 0: all."""
+    image_size: int = 64
+    """Side of the generator's pictures where the teacher's are larger than 128 or no square; else it is theirs."""
+    batch_pictures: int = 128
+    """Pictures in one request."""
+    held_out_fraction: float = 0.02
+    """Part of the answers kept out of training, to measure agreement on."""
+    wait_seconds: float = 600.0
+    """How long the teacher may be away."""
+    tls_ca: str = ""
+    """Authority of the teacher's certificate, PEM."""
+    insecure: bool = False
+    """Let the key travel unencrypted beyond loopback."""
+    deprivatize: DeprivatizeConfig = DeprivatizeConfig()
+    distill: DistillConfig = DistillConfig()
+    adapt: AdaptConfig = AdaptConfig()
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be meant, in one line: where, expected, got."""
+
+
+SECTIONS: dict[str, type] = {"deprivatize": DeprivatizeConfig, "distill": DistillConfig, "adapt": AdaptConfig}
+
+
+def build_config(*layers: Mapping[str, Any]) -> RunConfig:
+    """One config from layers such as a TOML file and flags; later ones win, sections are merged.
+
+    Raises ConfigError for an unknown key, a value of another type, or a missing ``images``.
+    """
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for layer in layers:
+        for name, value in layer.items():
+            if name in SECTIONS:
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{name}: expected a section [{name}], got {value!r}")
+                sections[name].update(value)
+            else:
+                top[name] = value
+    if not top.get("images"):
+        raise ConfigError("images: expected a folder of pictures, or digits, mnist or cifar10; give --images")
+    built = {name: _section(SECTIONS[name], values, f"{name}.") for name, values in sections.items()}
+    config: RunConfig = _section(RunConfig, top | built, "")
+    _check_ranges(config)
+    return config
+
+
+def as_layers(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values, as ``run.toml`` holds it and ``build_config`` reads it."""
+    return asdict(config)
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """``distill.passes=20`` as a layer. The value is TOML; bare words are text. Raises ConfigError."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set: expected NAME=VALUE, for example distill.passes=20; got {text!r}")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    section, dot, key = name.strip().rpartition(".")
+    return {section: {key: parsed}} if dot else {key: parsed}
+
+
+def _section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    known = {field.name: field for field in fields(kind)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{prefix}{name}: expected one of {', '.join(known)}; got an unknown name")
+        wanted = known[name].type
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ConfigError(f"{prefix}{name}: expected a value of type {wanted.__name__}, got {value!r}")  # type: ignore[union-attr]
+    # A whole number is fine where a real one is wanted.
+    return kind(**{name: float(v) if known[name].type is float else v for name, v in values.items()})
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, fine, expected in (
+        ("budget", config.budget >= 1, "1 or more"),
+        ("batch_pictures", config.batch_pictures >= 1, "1 or more"),
+        ("local_pictures", config.local_pictures >= 0, "0 (all) or more"),
+        ("image_size", 8 <= config.image_size <= 128 and config.image_size % 4 == 0, "8 to 128, divisible by 4"),
+        ("held_out_fraction", 0 <= config.held_out_fraction <= 0.5, "0 to 0.5"),
+        ("wait_seconds", config.wait_seconds >= 0, "0 or more"),
+        ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
+        ("deprivatize.steps", config.deprivatize.steps >= 1, "1 or more"),
+        ("distill.passes", config.distill.passes >= 1, "1 or more"),
+    ):
+        if not fine:
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{name}: expected {expected}, got {value}")

@@ -1,0 +1,196 @@
+"""The device's own pictures: a folder, or the device's part of a data set. They never leave the device.
+
+Shape legend: N pictures, C channels, H rows, W columns.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from edge_agent.splits import TRAINING_PICTURES, digits_part, training_part
+
+LEAST_PICTURES = 64
+"""Fewer teach a generator nothing."""
+
+# What Pillow decodes by itself; for some others it starts programs.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class DataError(Exception):
+    """Local pictures that cannot be used, in one line: expected, got, what to do."""
+
+
+@dataclass(frozen=True)
+class LocalImages:
+    """The pictures at the size the model wants, what was left out and why, and a digest of the pixels."""
+
+    images_NCHW: UInt8Array
+    skipped: tuple[tuple[str, str], ...]
+    source: str
+    digest: str
+
+
+def load_local_images(
+    source: str, *, channels: int, height: int, width: int, data_root: Path | None, limit: int | None, seed: int
+) -> LocalImages:
+    """Return local pictures, `images_NCHW` uint8, in the order of the source.
+
+    Args:
+        source: "digits" (scikit-learn's), "mnist" or "cifar10" (their device part), or a folder's path.
+        channels: 1 (grey) or 3 (RGB); pictures are converted.
+        height: rows in pixels; the shorter side is resized and the centre kept.
+        width: columns in pixels.
+        data_root: where data sets lie or are downloaded to; cifar10 may be JPEGs in `cifar10/train/CLASS/`.
+        limit: most pictures; a choice by `seed`, decoded only until there are enough. None: all.
+        seed: of that choice.
+
+    Raises:
+        DataError: no such source, or fewer than LEAST_PICTURES usable pictures.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
+    if limit is not None and limit < LEAST_PICTURES:
+        raise DataError(f"expected a limit of at least {LEAST_PICTURES} pictures, got {limit}")
+    pictures: Sequence[Image.Image | Path]
+    if source == "digits":
+        pictures = _digits()
+    elif source == "mnist":
+        pictures = _mnist(_root(source, data_root), pad=(height, width) == (32, 32))
+    elif source == "cifar10":
+        pictures = _cifar10(_root(source, data_root))
+    elif Path(source).is_dir():
+        pictures = list(_files(Path(source)))
+    else:
+        raise DataError(f"expected digits, mnist, cifar10 or a folder of pictures, got {source!r}")
+
+    order = np.arange(len(pictures)) if limit is None else np.random.default_rng(seed).permutation(len(pictures))
+    usable: dict[int, UInt8Array] = {}
+    skipped: dict[int, tuple[str, str]] = {}
+    for i in order.tolist():
+        if len(usable) == limit:
+            break
+        picture = pictures[i]
+        if isinstance(picture, Image.Image):
+            usable[i] = _pixels_CHW(picture, channels, height, width)
+            continue
+        try:
+            usable[i] = _decode(picture, channels, height, width)
+        except Exception as error:  # whatever a broken file makes a decoder raise, the others are still good
+            name = str(picture.relative_to(source)) if Path(source).is_dir() else str(picture)
+            skipped[i] = (name, _reason(error))
+    if len(usable) < LEAST_PICTURES:
+        raise DataError(
+            f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
+            f"found {len(usable)} and skipped {len(skipped)}{_first(skipped)}"
+        )
+    images_NCHW = np.stack([usable[i] for i in sorted(usable)])
+    digest = hashlib.sha256(f"{images_NCHW.shape}\n".encode() + images_NCHW.tobytes()).hexdigest()
+    return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest)
+
+
+def _digits() -> list[Image.Image]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("digits needs scikit-learn: pip install 'mekd[demo]'") from None
+    images_NHW = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    return [Image.fromarray(image) for i, image in enumerate(images_NHW) if digits_part(i) == "device"]
+
+
+def _mnist(root: Path, *, pad: bool) -> list[Image.Image]:
+    from torchvision.datasets import MNIST
+
+    root = root / "mnist" if (root / "mnist" / "MNIST").is_dir() else root
+    images_NHW = _downloaded(MNIST, root).data.numpy()[training_part("mnist", "device")]
+    if pad:  # 28 + 2 + 2: a border of paper, not a blur
+        images_NHW = np.pad(images_NHW, ((0, 0), (2, 2), (2, 2)))
+    return [Image.fromarray(image) for image in images_NHW]
+
+
+def _cifar10(root: Path) -> Sequence[Image.Image | Path]:
+    device_N = training_part("cifar10", "device")
+    for folder in (root / "cifar10" / "train", root / "cifar10-jpeg" / "train"):
+        if folder.is_dir():
+            files = list(_files(folder))  # ImageFolder's order: by class, then by name
+            if len(files) != TRAINING_PICTURES["cifar10"]:
+                raise DataError(f"expected {TRAINING_PICTURES['cifar10']} pictures in {folder}, got {len(files)}")
+            return [files[i] for i in device_N.tolist()]
+    from torchvision.datasets import CIFAR10
+
+    root = root / "cifar10" if (root / "cifar10" / "cifar-10-batches-py").is_dir() else root
+    return [Image.fromarray(image) for image in _downloaded(CIFAR10, root).data[device_N]]
+
+
+def _root(source: str, data_root: Path | None) -> Path:
+    if data_root is None:
+        raise DataError(f"{source}: expected a data root, where it lies or may be downloaded to, got none")
+    return data_root
+
+
+def _downloaded(dataset: type, root: Path) -> Any:
+    try:
+        return dataset(root, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{dataset.__name__} is not in {root} and cannot be downloaded: {_reason(error)}") from None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder by name, hidden ones and links to folders left out."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(here, name)
+
+
+def _decode(path: Path, channels: int, height: int, width: int) -> UInt8Array:
+    if not path.is_file():
+        raise DataError("no plain file")  # a pipe would be waited for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata does no harm
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_FORMATS) as image:
+            # A large JPEG is decoded at a fraction of its size, yet twice as large as needed at least.
+            image.draft(None, (2 * max(height, width),) * 2)
+            return _pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)
+
+
+def _pixels_CHW(image: Image.Image, channels: int, height: int, width: int) -> UInt8Array:
+    mode = "L" if channels == 1 else "RGB"
+    fitted = ImageOps.fit(_opaque(image).convert(mode), (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(fitted, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return a picture of 8 bits a channel that covers what is behind it: white."""
+    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
+        values_HW = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(np.rint(values_HW / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise DataError("a picture of floating-point numbers has no known white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, DataError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _first(skipped: dict[int, tuple[str, str]]) -> str:
+    return f" (first: {': '.join(skipped[min(skipped)])})" if skipped else ""

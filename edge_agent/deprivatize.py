@@ -1,0 +1,160 @@
+"""Phase 1: a generator of pictures like the local ones, so that no local picture needs to leave.
+
+Shape letters: N pictures, C channels, H and W height and width, L latent numbers.
+
+The paper (Ma et al., CVPR 2024) also asks the teacher about every synthetic picture in this phase, to
+push the generator towards pictures that the teacher is sure of. Written out, that information
+maximisation term only weighs the pictures of an ordinary adversarial loss by 1 + 0.5 · (the teacher's top
+probability): with soft answers no two weights differ by more than a factor of 1.43, and with hard answers
+all are equal, so the questions would buy nothing. Phase 1 here asks none; the whole budget goes to phase 2.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from edge_agent import augment, losses
+from edge_agent.config import DeprivatizeConfig
+from edge_agent.phase import Checkpoint, Progress
+from edge_agent.pixels import normalise
+from edge_agent.precision import training_precision
+from networks.gan import Discriminator, Generator
+
+# Batches over which the generator's batch-norm statistics are set afresh at the end.
+_STATISTICS_BATCHES = 50
+
+
+@torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
+def train_generator(
+    images_NCHW: Tensor,
+    *,
+    class_count: int,
+    config: DeprivatizeConfig,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Generator:
+    """Train a generator on local pictures (N, C, H, W) uint8, without labels and without the teacher.
+
+    Returns the average of the generators along the way, in eval mode on `device`, its gradients off.
+    """
+    count, channels, side, width = images_NCHW.shape
+    if width != side:
+        raise ValueError(f"local pictures: expected squares, got height {side} and width {width}")
+    # Initial weights can only be drawn from the global generator, so everything else is too: one state to keep.
+    rng = torch.manual_seed(seed)
+    generator = Generator(
+        class_count=class_count,
+        noise_count=config.noise_count,
+        side=side,
+        channels=channels,
+        width=config.generator_width,
+    ).to(device)
+    discriminator = Discriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
+    # Convolutions on a CPU are about twice as fast with the channels next to each other.
+    generator.to(memory_format=torch.channels_last)
+    discriminator.to(memory_format=torch.channels_last)
+    averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    generator_optimizer = _adam(generator, config.generator_learning_rate)
+    discriminator_optimizer = _adam(discriminator, config.discriminator_learning_rate)
+    images_NCHW = images_NCHW.to(device)
+
+    def fake() -> Tensor:
+        latents_NL = draw_latents(
+            config.batch_count, class_count=class_count, noise_count=config.noise_count, rng=rng
+        )
+        with training_precision(device):
+            pictures_NCHW: Tensor = generator(latents_NL.to(device))
+        return pictures_NCHW.float()
+
+    def score(pictures_NCHW: Tensor) -> Tensor:
+        view_NCHW = _discriminators_view(pictures_NCHW, config, rng)
+        with training_precision(device):
+            scores_N: Tensor = discriminator(view_NCHW)
+        return scores_N.float()
+
+    done = 0
+    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "averaged": averaged,
+        "generator_optimizer": generator_optimizer,
+        "discriminator_optimizer": discriminator_optimizer,
+    }
+    state = checkpoint.load()
+    if state is not None:
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
+        rng.set_state(state["rng"])
+        done = state["done"]
+
+    def make_state() -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in kept.items()} | {"rng": rng.get_state(), "done": done}
+
+    while done < config.steps:
+        fall = 0.5 * (1.0 + math.cos(math.pi * done / config.steps))
+        generator_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
+        discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
+
+        chosen = torch.randint(count, (config.batch_count,), generator=rng)
+        real_NCHW = normalise(images_NCHW[chosen.to(device)])
+        with torch.no_grad():
+            synthetic_NCHW = fake()
+        real_N, synthetic_N = score(torch.cat([real_NCHW, synthetic_NCHW])).split(config.batch_count)
+        discriminator_loss = losses.hinge_real(real_N).mean() + losses.hinge_synthetic(synthetic_N).mean()
+        discriminator_optimizer.zero_grad()
+        discriminator_loss.backward()
+        discriminator_optimizer.step()
+
+        discriminator.requires_grad_(False)
+        generator_loss = losses.hinge_generator(score(fake())).mean()
+        generator_optimizer.zero_grad()
+        generator_loss.backward()
+        generator_optimizer.step()
+        discriminator.requires_grad_(True)
+
+        averaged.update_parameters(generator)
+        done += 1
+        progress(done, config.steps, discriminator_loss=discriminator_loss.item())
+        checkpoint.save_if_due(make_state)
+
+    def latents() -> Iterator[Tensor]:
+        for _ in range(_STATISTICS_BATCHES):
+            yield draw_latents(256, class_count=class_count, noise_count=config.noise_count, rng=rng)
+
+    # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
+    update_bn(latents(), averaged, device=device)
+    return cast(Generator, averaged.module).eval().requires_grad_(False)
+
+
+def draw_latents(count: int, *, class_count: int, noise_count: int, rng: torch.Generator) -> Tensor:
+    """Draw latents (N, L) on the CPU: normal numbers, the class axes with their mean taken off."""
+    latents_NL = torch.randn(count, class_count + noise_count, generator=rng)
+    latents_NL[:, :class_count] -= latents_NL[:, :class_count].mean(dim=1, keepdim=True)
+    return latents_NL
+
+
+def _discriminators_view(images_NCHW: Tensor, config: DeprivatizeConfig, rng: torch.Generator) -> Tensor:
+    """Change real and synthetic pictures alike before the discriminator sees them.
+
+    It can then not learn a few hundred pictures by heart, and as the generator is trained through the
+    same changes it doesn't learn to make them (DiffAugment, Zhao et al., NeurIPS 2020).
+    """
+    view_NCHW = images_NCHW
+    if config.recolour_strength > 0:
+        view_NCHW = augment.recolour(view_NCHW, strength=config.recolour_strength, rng=rng)
+    if config.shift_fraction > 0:
+        largest_px = round(config.shift_fraction * images_NCHW.shape[-1])
+        view_NCHW = augment.shift(view_NCHW, largest_px=largest_px, rng=rng)
+    if config.cutout_fraction > 0:
+        view_NCHW = augment.cutout(view_NCHW, fraction=config.cutout_fraction, rng=rng)
+    return view_NCHW
+
+
+def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.99))

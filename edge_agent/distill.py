@@ -1,0 +1,212 @@
+"""Phase 2: train the student on the pool of synthetic pictures and the answers that were paid for.
+
+Shape letters: N pictures, C channels, H and W height and width, K classes, L latent numbers.
+
+Every picture is asked about once and then used many times: the student sees another view of it in each
+pass, with the teacher's answer to the plain picture (a patient teacher, Beyer et al., CVPR 2022). The
+schedule is fixed and the last average is the result; nothing is chosen by a score.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from edge_agent import augment, losses, responses
+from edge_agent.config import DistillConfig
+from edge_agent.phase import Checkpoint, Progress
+from edge_agent.pixels import normalise
+from edge_agent.precision import training_precision
+from networks.classifiers import Classifier
+from networks.gan import Generator
+
+_STATISTICS_BATCH_COUNT = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """What was asked and what was answered: exactly one of the two kinds of answer."""
+
+    images_NCHW: Tensor
+    """The pictures as the teacher saw them, uint8."""
+    latents_NL: Tensor
+    """What the generator made them of, float32."""
+    probabilities_NK: Tensor | None = None
+    """Soft answers, float32."""
+    class_indices_N: Tensor | None = None
+    """Hard answers, int64."""
+
+    def __post_init__(self) -> None:
+        """Refuse a pool with both kinds of answer, or none, or parts of different length."""
+        answers = [part for part in (self.probabilities_NK, self.class_indices_N) if part is not None]
+        if len(answers) != 1:
+            raise ValueError(f"answers: expected probabilities or class indices, got {len(answers)} of the two")
+        counts = [len(self.images_NCHW), len(self.latents_NL), len(answers[0])]
+        if len(set(counts)) != 1:
+            raise ValueError(f"pool: expected as many pictures, latents and answers, got {counts}")
+
+    def __len__(self) -> int:
+        """Return how many pictures were asked about."""
+        return len(self.images_NCHW)
+
+    def answers_as_probabilities(self, class_count: int) -> Tensor:
+        """Return the answers (N, K) float32; an index becomes a one at its place."""
+        if self.probabilities_NK is not None:
+            return self.probabilities_NK
+        assert self.class_indices_N is not None
+        return responses.one_hot(self.class_indices_N, class_count)
+
+
+@torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
+def train_student(
+    student: Classifier,
+    generator: Generator,
+    pool: Pool,
+    local_images_NCHW: Tensor,
+    *,
+    config: DistillConfig,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Classifier:
+    """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
+
+    Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
+    generator's pictures of both answers, plus `local_weight` times the disagreement with the averaged
+    student on local pictures (N, C, H, W) uint8, which are never shown to anyone else.
+    """
+    class_count = generator.arguments["class_count"]
+    student.to(device).to(memory_format=torch.channels_last).train()
+    generator.to(device).eval().requires_grad_(False)
+    images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
+    answers_NK = pool.answers_as_probabilities(class_count).to(device)
+    local_images_NCHW = local_images_NCHW.to(device)
+    averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    optimizer = torch.optim.SGD(
+        student.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+    # Dropout can only draw from the global generator, so everything else does too: one state to keep.
+    rng = torch.manual_seed(seed)
+    # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
+    steps_a_pass = max(1, len(pool) // config.batch_count)
+    steps = config.passes * steps_a_pass
+    image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
+
+    done = 0
+    order = torch.empty(0, dtype=torch.int64)
+    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "student": student,
+        "averaged": averaged,
+        "optimizer": optimizer,
+    }
+    state = checkpoint.load()
+    if state is not None:
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
+        rng.set_state(state["rng"])
+        order, done = state["order"], state["done"]
+
+    def make_state() -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in kept.items()}
+        return parts | {"rng": rng.get_state(), "order": order, "done": done}
+
+    while done < steps:
+        place = done % steps_a_pass
+        if place == 0:
+            order = torch.randperm(len(pool), generator=rng)
+        chosen = order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(done / steps, config.warmup_fraction)
+
+        with training_precision(device):
+            logits_NK = student(_students_view(images_NCHW[chosen], config, rng)).float()
+        loss = answer_loss(pool, answers_NK[chosen], logits_NK, config).mean()
+        figures = {"answer_loss": loss.item()}
+        if image_count > 0:
+            few = chosen[:image_count]
+            noise_NE = latents_NL[few, class_count:]
+            distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
+            figures["image_loss"] = distance.item()
+            loss = loss + config.image_weight * distance
+        if config.local_weight > 0 and done >= config.local_start_fraction * steps:
+            picked = torch.randint(len(local_images_NCHW), (config.batch_count,), generator=rng).to(device)
+            local_loss = _local_loss(student, averaged, local_images_NCHW[picked], config, rng).mean()
+            figures["local_loss"] = local_loss.item()
+            loss = loss + config.local_weight * local_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        averaged.update_parameters(student)
+        done += 1
+        progress(done, steps, **figures)
+        checkpoint.save_if_due(make_state)
+
+    # A student that has trained on local pictures works with their statistics; one that has not is used to
+    # the pool's, and the local ones can hurt it.
+    source_NCHW = local_images_NCHW if config.local_weight > 0 else images_NCHW
+    update_bn(_batches(source_NCHW), averaged)
+    return cast(Classifier, averaged.module).eval()
+
+
+def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:
+    """Bytes to what the student sees: another view each time."""
+    return augment.shift(normalise(images_NCHW), largest_px=config.shift_px, rng=rng)
+
+
+def answer_loss(pool: Pool, answers_NK: Tensor, logits_NK: Tensor, config: DistillConfig) -> Tensor:
+    """The divergence from a soft answer, or the cross-entropy to a hard one. Returns (N,)."""
+    if pool.class_indices_N is not None:
+        return losses.smoothed_cross_entropy(answers_NK.argmax(dim=1), logits_NK, config.label_smoothing)
+    softened_NK = responses.soften(answers_NK, config.temperature)
+    return config.temperature**2 * losses.kl_divergence(softened_NK, logits_NK / config.temperature)
+
+
+def image_loss(generator: Generator, answers_NK: Tensor, logits_NK: Tensor, noise_NE: Tensor) -> Tensor:
+    """Distance between the pictures that both answers stand for, all else in the picture equal. Returns (N,).
+
+    The generator is frozen; the gradient reaches the student through it. The teacher's picture needs none.
+    """
+    with training_precision(logits_NK.device):
+        with torch.no_grad():
+            wanted_NCHW = generator(responses.generator_input(answers_NK, noise_NE))
+        got_NCHW = generator(responses.generator_input(logits_NK.softmax(dim=1), noise_NE))
+    return losses.image_distance(got_NCHW.float(), wanted_NCHW.float())
+
+
+def _local_loss(
+    student: Classifier,
+    averaged: AveragedModel,
+    images_NCHW: Tensor,
+    config: DistillConfig,
+    rng: torch.Generator,
+) -> Tensor:
+    """Divergence between the averaged student's view of local pictures and the student's. Returns (N,).
+
+    Both normalise with the statistics of this local batch: mixing them with the pool's made students worse.
+    """
+    with training_precision(images_NCHW.device):
+        with torch.no_grad():
+            wanted_NK = averaged(_students_view(images_NCHW, config, rng)).float().softmax(dim=1)
+        logits_NK = student(_students_view(images_NCHW, config, rng)).float()
+    return losses.kl_divergence(wanted_NK, logits_NK)
+
+
+def rise_and_fall(part_done: float, warmup_fraction: float) -> float:
+    """Factor of the step size: a straight rise to 1, then half a cosine to 0."""
+    if part_done < warmup_fraction:
+        return part_done / warmup_fraction
+    return 0.5 * (1.0 + math.cos(math.pi * (part_done - warmup_fraction) / (1.0 - warmup_fraction)))
+
+
+def _batches(images_NCHW: Tensor) -> Iterator[Tensor]:
+    for batch_NCHW in images_NCHW.tensor_split(math.ceil(len(images_NCHW) / _STATISTICS_BATCH_COUNT)):
+        yield normalise(batch_NCHW)

@@ -1,0 +1,237 @@
+"""Outbox and answers: what will be sent is durable before it goes, what was paid for is kept.
+
+A batch is planned at a position (phase, slot). One synced transaction stores position, id, the very bytes to be sent
+and the latents they came from; only then is it sent; its answer is added when it comes. On resume the journal wins:
+an unanswered row is sent again byte for byte, an answered one is read and never asked again.
+"""
+
+import json
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.failures import DiskProblem, RunFolderProblem
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE batches (
+    phase TEXT NOT NULL,
+    slot INTEGER NOT NULL,
+    batch_id TEXT NOT NULL UNIQUE,
+    picture_count INTEGER NOT NULL CHECK (picture_count > 0),
+    request BLOB NOT NULL,
+    latents BLOB NOT NULL,
+    sent_bytes INTEGER NOT NULL,
+    received_bytes INTEGER NOT NULL DEFAULT 0,
+    charged_count INTEGER NOT NULL DEFAULT 0,
+    answer BLOB,
+    PRIMARY KEY (phase, slot)
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One row: what is or was sent (``request``: a serialised ``mekd.v1.Batch``), and the answer if it came."""
+
+    slot: int
+    batch_id: str
+    picture_count: int
+    request: bytes
+    latents: bytes
+    answer: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over a phase's rows. Bytes are of serialised batches and results, repeats included."""
+
+    planned_pictures: int
+    charged_pictures: int
+    sent_bytes: int
+    received_bytes: int
+
+
+class Journal:
+    """The journal of one run folder; used by one thread of one process at a time."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def open(cls, path: Path) -> "Journal":
+        """Opens or makes the journal. Raises RunFolderProblem for a file that is none, DiskProblem."""
+        with _store_problems(path):
+            connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            journal = cls(connection)
+            journal._path = path
+            if journal.fact("format") is None:
+                journal.set_facts(format=FORMAT, run_id=uuid.uuid4().hex)
+        if journal.fact("format") != FORMAT:
+            raise RunFolderProblem(
+                f"{path}: expected a journal of format {FORMAT}, got {journal.fact('format')}; give another --run-dir"
+            )
+        return journal
+
+    _path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The id under which every batch of this folder is booked."""
+        return str(self.fact("run_id"))
+
+    def fact(self, name: str) -> Any:
+        """A remembered value; None where there is none."""
+        with _store_problems(self._path):
+            row = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def set_facts(self, **facts: Any) -> None:
+        """Remembers values, durable on return."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                [(name, json.dumps(value)) for name, value in facts.items()],
+            )
+
+    def plan(self, phase: str, batch: Batch) -> None:
+        """Makes a batch durable before it is sent. The position must be free."""
+        with self._transaction() as connection:
+            self._insert(connection, phase, batch)
+
+    def replan(self, phase: str, refused_id: str, batch: Batch) -> None:
+        """Puts another batch in the place of one that the teacher refused (and so never charged)."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM batches WHERE batch_id = ? AND answer IS NULL", (refused_id,))
+            self._insert(connection, phase, batch)
+
+    def count_repeat(self, batch_id: str) -> None:
+        """Adds one more sending to a row's bytes."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE batches SET sent_bytes = sent_bytes + length(request) WHERE batch_id = ?", (batch_id,)
+            )
+
+    def keep_answer(self, batch_id: str, *, answer: bytes, charged_count: int, received_bytes: int) -> None:
+        """Keeps what was paid for, durable on return. A second answer to the same batch changes nothing."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE batches SET answer = ?, charged_count = ?, received_bytes = received_bytes + ? "
+                "WHERE batch_id = ? AND answer IS NULL",
+                (answer, charged_count, received_bytes, batch_id),
+            )
+
+    def unanswered(self, phase: str) -> list[Batch]:
+        """What was planned and, as far as this side knows, not answered; by slot."""
+        return list(self._select("phase = ? AND answer IS NULL", phase))
+
+    def answered(self, phase: str) -> Iterator[Batch]:
+        """What was answered, by slot."""
+        return self._select("phase = ? AND answer IS NOT NULL", phase)
+
+    def slots(self, phase: str) -> int:
+        """The first slot never planned."""
+        return int(self._one("SELECT coalesce(max(slot) + 1, 0) FROM batches WHERE phase = ?", phase)[0])
+
+    def totals(self, phase: str | None = None) -> Totals:
+        """Sums over one phase, or over all."""
+        planned, charged, sent, received = self._one(
+            "SELECT coalesce(sum(picture_count), 0), coalesce(sum(charged_count), 0), coalesce(sum(sent_bytes), 0), "
+            "coalesce(sum(received_bytes), 0) FROM batches WHERE ?1 IS NULL OR phase = ?1",
+            phase,
+        )
+        return Totals(planned_pictures=planned, charged_pictures=charged, sent_bytes=sent, received_bytes=received)
+
+    def charges(self) -> dict[str, int]:
+        """Batch id -> pictures charged, for every answered batch."""
+        with _store_problems(self._path):
+            return dict(
+                self._connection.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL")
+            )
+
+    def open_ids(self) -> set[str]:
+        """Ids planned and not answered."""
+        with _store_problems(self._path):
+            return {row[0] for row in self._connection.execute("SELECT batch_id FROM batches WHERE answer IS NULL")}
+
+    def requests(self) -> Iterator[bytes]:
+        """The bytes of every batch that was planned, and so was or will be sent."""
+        with _store_problems(self._path):
+            for row in self._connection.execute("SELECT request FROM batches ORDER BY phase, slot"):
+                yield row[0]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+    def _insert(self, connection: sqlite3.Connection, phase: str, batch: Batch) -> None:
+        connection.execute(
+            "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                phase,
+                batch.slot,
+                batch.batch_id,
+                batch.picture_count,
+                batch.request,
+                batch.latents,
+                len(batch.request),
+            ),
+        )
+
+    def _select(self, where: str, phase: str) -> Iterator[Batch]:
+        with _store_problems(self._path):
+            for slot, batch_id, count, request, latents, answer in self._connection.execute(
+                "SELECT slot, batch_id, picture_count, request, latents, answer FROM batches "
+                f"WHERE {where} ORDER BY slot",
+                (phase,),
+            ):
+                yield Batch(
+                    slot=slot,
+                    batch_id=batch_id,
+                    picture_count=count,
+                    request=request,
+                    latents=latents,
+                    answer=answer,
+                )
+
+    def _one(self, query: str, *values: object) -> tuple[Any, ...]:
+        with _store_problems(self._path):
+            row: tuple[Any, ...] = self._connection.execute(query, values).fetchone()
+            return row
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with _store_problems(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+@contextmanager
+def _store_problems(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise  # a mistake of ours, not of the disk
+    except sqlite3.OperationalError as error:
+        raise DiskProblem(
+            f"cannot keep the journal {path}: {error}; make room and start the same command again"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise RunFolderProblem(f"{path}: expected a journal, got a file that is none ({error})") from error

@@ -1,0 +1,260 @@
+"""The pool: synthetic pictures, asked about once, and the answers that were paid for.
+
+Shape letters: N pictures, C channels, H and W height and width, K classes, L latent numbers.
+
+A picture is quantised and hashed against the local ones before it is planned, planned before it is sent, and asked
+about once. Each slot's latents come from a random stream of its own, so a resumed run plans what it would have.
+"""
+
+import hashlib
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_agent import responses
+from edge_agent.deprivatize import draw_latents
+from edge_agent.distill import Pool
+from edge_agent.egress import EgressDoor
+from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.journal import Batch, Journal
+from edge_agent.pixels import quantise
+from edge_agent.teacher import Answered, Description, Teacher
+from networks.gan import Generator
+from protos import codec
+from protos.errors import Reason
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+
+PHASE = "distill"
+HOLD_EXPIRY_SECONDS = 15.0  # a dead server's holds come back within one lease (10 s) and one sweep (3 s)
+PAUSE_SECONDS = 0.5
+
+
+class PoolOutbox:
+    """Batches to send: first what a former run left unanswered, then new ones until the budget is planned."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        generator: Generator,
+        door: EgressDoor,
+        description: Description,
+        *,
+        budget: int,
+        batch_pictures: int,
+        seed: int,
+    ) -> None:
+        self._journal = journal
+        self._generator = generator
+        self._door = door
+        self._description = description
+        self._budget = budget
+        self._batch_pictures = min(batch_pictures, description.max_batch_pictures)
+        self._seed = seed
+        self._again: deque[Batch] = deque(journal.unanswered(PHASE))
+        self._planned_pictures = journal.totals().planned_pictures
+        self._next_slot = journal.slots(PHASE)
+        self._stopped = False
+
+    def next_batch(self) -> Batch | None:
+        if self._stopped:
+            return None
+        if self._again:
+            batch = self._again.popleft()
+            self.repeated(batch)
+            return batch
+        count = min(self._batch_pictures, self._budget - self._planned_pictures)
+        if count <= 0:
+            return None
+        batch = self._new_batch(self._next_slot, count)
+        self._journal.plan(PHASE, batch)
+        self._next_slot += 1
+        self._planned_pictures += count
+        return batch
+
+    def repeated(self, batch: Batch) -> None:
+        self._journal.count_repeat(batch.batch_id)
+
+    def shrink(self, refused: Batch, picture_count: int) -> None:
+        """Plans the first pictures of a refused batch under a new id, in its place."""
+        message = wire.Batch.FromString(refused.request)
+        images_NCHW = codec.decode_images(message.images)[:picture_count]
+        latent_bytes = len(refused.latents) // refused.picture_count * picture_count
+        smaller = _batch(refused.slot, images_NCHW, refused.latents[:latent_bytes])
+        self._journal.replan(PHASE, refused.batch_id, smaller)
+        self._planned_pictures -= refused.picture_count - picture_count
+        self._again.appendleft(smaller)
+
+    def again(self, refused: Batch) -> None:
+        """Puts a refused batch back to be sent once more."""
+        self._again.append(refused)
+
+    def stop(self) -> None:
+        """Nothing more is sent; what is planned stays in the journal for the next run."""
+        self._stopped = True
+
+    def _new_batch(self, slot: int, count: int) -> Batch:
+        # The generator's randomness for a slot hangs on the run's seed and the slot alone.
+        key = hashlib.sha256(f"pool/{self._seed}/{slot}".encode()).digest()
+        rng = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        arguments = self._generator.arguments
+        latents_NL = draw_latents(
+            count, class_count=arguments["class_count"], noise_count=arguments["noise_count"], rng=rng
+        )
+        with torch.inference_mode():
+            device = next(self._generator.parameters()).device
+            images_NCHW = quantise(self._generator(latents_NL.to(device))).cpu()
+        sized_NCHW = resize(images_NCHW, self._description.height, self._description.width)
+        batch = _batch(slot, sized_NCHW.numpy(), latents_NL.numpy().astype("<f4").tobytes())
+        self._door.check(wire.Batch.FromString(batch.request))
+        return batch
+
+
+def fill_pool(
+    teacher: Teacher,
+    journal: Journal,
+    outbox: PoolOutbox,
+    description: Description,
+    *,
+    progress: Callable[[int], None],
+) -> None:
+    """Asks until the budget is used; every answer is durable before the next one is looked at.
+
+    ``progress`` is told the pictures answered so far. Raises BudgetSpent when the account is empty before that,
+    BadInput when the teacher refuses for good or answers nonsense, and TeacherAway.
+    """
+    answered = journal.totals(PHASE).charged_pictures
+    progress(answered)
+    last_answer = time.monotonic()
+    spent: str | None = None
+    for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
+        if isinstance(settled, Answered):
+            keep(journal, settled, description)
+            answered += settled.batch.picture_count
+            last_answer = time.monotonic()
+            progress(answered)
+        elif settled.refusal.reason is Reason.BUDGET_EXHAUSTED:
+            waited = time.monotonic() - last_answer
+            available, held = (int(settled.refusal.variables[name]) for name in ("available", "held"))
+            if available > 0:
+                outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
+            elif held > 0 and waited < HOLD_EXPIRY_SECONDS:
+                time.sleep(PAUSE_SECONDS)
+                outbox.again(settled.batch)
+            else:
+                spent = settled.refusal.message
+                outbox.stop()
+        else:
+            raise BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
+    if spent is not None:
+        raise BudgetSpent(
+            f"the account's budget is spent after {answered} answers of this run ({spent}); they are kept. "
+            "Start the same command again after a grant"
+        )
+
+
+def keep(journal: Journal, answered: Answered, description: Description) -> None:
+    """Keeps a paid answer, then looks at it: nothing paid for is lost, even where it is not what was expected."""
+    batch, result = answered.batch, answered.result
+    journal.keep_answer(
+        batch.batch_id,
+        answer=result.answer.SerializeToString(),
+        charged_count=result.answer.charged_count,
+        received_bytes=result.ByteSize(),
+    )
+    if result.answer.model_digest != description.model_digest:
+        raise BadInput(
+            f"this run began with the model {description.model_digest}, batch {batch.batch_id} was answered by "
+            f"{result.answer.model_digest}; give another --run-dir to distil the new one"
+        )
+    sent = wire.Batch.FromString(batch.request)
+    if result.answer.pixel_digest != codec.pixel_digest(codec.decode_images(sent.images)):
+        raise BadInput(f"the teacher looked at other pixels than were sent in batch {batch.batch_id}")
+    try:
+        _decoded(result.answer, batch.picture_count, len(description.labels))
+    except ValueError as error:
+        raise BadInput(f"the answer to batch {batch.batch_id} is not one: {error}") from None
+
+
+def load_pool(journal: Journal, generator: Generator, description: Description, *, label_smoothing: float) -> Pool:
+    """Every answered picture, at the generator's size. Where the policy changed on the way, indices become
+    probabilities smoothed by ``label_smoothing``. Raises BadInput for an empty pool.
+    """
+    class_count = len(description.labels)
+    latent_count = generator.arguments["class_count"] + generator.arguments["noise_count"]
+    side = generator.arguments["side"]
+    images: list[Tensor] = []
+    latents: list[Tensor] = []
+    answers: list[codec.Float32Array | codec.Int64Array] = []
+    for batch in journal.answered(PHASE):
+        assert batch.answer is not None
+        sent = wire.Batch.FromString(batch.request)
+        images_NCHW = torch.from_numpy(codec.decode_images(sent.images).copy())
+        images.append(resize(images_NCHW, side, side))
+        latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(-1, latent_count).copy()
+        latents.append(torch.from_numpy(latents_NL))
+        answers.append(_decoded(wire.Answer.FromString(batch.answer), batch.picture_count, class_count))
+    if not images:
+        raise BadInput("expected answers to train on, the journal has none; raise --budget")
+    kinds = {answer.ndim for answer in answers}
+    if kinds == {1}:
+        indices_N = torch.from_numpy(np.concatenate(answers))
+        return Pool(images_NCHW=torch.cat(images), latents_NL=torch.cat(latents), class_indices_N=indices_N)
+    soft = [_as_probabilities(answer, class_count, label_smoothing) for answer in answers]
+    return Pool(images_NCHW=torch.cat(images), latents_NL=torch.cat(latents), probabilities_NK=torch.cat(soft))
+
+
+def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
+    """All but the last ``held_out`` pictures, and those: they are paid for, but never trained on."""
+
+    def part(where: slice) -> Pool:
+        return Pool(
+            images_NCHW=pool.images_NCHW[where],
+            latents_NL=pool.latents_NL[where],
+            probabilities_NK=None if pool.probabilities_NK is None else pool.probabilities_NK[where],
+            class_indices_N=None if pool.class_indices_N is None else pool.class_indices_N[where],
+        )
+
+    border = len(pool) - held_out
+    return part(slice(0, border)), part(slice(border, None))
+
+
+def resize(images_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (uint8) at another size, bilinear and antialiased; the very same ones where the size fits."""
+    if images_NCHW.shape[2:] == (height, width):
+        return images_NCHW
+    sized = torch.nn.functional.interpolate(
+        images_NCHW.float(), size=(height, width), mode="bilinear", antialias=True
+    )
+    return sized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _batch(slot: int, images_NCHW: codec.UInt8Array, latents: bytes) -> Batch:
+    batch_id = uuid.uuid4().hex
+    message = wire.Batch(batch_id=batch_id, images=codec.encode_images(images_NCHW))
+    return Batch(
+        slot=slot,
+        batch_id=batch_id,
+        picture_count=len(images_NCHW),
+        request=message.SerializeToString(deterministic=True),
+        latents=latents,
+    )
+
+
+def _decoded(answer: wire.Answer, picture_count: int, class_count: int) -> codec.Float32Array | codec.Int64Array:
+    if answer.charged_count != picture_count:
+        raise ValueError(f"expected {picture_count} pictures charged, got {answer.charged_count}")
+    return codec.decode_answer(answer, picture_count=picture_count, class_count=class_count)
+
+
+def _as_probabilities(
+    answer: codec.Float32Array | codec.Int64Array, class_count: int, label_smoothing: float
+) -> Tensor:
+    if answer.ndim == 2:
+        return torch.from_numpy(answer)
+    hard_NK = responses.one_hot(torch.from_numpy(answer), class_count)
+    return hard_NK * (1.0 - label_smoothing) + label_smoothing / class_count

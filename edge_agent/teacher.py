@@ -1,0 +1,465 @@
+"""The teacher as the agent sees it; the sole importer of grpc on this side.
+
+``RemoteTeacher.answers`` keeps a window of batches outstanding, reconnects, and sends again by id whatever has not
+been answered. It knows neither phases nor losses, and it may be wrong about nothing that costs money: an id is only
+ever repeated with the very same bytes.
+"""
+
+import ipaddress
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from google.rpc.status_pb2 import Status
+
+from edge_agent.failures import BadCredential, BadInput, TeacherAway
+from edge_agent.journal import Batch
+from protos.errors import Reason, Refusal
+from protos.mekd.v1 import quota_ledger_pb2 as ledger_wire
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
+from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+UNARY_TIMEOUT_SECONDS = 30.0
+SILENCE_SECONDS = 120.0  # a stream with batches outstanding that says nothing for so long is taken for dead
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 5.0
+ENGINE_ATTEMPTS = 3
+
+_CREDENTIAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_PASSING = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,  # how gRPC reports a connection that broke in the middle of a message
+    grpc.StatusCode.UNKNOWN,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What the teacher is."""
+
+    model_digest: str
+    labels: tuple[str, ...]
+    channels: int
+    height: int
+    width: int
+    max_batch_pictures: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """The account's books, in pictures, and what this run has posted."""
+
+    run_posted: int
+    held: int
+    balance: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A batch and its paid answer."""
+
+    batch: Batch
+    result: wire.BatchResult
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A batch that waiting alone will not get answered; nothing was charged for it."""
+
+    batch: Batch
+    refusal: Refusal
+
+
+class Outbox(Protocol):
+    """Where batches to send come from; each is durable before ``next_batch`` returns it."""
+
+    def next_batch(self) -> Batch | None:
+        """The next batch to send; None when there is none just now."""
+
+    def repeated(self, batch: Batch) -> None:
+        """Told that a batch is about to be sent once more."""
+
+
+class Teacher(Protocol):
+    """Whoever answers."""
+
+    def describe(self) -> Description:
+        """What the teacher is."""
+
+    def answers(self, run_id: str, model_digest: str, outbox: Outbox) -> Iterator[Answered | Refused]:
+        """Sends what the outbox holds, and yields what comes of it, until it is empty and all is settled."""
+
+    def balance(self, run_id: str) -> Balance:
+        """The books."""
+
+    def posts(self, run_id: str) -> dict[str, int]:
+        """Batch id -> pictures, as the teacher's books have them for this run."""
+
+
+class RemoteTeacher:
+    """A teacher behind gRPC.
+
+    Args:
+        address: HOST:PORT.
+        api_key: travels as ``authorization: Bearer KEY``.
+        tls_ca: authority of the server's certificate; None: unencrypted, refused beyond loopback unless ``insecure``.
+        wait_seconds: how long the teacher may be away before TeacherAway.
+        check_egress: sees every batch just before it leaves, and raises to keep it here (``egress``).
+        tell: gets one line when the connection is lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        api_key: str,
+        tls_ca: Path | None = None,
+        insecure: bool = False,
+        wait_seconds: float = 600.0,
+        check_egress: Callable[[wire.Batch], None],
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._address = address
+        self._wait_seconds = wait_seconds
+        self._check_egress = check_egress
+        self._tell = tell
+        self._metadata = (("authorization", f"Bearer {api_key}"),)
+        self._channel = _channel(address, tls_ca, insecure)
+        self._inference = TeacherInferenceStub(self._channel)
+        self._ledger = QuotaLedgerStub(self._channel)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._channel.close()
+
+    def describe(self) -> Description:
+        answer = self._unary(self._inference.Describe, wire.DescribeRequest())
+        if wire.IMAGE_ENCODING_RAW_UINT8 not in answer.encodings:
+            raise BadInput(
+                f"the teacher at {self._address} takes no encoding that this agent knows; update the agent"
+            )
+        return Description(
+            model_digest=answer.model_digest,
+            labels=tuple(answer.labels),
+            channels=answer.channels,
+            height=answer.height,
+            width=answer.width,
+            max_batch_pictures=answer.max_batch_pictures,
+        )
+
+    def balance(self, run_id: str) -> Balance:
+        answer = self._unary(self._ledger.GetBalance, ledger_wire.GetBalanceRequest(run_id=run_id))
+        return Balance(run_posted=answer.run_posted_count, held=answer.held_count, balance=answer.balance_count)
+
+    def posts(self, run_id: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        after = 0
+        while True:
+            request = ledger_wire.ListStatementRequest(run_id=run_id, after_sequence=after)
+            page = self._unary(self._ledger.ListStatement, request)
+            for entry in page.entries:
+                if entry.kind == ledger_wire.ENTRY_KIND_POST:
+                    found[entry.batch_id] = found.get(entry.batch_id, 0) + entry.picture_count
+            after = page.next_after_sequence
+            if after == 0:
+                return found
+
+    def answers(self, run_id: str, model_digest: str, outbox: Outbox) -> Iterator[Answered | Refused]:
+        exchange = _Exchange(outbox)
+        patience = _Patience(self._wait_seconds)
+        while not exchange.finished():
+            stream = _Stream(self._inference, self._metadata, run_id, self._check_egress)
+            try:
+                window = self._accepted(stream, model_digest)
+                exchange.connection_is_new()
+                for settled in exchange.over(stream, window, patience):
+                    patience.renew()
+                    yield settled
+            except grpc.RpcError as error:
+                self._raise_if_final(error)
+                pause = patience.pause(f"the teacher at {self._address} is away ({_brief(error)})")
+                self._tell(f"the teacher at {self._address} is away ({_brief(error)}); trying again in {pause:.1f} s")
+                time.sleep(pause)
+            finally:
+                stream.close()
+
+    def _accepted(self, stream: "_Stream", model_digest: str) -> int:
+        """The window the server grants. Raises BadInput where it serves another model than this run's."""
+        stream.configure()
+        response = stream.receive(UNARY_TIMEOUT_SECONDS)
+        kind = response.WhichOneof("payload")
+        if kind != "accepted":
+            raise BadInput(f"the teacher at {self._address}: expected it to accept the stream, got {kind}")
+        if response.accepted.model_digest != model_digest:
+            raise BadInput(
+                f"this run began with the model {model_digest}, the teacher serves {response.accepted.model_digest}; "
+                "nothing was sent to it. Give another --run-dir to distil the new one"
+            )
+        return max(1, int(response.accepted.window_batches))
+
+    def _unary(self, call: Callable[..., Any], request: Any) -> Any:
+        patience = _Patience(self._wait_seconds)
+        while True:
+            try:
+                return call(request, metadata=self._metadata, timeout=UNARY_TIMEOUT_SECONDS)
+            except grpc.RpcError as error:
+                self._raise_if_final(error)
+                pause = patience.pause(f"the teacher at {self._address} is away ({_brief(error)})")
+                self._tell(f"the teacher at {self._address} is away ({_brief(error)}); trying again in {pause:.1f} s")
+                time.sleep(pause)
+
+    def _raise_if_final(self, error: grpc.RpcError) -> None:
+        code = error.code()
+        if code in _CREDENTIAL:
+            raise BadCredential(
+                f"the teacher at {self._address} refuses the key: {error.details()}; "
+                "give a valid one in MEKD_API_KEY or --key-file"
+            ) from None
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            raise BadInput(
+                f"expected a teacher of this protocol at {self._address}, got a server without it: {error.details()}"
+            ) from None
+        if code not in _PASSING:
+            raise BadInput(f"the teacher at {self._address} refuses: {_brief(error)}") from None
+
+
+class _Patience:
+    """Pauses that grow, until the teacher has been away for too long."""
+
+    def __init__(self, wait_seconds: float) -> None:
+        self._wait_seconds = wait_seconds
+        self.renew()
+
+    def renew(self) -> None:
+        self._until = time.monotonic() + self._wait_seconds
+        self._pause = FIRST_PAUSE_SECONDS
+
+    def pause(self, why: str) -> float:
+        """Seconds to wait now. Raises TeacherAway when there is no patience left."""
+        self.check(why)
+        pause, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE_SECONDS)
+        return min(pause, max(0.0, self._until - time.monotonic()))
+
+    def check(self, why: str) -> None:
+        """Raises TeacherAway when there is no patience left."""
+        if time.monotonic() >= self._until:
+            raise TeacherAway(
+                f"{why}; waited {self._wait_seconds:.0f} s (--wait-seconds). "
+                "What was answered is kept; start the same command again later"
+            )
+
+
+class _Stream:
+    """One open Infer call, its reader thread, and bounded queues in both directions."""
+
+    _BOUND = 4096  # messages; the window keeps them far below
+
+    def __init__(
+        self,
+        stub: Any,
+        metadata: tuple[tuple[str, str], ...],
+        run_id: str,
+        check_egress: Callable[[wire.Batch], None],
+    ) -> None:
+        self._run_id = run_id
+        self._check_egress = check_egress
+        self._outgoing: queue.Queue[wire.InferRequest | None] = queue.Queue(self._BOUND)
+        self._incoming: queue.Queue[wire.InferResponse | grpc.RpcError | None] = queue.Queue(self._BOUND)
+        self._call = stub.Infer(iter(self._outgoing.get, None), metadata=metadata)
+        self._reader = threading.Thread(target=self._read, name="teacher-read", daemon=True)
+        self._reader.start()
+
+    def configure(self) -> None:
+        self._outgoing.put_nowait(wire.InferRequest(config=wire.StreamConfig(run_id=self._run_id)))
+
+    def send(self, batch: Batch) -> None:
+        message = wire.Batch.FromString(batch.request)
+        self._check_egress(message)  # the last line before the network
+        self._outgoing.put_nowait(wire.InferRequest(batch=message))
+
+    def receive(self, timeout_seconds: float) -> wire.InferResponse:
+        """The next message. Raises grpc.RpcError when the stream broke, ended or has been silent for too long."""
+        try:
+            received = self._incoming.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise _StreamSilent(f"silent for {timeout_seconds:.0f} s") from None
+        if received is None:
+            raise _StreamOver("the server ended the stream")
+        if isinstance(received, grpc.RpcError):
+            raise received
+        return received
+
+    def close(self) -> None:
+        self._outgoing.put_nowait(None)
+        self._call.cancel()
+        self._reader.join(5.0)
+
+    def _read(self) -> None:
+        try:
+            for response in self._call:
+                self._incoming.put_nowait(response)
+            self._incoming.put_nowait(None)
+        except grpc.RpcError as error:
+            self._incoming.put_nowait(error)
+
+
+class _StreamOver(grpc.RpcError):
+    """A stream that ended while batches are outstanding: reconnect."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return str(self)
+
+
+class _StreamSilent(_StreamOver):
+    """A stream that said nothing for as long as its reader was willing to wait."""
+
+
+class _Exchange:
+    """What is outstanding, over as many streams as it takes."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._outstanding: dict[str, Batch] = {}
+        self._to_send: list[Batch] = []  # outstanding, to be sent (again) now
+        self._later: list[tuple[float, Batch]] = []  # outstanding, to be sent again at a time
+        self._failures: dict[str, int] = {}
+        self._draining = False
+
+    def finished(self) -> bool:
+        """Whether nothing is outstanding and the outbox has nothing more."""
+        if not self._outstanding:
+            self._take()
+        return not self._outstanding
+
+    def connection_is_new(self) -> None:
+        """All that is outstanding goes out again on the next stream."""
+        fresh = {batch.batch_id for batch in self._to_send}
+        for batch in self._outstanding.values():
+            if batch.batch_id not in fresh:
+                self._outbox.repeated(batch)
+        self._to_send = list(self._outstanding.values())
+        self._later = []
+        self._draining = False
+
+    def over(self, stream: _Stream, window: int, patience: _Patience) -> Iterator[Answered | Refused]:
+        """Sends and receives until all is settled. Raises grpc.RpcError when the stream is over."""
+        while True:
+            self._send_what_fits(stream, window)
+            if not self._outstanding:
+                return
+            response = self._receive(stream)
+            if response is None:
+                continue
+            kind = response.WhichOneof("payload")
+            if kind == "result":
+                batch = self._outstanding.pop(response.result.batch_id, None)
+                if batch is not None:  # else: the answer to a repeat whose first answer came after all
+                    yield Answered(batch, response.result)
+            elif kind == "refusal":
+                batch = self._outstanding.get(response.refusal.batch_id)
+                if batch is not None:
+                    refused = self._refused(batch, response.refusal.status, patience)
+                    if refused is not None:
+                        yield refused
+            elif kind == "draining":
+                self._draining = True
+
+    def _receive(self, stream: _Stream) -> wire.InferResponse | None:
+        """The next message; None when it is time to send something again."""
+        if not self._later:
+            return stream.receive(SILENCE_SECONDS)
+        due = min(at for at, _ in self._later)
+        try:
+            return stream.receive(max(0.0, due - time.monotonic()))
+        except _StreamSilent:
+            return None
+
+    def _take(self) -> bool:
+        batch = self._outbox.next_batch()
+        if batch is None:
+            return False
+        self._outstanding[batch.batch_id] = batch
+        self._to_send.append(batch)
+        return True
+
+    def _send_what_fits(self, stream: _Stream, window: int) -> None:
+        now = time.monotonic()
+        for entry in [entry for entry in self._later if entry[0] <= now]:
+            self._later.remove(entry)
+            self._outbox.repeated(entry[1])
+            self._to_send.append(entry[1])
+        if self._draining:  # the server reads no more here; what is outstanding goes out on the next stream
+            return
+        while len(self._outstanding) < window and self._take():
+            pass
+        for batch in self._to_send:
+            stream.send(batch)
+        self._to_send = []
+
+    def _refused(self, batch: Batch, status: Status, patience: _Patience) -> Refused | None:
+        refusal = Refusal.from_status(status)
+        retry_seconds = refusal.retry_seconds
+        if refusal.reason is Reason.ENGINE_FAILED:
+            self._failures[batch.batch_id] = self._failures.get(batch.batch_id, 0) + 1
+            if self._failures[batch.batch_id] < ENGINE_ATTEMPTS:
+                retry_seconds = 1.0
+        if retry_seconds is not None:
+            patience.check(f"the teacher keeps refusing ({refusal})")
+            self._later.append((time.monotonic() + retry_seconds, batch))
+            return None
+        del self._outstanding[batch.batch_id]
+        return Refused(batch, refusal)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT never leaves this machine."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _channel(address: str, tls_ca: Path | None, insecure: bool) -> grpc.Channel:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise BadInput(f"--teacher: expected HOST:PORT, got {address!r}")
+    options: list[tuple[str, int]] = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))  # http_proxy would send loopback traffic to a stranger
+    if tls_ca is not None:
+        try:
+            roots = tls_ca.read_bytes()
+        except OSError as error:
+            raise BadInput(f"--tls-ca {tls_ca}: {error.strerror}") from None
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options)
+    if not is_loopback(address) and not insecure:
+        raise BadInput(
+            f"--teacher {address} is not loopback: give --tls-ca, or --insecure if the key may travel unencrypted"
+        )
+    return grpc.insecure_channel(address, options)
+
+
+def _brief(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {error.details() or 'no details'}"

@@ -1,0 +1,419 @@
+"""Models exported with `torch.export.save` (`.pt2`), read without running anything they bring.
+
+Shape legend: N pictures, C channels, H rows, W columns, K classes.
+
+An archive is a zip: a graph as JSON, raw tensors, and sample inputs as a pickle. `torch.export.load` is not
+used: it unpickles the samples (without `weights_only`, when the safe way fails), unpickles every tensor whose
+JSON says so, evaluates symbolic sizes as Python and looks operators up by any dotted name below `torch`. So
+the zip's members are held against an allow-list, the pickle is never opened, and the graph is executed here,
+node by node: operators of ATen, tensors, numbers. A graph may still ask for more memory or time than there is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_SCHEMA_MAJOR = 8  # of the graph's JSON: torch 2.5 and later
+
+# torch always writes the samples; they may be there, and are never read.
+_SAMPLES = "data/sample_inputs/model.pt"
+_GRAPH = "models/model.json"
+_FOLDERS = {"data/weights": r"weight_\d+", "data/constants": r"tensor_\d+"}
+_CONFIGS = {"data/weights": "model_weights_config.json", "data/constants": "model_constants_config.json"}
+_ALLOWED = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|models/model\.json"
+    r"|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|data/sample_inputs/model\.pt"
+)
+_REFUSED = {
+    "compiled code": re.compile(r"data/aotinductor/.*|.*\.(so|o|a|cpp|cu|cubin|ptx|dll|dylib|py)"),
+    "a custom object": re.compile(r"data/constants/(custom_obj|opaque_obj).*"),
+    "pickled weights or constants": re.compile(r".*\.(pt|pth|pkl|pickle)"),
+}
+
+# Numbers of torch's export schema.
+_DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    12: torch.bool,
+    13: torch.bfloat16,
+}
+_FLOAT32 = 7
+_MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 4: torch.preserve_format}
+_LAYOUTS = {7: torch.strided}
+
+_TARGET = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+_ARITHMETIC = {
+    f"_operator.{name}": getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge")
+}
+# The arguments that may be text. A file name is none of them.
+_TEXT_ARGUMENTS = {"approximate", "assert_msg", "equation", "mode", "padding", "rounding_mode"}
+
+HOW_TO_EXPORT = (
+    "export it with torch.export.export(model.eval(), (torch.zeros(2, C, H, W),), "
+    "dynamic_shapes=({0: torch.export.Dim('n')},)) and torch.export.save"
+)
+
+
+class ArchiveError(Exception):
+    """A zip that is refused: what was expected, what was found."""
+
+
+@dataclass(frozen=True)
+class ArchiveModel:
+    """A model read from an archive, its input shape, and its graph as canonical bytes for a digest."""
+
+    module: nn.Module
+    graph: bytes
+    class_count: int
+    channels: int
+    height: int
+    width: int
+
+
+def members_of(path: Path) -> list[str]:
+    """Return the members of a zip as torch writes it, without their common root folder.
+
+    Every member is stored, not compressed, and all together are no larger than the file: no zip bomb fits.
+
+    Raises:
+        ArchiveError: not a zip, cut short, compressed, overlapping, or with names that leave the folder.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ArchiveError(
+            f"expected a zip, as torch.save and torch.export.save write it, got none or one cut short ({error}); "
+            "copy the file again or save it with PyTorch 1.6 or later"
+        ) from None
+    # Archives hold small zips: of one that is cut short, the last of those is found, somewhere inside.
+    if not infos or min(info.header_offset for info in infos) != 0:
+        raise ArchiveError("the zip does not begin where the file does: it is empty or cut short; copy it again")
+    names = [info.filename for info in infos]
+    for info in infos:
+        if info.filename.startswith("/") or "\\" in info.filename or ".." in info.filename.split("/"):
+            raise ArchiveError(f"member {info.filename!r} leaves the archive's folder")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ArchiveError(
+                f"member {info.filename!r} is compressed, expected it stored as torch writes it; save it again"
+            )
+    if len(set(names)) < len(names) or sum(info.file_size for info in infos) > path.stat().st_size:
+        raise ArchiveError("members overlap or claim more bytes than the file has")
+    roots = {name.split("/", 1)[0] for name in names}
+    if len(roots) != 1 or any("/" not in name for name in names):
+        raise ArchiveError(f"expected one folder in the zip, got {', '.join(sorted(roots)[:5])}")
+    return [name.split("/", 1)[1] for name in names]
+
+
+def read_archive(path: Path) -> ArchiveModel:
+    """Return the model in a `torch.export` archive, ready to run on the CPU.
+
+    Raises:
+        ArchiveError: a member beyond graph and raw tensors, a graph that is no classifier of float pictures
+            `(N, C, H, W)` with N left open, or an operator outside ATen.
+    """
+    for member in members_of(path):
+        if not _ALLOWED.fullmatch(member):
+            kind = next((kind for kind, names in _REFUSED.items() if names.fullmatch(member)), "an unknown member")
+            raise ArchiveError(f"member {member!r} is {kind}; expected a graph and raw tensors only; {HOW_TO_EXPORT}")
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].split("/", 1)[0]
+
+        def read(member: str) -> bytes:
+            return archive.read(f"{root}/{member}")
+
+        try:
+            if read("archive_format") != b"pt2" or read("byteorder").decode() != sys.byteorder:
+                raise ArchiveError(f"expected a pt2 archive of a {sys.byteorder}-endian machine")
+            program = json.loads(read(_GRAPH))
+            weights = {
+                **_tensors(read, "data/weights"),
+                **_tensors(read, "data/constants"),
+            }
+            return _model(program, weights)
+        except ArchiveError:
+            raise
+        except Exception as error:  # what a stranger's JSON can break is not to be listed
+            reason = f"{type(error).__name__}: {error}"
+            raise ArchiveError(f"its graph cannot be read or run ({reason}); {HOW_TO_EXPORT}") from None
+
+
+def _tensors(read: Callable[[str], bytes], folder: str) -> dict[str, Tensor]:
+    """Return the tensors of one folder by their names in the module."""
+    tensors = {}
+    for name, entry in json.loads(read(f"{folder}/{_CONFIGS[folder]}"))["config"].items():
+        if entry["use_pickle"]:
+            raise ArchiveError(f"{folder}: {name!r} is pickled, expected a raw tensor; {HOW_TO_EXPORT}")
+        if not re.fullmatch(_FOLDERS[folder], entry["path_name"]):
+            raise ArchiveError(f"{folder}: {name!r} lies in {entry['path_name']!r}, expected {_FOLDERS[folder]}")
+        meta = entry["tensor_meta"]
+        dtype = _DTYPES[meta["dtype"]]
+        size = [dimension["as_int"] for dimension in meta["sizes"]]
+        stride = [dimension["as_int"] for dimension in meta["strides"]]
+        if math.prod(size) == 0:
+            tensors[name] = torch.zeros(size, dtype=dtype)
+            continue
+        stored = torch.frombuffer(bytearray(read(f"{folder}/{entry['path_name']}")), dtype=dtype)
+        if math.prod(size) > stored.numel():
+            raise ArchiveError(f"{folder}: {name!r} claims {size}, more than the {stored.numel()} numbers stored")
+        # as_strided refuses what lies outside the bytes.
+        tensors[name] = stored.as_strided(size, stride, meta["storage_offset"]["as_int"])
+        if folder == "data/weights" and not torch.isfinite(tensors[name]).all():
+            raise ArchiveError(f"weight {name!r} holds NaN or infinity; expected finite numbers")
+    return tensors
+
+
+def _model(program: Any, weights: Mapping[str, Tensor]) -> ArchiveModel:
+    if program["schema_version"]["major"] != _SCHEMA_MAJOR:
+        raise ArchiveError(
+            f"expected version {_SCHEMA_MAJOR} of the export schema, got {program['schema_version']['major']}; "
+            "export it with a newer PyTorch"
+        )
+    graph = program["graph_module"]["graph"]
+    signature = program["graph_module"]["signature"]
+    images, weight_names = _inputs(signature["input_specs"])
+    answer = _output(signature["output_specs"])
+    batch, *picture = graph["tensor_values"][images]["sizes"]
+    if graph["tensor_values"][images]["dtype"] != _FLOAT32 or len(picture) != 3:
+        raise ArchiveError("expected one input of float32 pictures (N, C, H, W)")
+    if "as_expr" not in batch:
+        raise ArchiveError(f"it takes exactly {batch['as_int']} pictures a call, expected any; {HOW_TO_EXPORT}")
+    if any("as_int" not in side for side in picture):
+        raise ArchiveError(f"expected fixed channels, height and width; {HOW_TO_EXPORT}")
+    channels, height, width = (side["as_int"] for side in picture)
+    answer_shape = graph["tensor_values"][answer]["sizes"]
+    if len(answer_shape) != 2 or "as_int" not in answer_shape[1]:
+        raise ArchiveError("expected one output (N, K) of logits or probabilities")
+    class_count = answer_shape[1]["as_int"]
+
+    module = _Graph(
+        steps=[_step(node) for node in graph["nodes"]],
+        weights={name: weights[key] for name, key in weight_names.items()},
+        images=images,
+        answer=answer,
+        largest_batch=_largest_batch(batch, program["range_constraints"]),
+    ).eval()
+    for count in (1, 3):
+        with torch.inference_mode():
+            shape = tuple(module(torch.zeros(count, channels, height, width)).shape)
+        if shape != (count, class_count):
+            raise ArchiveError(f"expected answers {(count, class_count)}, got {shape}")
+    parts = [[node["target"], node["inputs"], node["outputs"]] for node in graph["nodes"]]
+    text = json.dumps([parts, signature["input_specs"], signature["output_specs"]], sort_keys=True)
+    return ArchiveModel(module, text.encode(), class_count, channels, height, width)
+
+
+def _inputs(specs: Any) -> tuple[str, dict[str, str]]:
+    """Return the graph's name of the pictures, and of each weight with its name in the module."""
+    images, weights = [], {}
+    for spec in specs:
+        ((kind, value),) = spec.items()
+        if kind == "user_input":
+            images.append(value["arg"]["as_tensor"]["name"])
+        elif kind in ("parameter", "buffer", "tensor_constant"):
+            weights[value["arg"]["name"]] = value[f"{kind}_name"]
+        else:
+            raise ArchiveError(f"input of kind {kind!r}, expected pictures, weights and tensors only")
+    if len(images) != 1:
+        raise ArchiveError(f"expected one input of pictures, got {len(images)}")
+    return images[0], weights
+
+
+def _output(specs: Any) -> str:
+    """Return the graph's name of the answer."""
+    kinds = [kind for spec in specs for kind in spec]
+    if kinds != ["user_output"]:
+        raise ArchiveError(f"expected one output (N, K) and no change of weights, got {kinds}; {HOW_TO_EXPORT}")
+    return cast(str, specs[0]["user_output"]["arg"]["as_tensor"]["name"])
+
+
+def _largest_batch(batch: Any, ranges: Any) -> int | None:
+    """Return the most pictures a call may hold, from the range of the batch size's symbol; None: any."""
+    found = re.match(r"Symbol\('(\w+)'", batch["as_expr"]["expr_str"])
+    if not found:
+        raise ArchiveError(f"expected a free batch size, got a computed one; {HOW_TO_EXPORT}")
+    bounds = ranges.get(found[1], {"min_val": 0, "max_val": None})
+    # torch writes 2 where it means "not specialised for a single picture": one picture runs all the same.
+    if bounds["min_val"] is not None and bounds["min_val"] > 2:
+        raise ArchiveError(f"it takes at least {bounds['min_val']} pictures a call, expected 1; {HOW_TO_EXPORT}")
+    return None if bounds["max_val"] is None else int(bounds["max_val"])
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The value of an earlier node, by name."""
+
+    name: str
+
+
+class _TheDevice:
+    """Wherever the pictures are: a graph exported on one device runs on another."""
+
+
+@dataclass
+class _Step:
+    """One node: what to call, with what, and which names its results take (a list for a list of tensors)."""
+
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    results: list[Any]
+    forget: tuple[str, ...] = ()  # values that no later step reads
+
+
+def _step(node: Any) -> _Step:
+    arguments = {argument["name"]: _argument(argument["name"], argument["arg"]) for argument in node["inputs"]}
+    results = [_result(output) for output in node["outputs"]]
+    target = node["target"]
+    if target in _ARITHMETIC:
+        function = _ARITHMETIC[target]
+        return _Step(lambda **named: function(*named.values()), arguments, results)
+    found = _TARGET.fullmatch(target)
+    overload = getattr(getattr(torch.ops.aten, found[1], None), found[2], None) if found else None
+    if not isinstance(overload, torch._ops.OpOverload):
+        raise ArchiveError(f"operator {target!r}, expected one of torch.ops.aten; {HOW_TO_EXPORT}")
+    # What returns nothing is called for its effect on the world: checks are the only harmless ones.
+    if not overload._schema.returns and not overload._schema.name.startswith("aten::_assert"):
+        raise ArchiveError(f"operator {target!r} returns nothing, expected pure computation")
+    if arguments.get("train") is True or arguments.get("training") is True:
+        raise ArchiveError(f"operator {target!r} is in training mode; {HOW_TO_EXPORT}")
+    return _Step(overload, arguments, results)
+
+
+def _argument(name: str, argument: Any) -> Any:
+    """Return a node's argument: plain values, _Reference and _TheDevice, in lists where the graph has lists."""
+    ((kind, value),) = argument.items()
+    match kind:
+        case "as_none":
+            return None
+        case "as_tensor":
+            return _Reference(value["name"])
+        case "as_tensors":
+            return [_Reference(item["name"]) for item in value]
+        case "as_optional_tensors":
+            return [_Reference(item["as_tensor"]["name"]) if "as_tensor" in item else None for item in value]
+        case "as_sym_int" | "as_sym_float" | "as_sym_bool":
+            return _symbol(value)
+        case "as_sym_ints" | "as_sym_floats" | "as_sym_bools":
+            return [_symbol(item) for item in value]
+        case "as_bool" | "as_int" | "as_bools" | "as_ints":
+            return value
+        case "as_float":
+            return float(value)  # infinities are written as text
+        case "as_floats":
+            return [float(item) for item in value]
+        case "as_scalar_type":
+            return _DTYPES[value]
+        case "as_memory_format":
+            return _MEMORY_FORMATS[value]
+        case "as_layout":
+            return _LAYOUTS[value]
+        case "as_device":
+            return _TheDevice()
+        case "as_string" if name in _TEXT_ARGUMENTS:
+            return value
+    raise ArchiveError(f"argument {name!r} of kind {kind!r}, expected tensors and numbers; {HOW_TO_EXPORT}")
+
+
+def _symbol(value: Any) -> Any:
+    return _Reference(value["as_name"]) if "as_name" in value else next(iter(value.values()))
+
+
+def _result(output: Any) -> Any:
+    ((kind, value),) = output.items()
+    match kind:
+        case "as_tensor":
+            return value["name"]
+        case "as_tensors":
+            return [item["name"] for item in value]
+        case "as_sym_int" | "as_sym_float" | "as_sym_bool":
+            return value["as_name"]
+        case "as_none":
+            return None
+    raise ArchiveError(f"result of kind {kind!r}, expected tensors and numbers")
+
+
+class _Graph(nn.Module):
+    """Runs the steps in order, on the device of the pictures."""
+
+    def __init__(
+        self,
+        *,
+        steps: list[_Step],
+        weights: Mapping[str, Tensor],
+        images: str,
+        answer: str,
+        largest_batch: int | None,
+    ) -> None:
+        super().__init__()
+        self.steps = steps
+        self.images = images
+        self.answer = answer
+        self.largest_batch = largest_batch
+        self.weight_names = list(weights)
+        for i, tensor in enumerate(weights.values()):
+            self.register_buffer(f"weight_{i}", tensor)
+        kept = {answer, *weights}
+        for step in reversed(steps):
+            read = set(_references(list(step.arguments.values())))
+            step.forget = tuple(read - kept)
+            kept |= read
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return `answers_NK`, in as many calls as the largest batch asks for."""
+        if self.largest_batch is None or len(images_NCHW) <= self.largest_batch:
+            return self._run(images_NCHW)
+        return torch.cat([self._run(part) for part in torch.split(images_NCHW, self.largest_batch)])
+
+    def _run(self, images_NCHW: Tensor) -> Tensor:
+        values: dict[str, Any] = {name: self.get_buffer(f"weight_{i}") for i, name in enumerate(self.weight_names)}
+        values[self.images] = images_NCHW
+        for step in self.steps:
+            named = {key: _value(item, values, images_NCHW.device) for key, item in step.arguments.items()}
+            result = step.call(**named)
+            results = [result] if len(step.results) == 1 else result
+            for name, item in zip(step.results, results or (), strict=True):
+                values.update(zip(name, item, strict=True) if isinstance(name, list) else [(name, item)])
+            for name in step.forget:
+                del values[name]
+        return cast(Tensor, values[self.answer])
+
+
+def _value(item: Any, values: Mapping[str, Any], device: torch.device) -> Any:
+    if isinstance(item, _Reference):
+        return values[item.name]
+    if isinstance(item, _TheDevice):
+        return device
+    if isinstance(item, list):
+        return [_value(part, values, device) for part in item]
+    return item
+
+
+def _references(items: list[Any]) -> list[str]:
+    names = []
+    for item in items:
+        if isinstance(item, _Reference):
+            names.append(item.name)
+        elif isinstance(item, list):
+            names += _references(item)
+    return names

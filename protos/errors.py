@@ -1,0 +1,167 @@
+"""The table of refusals: reason -> status code, public sentence, retry advice; and its one translator.
+
+A refusal travels as ``google.rpc.Status`` with ErrorInfo (reason, domain, the variables of the sentence) and,
+where they help, QuotaFailure, BadRequest or RetryInfo. ``Refusal`` is that status as a Python exception, the
+same on both sides of the wire: ``Refusal.from_status(refusal.to_status()) == refusal``.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+
+DOMAIN = "mekd"
+
+
+class Reason(enum.Enum):
+    """Why a request was refused. The name travels in ErrorInfo.reason."""
+
+    BUDGET_EXHAUSTED = enum.auto()
+    OVERLOADED = enum.auto()
+    DRAINING = enum.auto()
+    LEDGER_UNAVAILABLE = enum.auto()
+    STREAM_NOT_CONFIGURED = enum.auto()
+    INVALID_REQUEST = enum.auto()
+    INVALID_IMAGES = enum.auto()
+    BATCH_ID_REUSED = enum.auto()
+    BATCH_IN_FLIGHT = enum.auto()
+    HOLD_LOST = enum.auto()
+    ANSWER_EXPIRED = enum.auto()
+    UNAUTHENTICATED = enum.auto()
+    PERMISSION_DENIED = enum.auto()
+    ENGINE_FAILED = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+class Entry(NamedTuple):
+    """One row of the table. ``retry_seconds`` is None where waiting does not help."""
+
+    code: int
+    sentence: str
+    retry_seconds: float | None = None
+
+
+TABLE: dict[Reason, Entry] = {
+    Reason.BUDGET_EXHAUSTED: Entry(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "the account has {available} pictures available, {requested} were asked for and {held} are held for "
+        "batches under way; ask for fewer, or have the budget raised",
+    ),
+    Reason.OVERLOADED: Entry(
+        code_pb2.UNAVAILABLE,
+        "the queue is full ({limit} pictures); send the same batch again",
+        0.2,
+    ),
+    Reason.DRAINING: Entry(
+        code_pb2.UNAVAILABLE, "the server is stopping; connect again and send the same batch", 1.0
+    ),
+    Reason.LEDGER_UNAVAILABLE: Entry(
+        code_pb2.UNAVAILABLE,
+        "the ledger cannot be written just now, so nothing is answered and nothing charged; "
+        "send the same batch again",
+        2.0,
+    ),
+    Reason.STREAM_NOT_CONFIGURED: Entry(
+        code_pb2.INVALID_ARGUMENT,
+        "expected one config as the first message of the stream, got {got}",
+    ),
+    Reason.INVALID_REQUEST: Entry(code_pb2.INVALID_ARGUMENT, "{field}: expected {expected}, got {got}"),
+    Reason.INVALID_IMAGES: Entry(code_pb2.INVALID_ARGUMENT, "{field}: expected {expected}, got {got}"),
+    Reason.BATCH_ID_REUSED: Entry(
+        code_pb2.ALREADY_EXISTS,
+        "batch id {batch_id} was used before with another {field}; new pictures need a new id",
+    ),
+    Reason.BATCH_IN_FLIGHT: Entry(
+        code_pb2.ABORTED, "batch {batch_id} is still being answered; send it again in a moment", 0.5
+    ),
+    Reason.HOLD_LOST: Entry(
+        code_pb2.ABORTED,
+        "the hold of batch {batch_id} ended before its answer was booked; nothing was charged; "
+        "send the same batch again",
+        0.5,
+    ),
+    Reason.ANSWER_EXPIRED: Entry(
+        code_pb2.FAILED_PRECONDITION,
+        "batch {batch_id} was answered and charged before, but its answer is no longer kept",
+    ),
+    Reason.UNAUTHENTICATED: Entry(
+        code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
+    ),
+    Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "this key's role does not allow {method}"),
+    Reason.ENGINE_FAILED: Entry(
+        code_pb2.INTERNAL, "the model failed on this batch; nothing was charged (incident {incident})"
+    ),
+    # What a peer with a newer table says: its message is kept, no advice is invented.
+    Reason.UNKNOWN: Entry(code_pb2.UNKNOWN, "{message}"),
+}
+
+
+@dataclass(eq=True)
+class Refusal(Exception):
+    """A request refused for a reason of the table.
+
+    ``variables`` fill the sentence and travel in ErrorInfo.metadata; a missing one is a programming error
+    (KeyError at the first rendering, and a test renders every row).
+    """
+
+    reason: Reason
+    variables: dict[str, str] = field(default_factory=dict)
+
+    __hash__ = Exception.__hash__  # a dataclass with eq drops it, and the runtime keeps exceptions in sets
+
+    @classmethod
+    def of(cls, reason: Reason, **variables: object) -> "Refusal":
+        """A refusal with its variables as text, its sentence proven complete."""
+        refusal = cls(reason, {name: str(value) for name, value in variables.items()})
+        refusal.message  # noqa: B018  a missing variable must fail here, not on the wire
+        return refusal
+
+    @property
+    def code(self) -> int:
+        """The canonical code, ``google.rpc.Code``."""
+        return TABLE[self.reason].code
+
+    @property
+    def message(self) -> str:
+        """The public sentence: what was expected, what came, what to do."""
+        return TABLE[self.reason].sentence.format(**self.variables)
+
+    @property
+    def retry_seconds(self) -> float | None:
+        """How long to wait before the same request may succeed; None where waiting does not help."""
+        return TABLE[self.reason].retry_seconds
+
+    def __str__(self) -> str:
+        return f"{self.reason.name}: {self.message}"
+
+    def to_status(self) -> Status:
+        """The refusal as it travels."""
+        status = Status(code=self.code, message=self.message)
+        status.details.add().Pack(ErrorInfo(reason=self.reason.name, domain=DOMAIN, metadata=dict(self.variables)))
+        if self.reason is Reason.BUDGET_EXHAUSTED:
+            violation = QuotaFailure.Violation(subject="account", description=self.message, quota_metric="pictures")
+            status.details.add().Pack(QuotaFailure(violations=[violation]))
+        if "field" in self.variables and self.code == code_pb2.INVALID_ARGUMENT:
+            broken = BadRequest.FieldViolation(field=self.variables["field"], description=self.message)
+            status.details.add().Pack(BadRequest(field_violations=[broken]))
+        if self.retry_seconds is not None:
+            delay = Duration()
+            delay.FromNanoseconds(int(self.retry_seconds * 1e9))
+            status.details.add().Pack(RetryInfo(retry_delay=delay))
+        return status
+
+    @classmethod
+    def from_status(cls, status: Status) -> "Refusal":
+        """The refusal in a status; UNKNOWN with the status's own message where the table has no such row."""
+        info = ErrorInfo()
+        for detail in status.details:
+            if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                try:
+                    return cls.of(Reason[info.reason], **info.metadata)
+                except KeyError:  # a reason, or a variable of one, that this table does not know
+                    break
+        return cls.of(Reason.UNKNOWN, message=f"{code_pb2.Code.Name(status.code)}: {status.message}")

@@ -1,0 +1,1 @@
+"""Schema and generated stubs of the wire contract."""

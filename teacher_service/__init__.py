@@ -1,0 +1,1 @@
+"""The cloud side: hosts a classifier behind gRPC and sells its answers from prepaid budgets."""

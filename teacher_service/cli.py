@@ -1,0 +1,449 @@
+"""``teacher-serve`` and ``teacher-admin``: flags and environment in, config and one clear line out."""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+import structlog
+
+from teacher_service import auth
+from teacher_service.config import ServerConfig
+from teacher_service.ledger import Account, Ledger, LedgerError
+from teacher_service.server import StartError, is_loopback, open_ledger
+from teacher_service.server import serve as run_server
+
+T = TypeVar("T")
+
+BAD_INPUT = 2
+HEALTH_TIMEOUT_SECONDS = 5.0
+DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": None}
+
+
+def _numbers(_context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers with commas between, got {text!r}") from None
+
+
+def _shape(_context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"expected CHANNELS,HEIGHT,WIDTH, for example 3,32,32; got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _facts_options(command: Callable[..., T]) -> Callable[..., T]:
+    """The flags that state facts of a model, the same for ``teacher-serve`` and ``model describe``."""
+    for option in reversed(
+        (
+            click.option(
+                "--arch", metavar="NAME", help="Architecture, where the weights fit more than one (resnet56, …)."
+            ),
+            click.option(
+                "--input-shape", metavar="C,H,W", callback=_shape, help="Pictures the model takes, e.g. 3,32,32."
+            ),
+            click.option(
+                "--mean", metavar="A,B,C", callback=_numbers, help="Subtracted per channel, of pixels in [0, 1]."
+            ),
+            click.option("--std", metavar="A,B,C", callback=_numbers, help="Divided by per channel, after the mean."),
+            click.option(
+                "--labels",
+                type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                metavar="FILE",
+                help="Class names, one a line, in the order of the model's outputs.",
+            ),
+            click.option(
+                "--output",
+                type=click.Choice(["logits", "probabilities"]),
+                help="What the model returns; needed for .pt2 archives only.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _given_facts(
+    arch: str | None,
+    input_shape: tuple[int, ...] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    labels: Path | None,
+    output: str | None,
+) -> dict[str, object]:
+    facts: dict[str, object] = {"architecture": arch, "mean": mean, "std": std, "output": output}
+    if input_shape is not None:
+        facts["channels"], facts["height"], facts["width"] = input_shape
+    if labels is not None:
+        try:
+            facts["labels"] = tuple(line for line in labels.read_text("utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            _fail(f"--labels {labels}: expected a text file in UTF-8, one class name a line ({error})")
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+@click.command("teacher-serve", context_settings=SETTINGS)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Weights: a checkpoint of this project, a bare state_dict, or a torch.export archive (.pt2). For drills "
+    "without a model, array:CLASSES,CHANNELS,HEIGHT,WIDTH answers from a fixed random projection.",
+)
+@_facts_options
+@click.option(
+    "--listen",
+    default="127.0.0.1:50051",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to serve; port 0 picks a free one. Beyond loopback: with --tls-cert and --tls-key.",
+)
+@click.option(
+    "--metrics-port",
+    default=9464,
+    show_default=True,
+    help="Prometheus metrics on loopback, at /metrics; 0 picks a free port.",
+)
+@click.option(
+    "--ledger",
+    default=DEFAULT_LEDGER,
+    show_default=True,
+    metavar="URL",
+    help="The books: sqlite:///FILE, or memory: for budgets that may be forgotten.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--answers",
+    type=click.Choice(["soft", "hard"]),
+    default="soft",
+    show_default=True,
+    help="What is sold: probabilities, or the index of the most probable class.",
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="Certificate chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key, PEM.")
+@click.option(
+    "--insecure-listen",
+    is_flag=True,
+    help="Allow --listen beyond loopback without TLS: keys and pictures travel in the clear.",
+)
+@click.option(
+    "--grace-seconds", default=20.0, show_default=True, help="After SIGTERM: how long batches under way may take."
+)
+@click.option("--max-batch-pictures", default=512, show_default=True, help="Most pictures in one message.")
+@click.option(
+    "--max-queue-pictures",
+    default=8192,
+    show_default=True,
+    help="Most pictures waiting or being answered; beyond it a batch is asked to come again.",
+)
+@click.option(
+    "--check",
+    metavar="HOST:PORT",
+    help="Serve nothing; ask the server there whether it is ready. Exit status 0 or 1.",
+)
+@click.option(
+    "--tls-ca",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --check: the authority that signed the server's certificate.",
+)
+def serve(
+    model: Path | None,
+    arch: str | None,
+    input_shape: tuple[int, ...] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    labels: Path | None,
+    output: str | None,
+    check: str | None,
+    tls_ca: Path | None,
+    **settings: Any,
+) -> None:
+    """Serve a classifier's answers over gRPC, each charged once to a prepaid account.
+
+    Prints one line, "serving on HOST:PORT", when it is ready. Accounts and budgets are made with teacher-admin on the
+    same --ledger. SIGTERM drains: batches under way are finished and booked first.
+
+    \b
+    teacher-admin account create my-device --budget 50000 > key
+    teacher-serve --model teacher.pt
+    teacher-serve --model rn56.pt --input-shape 3,32,32 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+    """
+    if check is not None:
+        sys.exit(_check(check, tls_ca))
+    if model is None:
+        raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
+    _configure_logging()
+    given = _given_facts(arch, input_shape, mean, std, labels, output)
+    config = ServerConfig(model=model, model_given=given, **settings)
+    try:
+        asyncio.run(run_server(config, _engine(config)))
+    except (StartError, LedgerError) as error:
+        _fail(str(error))
+
+
+def _engine(config: ServerConfig) -> Any:
+    """The engine behind ``--model``. torch is imported here and only here, and not for ``array:``."""
+    from teacher_service.engine import ArrayEngine, EngineError
+
+    kind, _, sizes = str(config.model).partition(":")
+    if kind == "array":
+        try:
+            class_count, channels, height, width = (int(size) for size in sizes.split(","))
+            return ArrayEngine(class_count=class_count, channels=channels, height=height, width=width)
+        except ValueError:
+            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH, got {str(config.model)!r}")
+    from networks.modelfile import ModelFileError, load_model
+    from teacher_service.torch_engine import TorchEngine
+
+    try:
+        return TorchEngine(load_model(config.model, given=config.model_given), device=config.device)
+    except (ModelFileError, EngineError) as error:
+        _fail(str(error))
+
+
+def _check(target: str, tls_ca: Path | None) -> int:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    options = [("grpc.enable_http_proxy", 0)] if is_loopback(target.rpartition(":")[0]) else []
+    if tls_ca is None:
+        channel = grpc.insecure_channel(target, options)
+    else:
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(tls_ca.read_bytes()), options)
+    with channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+                health_pb2.HealthCheckRequest(), timeout=HEALTH_TIMEOUT_SECONDS
+            )
+        except grpc.RpcError as error:
+            click.echo(f"{target} is not ready: {error.code().name}: {error.details()}", err=True)
+            return 1
+    ready = answer.status == health_pb2.HealthCheckResponse.SERVING
+    click.echo(f"{target} is {'ready' if ready else 'not ready'}", err=True)
+    return 0 if ready else 1
+
+
+@click.group("teacher-admin", context_settings=SETTINGS)
+@click.option(
+    "--ledger",
+    default=DEFAULT_LEDGER,
+    show_default=True,
+    envvar="MEKD_LEDGER",
+    metavar="URL",
+    help="The books: sqlite:///FILE.",
+)
+@click.pass_context
+def admin(context: click.Context, ledger: str) -> None:
+    """Accounts, budgets and keys on a ledger, and the facts of model files.
+
+    Works on the ledger itself, whether a server has it open or not.
+
+    \b
+    teacher-admin account create my-device --budget 50000     # prints the key, once
+    teacher-admin account show my-device --format json
+    teacher-admin account grant my-device 10000
+    teacher-admin statement my-device --run-id RUN
+    teacher-admin key revoke KEY_ID
+    teacher-admin model describe rn56.pt --input-shape 3,32,32 --mean … --std …
+    """
+    context.obj = ledger
+
+
+@admin.group()
+def account() -> None:
+    """Make, show and top up accounts."""
+
+
+@account.command("create")
+@click.argument("name")
+@click.option("--budget", type=int, required=True, metavar="N", help="Pictures granted from the start.")
+@click.pass_obj
+def account_create(ledger: str, name: str, budget: int) -> None:
+    """Make an account with a budget; its key goes to standard output, once, and nowhere else."""
+
+    async def make(books: Ledger) -> str:
+        text, stored = auth.new_key(name)
+        await books.create_account(name, budget)
+        await books.add_key(stored)
+        return text
+
+    click.echo(_on_books(ledger, make, create=True))
+
+
+@account.command("show")
+@click.argument("name")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.pass_obj
+def account_show(ledger: str, name: str, form: str) -> None:
+    """Show what an account was granted, what is posted and held, and its balance, in pictures."""
+    _print_account(_on_books(ledger, lambda books: books.account(name)), form)
+
+
+@account.command("list")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.pass_obj
+def account_list(ledger: str, form: str) -> None:
+    """List every account with its balances; as json, one object a line."""
+    for found in _on_books(ledger, lambda books: books.accounts()):
+        _print_account(found, form)
+
+
+@account.command("grant")
+@click.argument("name")
+@click.argument("pictures", type=int)
+@click.pass_obj
+def account_grant(ledger: str, name: str, pictures: int) -> None:
+    """Grant an account more PICTURES; a stopped agent goes on with the same command."""
+    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), "text")
+
+
+@admin.group()
+def key() -> None:
+    """Make, list and revoke an account's keys."""
+
+
+@key.command("create")
+@click.argument("name")
+@click.pass_obj
+def key_create(ledger: str, name: str) -> None:
+    """Make one more key for account NAME; it goes to standard output, once."""
+
+    async def make(books: Ledger) -> str:
+        text, stored = auth.new_key(name)
+        await books.add_key(stored)
+        return text
+
+    click.echo(_on_books(ledger, make))
+
+
+@key.command("list")
+@click.argument("name")
+@click.pass_obj
+def key_list(ledger: str, name: str) -> None:
+    """List the ids of account NAME's keys, never their secrets."""
+    for stored in _on_books(ledger, lambda books: books.keys(name)):
+        click.echo(f"{stored.key_id}  {stored.role}  {'revoked' if stored.revoked else 'valid'}")
+
+
+@key.command("revoke")
+@click.argument("key_id")
+@click.pass_obj
+def key_revoke(ledger: str, key_id: str) -> None:
+    """End a key for good; a running server notices within five seconds."""
+    _on_books(ledger, lambda books: books.revoke_key(key_id))
+
+
+@admin.command()
+@click.argument("name")
+@click.option("--run-id", default="", help="Only the entries of one run.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.pass_obj
+def statement(ledger: str, name: str, run_id: str, form: str) -> None:
+    """Print an account's journal, oldest entry first; as json, one object a line."""
+
+    async def pages(books: Ledger) -> None:
+        await books.account(name)  # refuses an unknown name
+        after = 0
+        while page := await books.statement(name, run_id=run_id, after_sequence=after):
+            for entry in page:
+                row = {
+                    "sequence": entry.sequence,
+                    "create_time_ms": entry.create_time_ms,
+                    "kind": entry.kind.value,
+                    "pictures": entry.picture_count,
+                    "debit_book": entry.debit_book,
+                    "credit_book": entry.credit_book,
+                    "run_id": entry.run_id,
+                    "batch_id": entry.batch_id,
+                }
+                click.echo(json.dumps(row) if form == "json" else "  ".join(str(value) for value in row.values()))
+            after = page[-1].sequence
+
+    _on_books(ledger, pages)
+
+
+@admin.group()
+def model() -> None:
+    """Write down what a model file does not say of itself."""
+
+
+@model.command("describe")
+@click.argument("file", type=click.Path(path_type=Path))
+@_facts_options
+def model_describe(file: Path, **facts: Any) -> None:
+    """Write FILE.toml beside a model FILE: architecture, labels, input shape, normalisation.
+
+    \b
+    teacher-admin model describe rn56.pt --input-shape 3,32,32 \\
+        --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+    """
+    from networks.modelfile import ModelFileError, describe_model
+
+    try:
+        click.echo(f"wrote {describe_model(file, given=_given_facts(**facts))}")
+    except ModelFileError as error:
+        _fail(str(error))
+
+
+def _on_books(url: str, work: Callable[[Ledger], Awaitable[T]], *, create: bool = False) -> T:
+    async def run() -> T:
+        books = open_ledger(url, create=create)
+        try:
+            return await work(books)
+        finally:
+            await books.close()
+
+    try:
+        return asyncio.run(run())
+    except LedgerError as error:
+        _fail(str(error))
+
+
+def _print_account(found: Account, form: str) -> None:
+    row = {
+        "name": found.name,
+        "granted": found.granted,
+        "posted": found.posted,
+        "held": found.held,
+        "balance": found.balance,
+    }
+    if form == "json":
+        click.echo(json.dumps(row))
+    else:
+        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def _configure_logging() -> None:
+    """Once, before the event loop: reconfiguring logging under a running grpc.aio server can deadlock it."""
+    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    level = logging.getLevelNamesMapping().get(os.environ.get("MEKD_LOG_LEVEL", "INFO").upper(), logging.INFO)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _fail(line: str) -> NoReturn:
+    click.echo(f"error: {line}", err=True)
+    sys.exit(BAD_INPUT)

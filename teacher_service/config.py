@@ -1,0 +1,34 @@
+"""One frozen config, built once at the entry; leaves get plain values. Every limit carries its unit in its name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What ``teacher-serve`` was asked to do."""
+
+    model: Path
+    model_given: dict[str, object] = field(default_factory=dict)
+    """Facts of the model from the command line; they complete the file's own (``networks.modelfile``)."""
+    listen: str = "127.0.0.1:50051"
+    metrics_port: int = 9464
+    ledger: str = "sqlite:///mekd-ledger.db"
+    device: str = "auto"
+    answers: Literal["soft", "hard"] = "soft"
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure_listen: bool = False
+    max_batch_pictures: int = 512
+    """Most pictures in one message."""
+    max_engine_pictures: int = 512
+    """Most pictures in one engine call."""
+    max_queue_pictures: int = 8192
+    """Most pictures waiting or being answered, over all callers; beyond it a batch is refused as OVERLOADED."""
+    window_batches: int = 8
+    """Batches one stream may have unanswered; the server reads no further."""
+    max_message_bytes: int = 64 * 2**20
+    grace_seconds: float = 20.0
+    """After SIGTERM: how long batches under way may take."""
+    metrics_max_accounts: int = 200

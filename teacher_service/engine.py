@@ -1,0 +1,76 @@
+"""What answers pictures: the protocol that the service knows, and an engine of numpy alone.
+
+Shape legend: N pictures, C channels, H rows, W columns, K classes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+UInt8Array = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
+
+
+class EngineError(Exception):
+    """No answer can be given, in one line; what was asked stays unanswered and uncharged."""
+
+
+class Engine(Protocol):
+    """A classifier with its preprocessing. Calls come one at a time."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """K names, in the order of the answers."""
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+
+    @property
+    def height(self) -> int:
+        """Rows of a picture, in pixels."""
+
+    @property
+    def width(self) -> int:
+        """Columns of a picture, in pixels."""
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 (hex) of all that shapes the answers: weights, architecture, preprocessing."""
+
+    def answer(self, images_NCHW: UInt8Array) -> Float32Array:
+        """Return `probabilities_NK` whose rows sum to 1.
+
+        Raises:
+            EngineError: the answers are not finite, or are no probabilities.
+        """
+
+
+class ArrayEngine:
+    """Answers from a fixed random projection of the pixels: starts at once, needs no torch, learns nothing.
+
+    The projection is in whole numbers, so an answer does not depend on what else is in the batch.
+    """
+
+    def __init__(
+        self, *, class_count: int = 10, channels: int = 1, height: int = 8, width: int = 8, seed: int = 0
+    ) -> None:
+        self.labels = tuple(str(k) for k in range(class_count))
+        self.channels = channels
+        self.height = height
+        self.width = width
+        shape = (channels * height * width, class_count)
+        self._weights_PK = np.random.default_rng(seed).integers(-3, 4, shape, dtype=np.int32)
+        self.model_digest = hashlib.sha256(f"ArrayEngine {shape} {seed}".encode()).hexdigest()
+
+    def answer(self, images_NCHW: UInt8Array) -> Float32Array:
+        """Return `probabilities_NK` whose rows sum to 1."""
+        pixels_NP = 2 * images_NCHW.reshape(len(images_NCHW), -1).astype(np.int32) - 255
+        # Divided by about the spread of the sums, so that the softmax is neither flat nor certain.
+        logits_NK = (pixels_NP @ self._weights_PK) / (256.0 * np.sqrt(len(self._weights_PK)))
+        odds_NK = np.exp(logits_NK - logits_NK.max(axis=1, keepdims=True))
+        probabilities_NK: Float32Array = (odds_NK / odds_NK.sum(axis=1, keepdims=True)).astype(np.float32)
+        return probabilities_NK

@@ -1,0 +1,125 @@
+"""The books in memory: the same rules without a store. For tests, and for a server whose budgets may be forgotten."""
+
+from collections.abc import Sequence
+
+from teacher_service import ledger as rules
+from teacher_service.ledger import (
+    Account,
+    Entry,
+    EntryKind,
+    Held,
+    Hold,
+    HoldRequest,
+    HoldState,
+    Key,
+    LedgerError,
+    Posted,
+)
+
+INSTANCE = "memory"
+
+
+class MemoryLedger:
+    """``Ledger`` in dictionaries. Single-threaded: every method runs to its end without awaiting."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+        self._holds: dict[tuple[str, str], Hold] = {}
+        self._answers: dict[tuple[str, str], bytes] = {}
+        self._entries: list[Entry] = []
+        self._keys: dict[str, Key] = {}
+
+    async def hold(self, request: HoldRequest) -> Held | Posted:
+        account = self._account(request.account)
+        key = (request.account, request.batch_id)
+        known = self._holds.get(key)
+        if rules.is_replay(known):
+            rules.check_same_batch(known, request)
+            return Posted(self._answers.get(key))
+        self._record(*rules.apply_hold(account, known, request, INSTANCE, rules.now_ms()))
+        return Held()
+
+    async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
+        hold = self._holds.get((account, batch_id))
+        after = self._record(*rules.apply_post(self._account(account), hold, batch_id, INSTANCE, rules.now_ms()))
+        self._answers[account, batch_id] = answer
+        return after
+
+    async def void(self, account: str, batch_id: str) -> None:
+        hold = self._holds.get((account, batch_id))
+        if hold is not None and hold.state is HoldState.HELD:
+            self._record(*rules.apply_release(self._account(account), hold, HoldState.VOIDED, rules.now_ms()))
+
+    async def create_account(self, name: str, granted: int) -> Account:
+        rules.check_account_name(name)
+        if name in self._accounts:
+            raise LedgerError(f"expected a new account name, got {name!r}, which exists")
+        return self._grant(Account(name=name), granted)
+
+    async def grant(self, name: str, picture_count: int) -> Account:
+        return self._grant(self._account(name), picture_count)
+
+    async def account(self, name: str) -> Account:
+        return self._account(name)
+
+    async def accounts(self) -> Sequence[Account]:
+        return [self._accounts[name] for name in sorted(self._accounts)]
+
+    async def run_posted(self, account: str, run_id: str) -> int:
+        return sum(
+            entry.picture_count
+            for entry in self._entries
+            if (entry.account, entry.run_id, entry.kind) == (account, run_id, EntryKind.POST)
+        )
+
+    async def statement(
+        self, account: str, *, run_id: str = "", after_sequence: int = 0, limit: int = 1000
+    ) -> Sequence[Entry]:
+        return [
+            entry
+            for entry in self._entries
+            if entry.account == account and entry.sequence > after_sequence and (not run_id or entry.run_id == run_id)
+        ][:limit]
+
+    async def add_key(self, key: Key) -> None:
+        self._account(key.account)
+        self._keys[key.key_id] = key
+
+    async def key(self, key_id: str) -> Key | None:
+        return self._keys.get(key_id)
+
+    async def keys(self, account: str) -> Sequence[Key]:
+        return [self._keys[key_id] for key_id in sorted(self._keys) if self._keys[key_id].account == account]
+
+    async def revoke_key(self, key_id: str) -> None:
+        if key_id not in self._keys:
+            raise LedgerError(f"expected the id of a key on these books, got {key_id!r}")
+        key = self._keys[key_id]
+        self._keys[key_id] = Key(
+            key_id=key.key_id,
+            account=key.account,
+            role=key.role,
+            secret_sha256=key.secret_sha256,
+            revoked=True,
+        )
+
+    async def close(self) -> None:
+        for hold in list(self._holds.values()):
+            await self.void(hold.account, hold.batch_id)
+
+    def _account(self, name: str) -> Account:
+        if name not in self._accounts:
+            raise LedgerError(f"expected the name of an account on these books, got {name!r}")
+        return self._accounts[name]
+
+    def _grant(self, account: Account, picture_count: int) -> Account:
+        after, entry = rules.apply_grant(account, picture_count, rules.now_ms())
+        self._accounts[after.name] = after
+        self._entries.append(entry)
+        return after
+
+    def _record(self, account: Account, hold: Hold, entry: Entry) -> Account:
+        self._accounts[account.name] = account
+        self._holds[hold.account, hold.batch_id] = hold
+        self._entries.append(entry)
+        return account

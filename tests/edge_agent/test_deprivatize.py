@@ -1,0 +1,145 @@
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edge_agent.config import DeprivatizeConfig
+from edge_agent.deprivatize import draw_latents, train_generator
+from networks.gan import Generator
+
+CPU = torch.device("cpu")
+SMALL = DeprivatizeConfig(steps=6, batch_count=8, generator_width=4, discriminator_width=4, noise_count=3)
+
+
+class Keep:
+    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.saved = 0
+        self.stop_after = stop_after
+        self.newest: bytes | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        if self.newest is None:
+            return None
+        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
+        return state
+
+    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        torch.save(make_state(), buffer)
+        self.newest = buffer.getvalue()
+        self.saved += 1
+        if self.saved == self.stop_after:
+            raise InterruptedError
+
+
+def silent(done: int, total: int, **figures: float) -> None:
+    """Progress that nobody reads."""
+
+
+def bars(count: int = 64) -> Tensor:
+    """Pictures with a bright left half."""
+    images_NCHW = torch.zeros(count, 1, 8, 8, dtype=torch.uint8)
+    images_NCHW[..., :4] = 255
+    return images_NCHW
+
+
+def train(config: DeprivatizeConfig = SMALL, *, seed: int = 0, checkpoint: Keep | None = None) -> Generator:
+    return train_generator(
+        bars(),
+        class_count=2,
+        config=config,
+        seed=seed,
+        device=CPU,
+        checkpoint=checkpoint or Keep(),
+        progress=silent,
+    )
+
+
+def test_interrupted_and_resumed_training_gives_the_same_bits() -> None:
+    expected = train().state_dict()
+    keep = Keep(stop_after=3)
+    with pytest.raises(InterruptedError):
+        train(checkpoint=keep)
+    torch.manual_seed(12345)  # another process has another global state
+    resumed = train(checkpoint=keep).state_dict()
+    assert keep.saved == 6  # three steps before, three after
+    assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_seed_decides_the_weights_and_torchs_global_state_neither_matters_nor_changes() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = train().state_dict()
+    assert torch.rand(1).equal(expected)
+    second = train().state_dict()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not train(seed=1).state_dict()["layers.0.weight"].equal(first["layers.0.weight"])
+
+
+def test_generator_learns_the_local_pictures() -> None:
+    config = DeprivatizeConfig(
+        steps=100,
+        batch_count=16,
+        generator_width=8,
+        discriminator_width=8,
+        noise_count=3,
+        generator_learning_rate=2e-3,
+        discriminator_learning_rate=2e-3,
+        ema_decay=0.9,
+        shift_fraction=0.0,
+    )
+    generator = train(config)
+    latents_NL = draw_latents(100, class_count=2, noise_count=3, rng=torch.Generator().manual_seed(0))
+    images_NCHW = generator(latents_NL)
+    assert images_NCHW[..., :4].mean() > 0.9
+    assert images_NCHW[..., 4:].mean() < -0.9
+
+
+def test_result_is_frozen_in_eval_mode_with_statistics_of_its_own_weights() -> None:
+    generator = train()
+    assert not generator.training
+    assert not any(p.requires_grad for p in generator.parameters())
+    latents_NL = draw_latents(20_000, class_count=2, noise_count=3, rng=torch.Generator().manual_seed(0))
+    first_norm = generator.layers[2]
+    inputs_NCHW = generator.layers[:2](latents_NL)
+    torch.testing.assert_close(first_norm.running_mean, inputs_NCHW.mean(dim=(0, 2, 3)), atol=0.03, rtol=0)
+    torch.testing.assert_close(first_norm.running_var, inputs_NCHW.var(dim=(0, 2, 3)), atol=0, rtol=0.05)
+
+
+def test_progress_hears_of_every_step() -> None:
+    heard: list[tuple[int, int]] = []
+
+    def listen(done: int, total: int, **figures: float) -> None:
+        assert figures["discriminator_loss"] >= 0.0
+        heard.append((done, total))
+
+    train_generator(bars(), class_count=2, config=SMALL, seed=0, device=CPU, checkpoint=Keep(), progress=listen)
+    assert heard == [(step, 6) for step in range(1, 7)]
+
+
+def test_class_axes_of_latents_have_mean_zero_and_the_noise_is_free() -> None:
+    latents_NL = draw_latents(10_000, class_count=10, noise_count=4, rng=torch.Generator().manual_seed(0))
+    assert latents_NL.shape == (10_000, 14)
+    torch.testing.assert_close(latents_NL[:, :10].sum(dim=1), torch.zeros(10_000), atol=1e-5, rtol=0)
+    # The shell's radius: the squared length of the class axes is 9 on average, each noise number's is 1.
+    assert latents_NL[:, :10].square().sum(dim=1).mean().item() == pytest.approx(9.0, abs=0.2)
+    assert latents_NL[:, 10:].square().mean().item() == pytest.approx(1.0, abs=0.03)
+
+
+def test_pictures_that_are_no_squares_are_refused() -> None:
+    with pytest.raises(ValueError, match="height 8 and width 12"):
+        train_generator(
+            torch.zeros(4, 1, 8, 12, dtype=torch.uint8),
+            class_count=2,
+            config=SMALL,
+            seed=0,
+            device=CPU,
+            checkpoint=Keep(),
+            progress=silent,
+        )

@@ -1,0 +1,254 @@
+import dataclasses
+import io
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edge_agent import distill
+from edge_agent.config import DistillConfig
+from edge_agent.distill import Pool, train_student
+from edge_agent.pixels import normalise
+from networks.classifiers import Classifier
+from networks.gan import Generator
+
+CPU = torch.device("cpu")
+SMALL = DistillConfig(passes=4, batch_count=16, local_weight=1.0, local_start_fraction=0.25)
+
+
+class Tiny(Classifier):
+    """A student with everything that keeps a state: batch norm, and dropout with its random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(0.2)
+        self.linear = nn.Linear(8 * 16, 2)
+
+    def features(self, images_NCHW: Tensor) -> Tensor:
+        return cast(Tensor, self.dropout(self.norm(self.conv1(images_NCHW)).relu().flatten(1)))
+
+
+class Keep:
+    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.saved = 0
+        self.stop_after = stop_after
+        self.newest: bytes | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        if self.newest is None:
+            return None
+        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
+        return state
+
+    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        torch.save(make_state(), buffer)
+        self.newest = buffer.getvalue()
+        self.saved += 1
+        if self.saved == self.stop_after:
+            raise InterruptedError
+
+
+def silent(done: int, total: int, **figures: float) -> None:
+    """Progress that nobody reads."""
+
+
+@torch.random.fork_rng(devices=[])
+def tiny_student() -> Tiny:
+    torch.manual_seed(3)
+    return Tiny()
+
+
+@torch.random.fork_rng(devices=[])
+def small_generator() -> Generator:
+    torch.manual_seed(4)
+    generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+    return generator.eval().requires_grad_(False)
+
+
+def two_kinds(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noisy pictures, bright on the left (class 0) or on the right (class 1)."""
+    rng = torch.Generator().manual_seed(seed)
+    classes_N = torch.arange(count) % 2
+    images_NCHW = torch.randint(0, 120, (count, 1, 8, 8), generator=rng)
+    images_NCHW[classes_N == 0, :, :, :4] += 100
+    images_NCHW[classes_N == 1, :, :, 4:] += 100
+    return images_NCHW.to(torch.uint8), classes_N
+
+
+def pool(*, hard: bool = False) -> Pool:
+    images_NCHW, classes_N = two_kinds(72, seed=0)
+    latents_NL = torch.randn(72, 5, generator=torch.Generator().manual_seed(1))
+    if hard:
+        return Pool(images_NCHW=images_NCHW, latents_NL=latents_NL, class_indices_N=classes_N)
+    probabilities_NK = 0.1 + 0.8 * nn.functional.one_hot(classes_N, 2).float()
+    return Pool(images_NCHW=images_NCHW, latents_NL=latents_NL, probabilities_NK=probabilities_NK)
+
+
+def train(
+    config: DistillConfig = SMALL,
+    *,
+    student: Classifier | None = None,
+    hard: bool = False,
+    seed: int = 0,
+    checkpoint: Keep | None = None,
+) -> Classifier:
+    return train_student(
+        student or tiny_student(),
+        small_generator(),
+        pool(hard=hard),
+        two_kinds(40, seed=2)[0],
+        config=config,
+        seed=seed,
+        device=CPU,
+        checkpoint=checkpoint or Keep(),
+        progress=silent,
+    )
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("local_weight", [0.0, 1.0])
+def test_student_learns_the_answers(hard: bool, local_weight: float) -> None:
+    config = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, local_weight=local_weight)
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+    student = train(config, hard=hard)
+    probabilities_NK = student(normalise(images_NCHW)).softmax(dim=1)
+    assert probabilities_NK.argmax(dim=1).equal(classes_N)
+    # It learns how sure the teacher was, too: 0.9, and for an index 1 less the smoothing's half.
+    sure = probabilities_NK.amax(dim=1).mean().item()
+    assert sure == pytest.approx(0.95 if hard else 0.9, abs=0.03)
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 11])  # within a pass, at its end, with local pictures in it
+def test_interrupted_and_resumed_training_gives_the_same_bits(stop_after: int) -> None:
+    expected = train().state_dict()
+    keep = Keep(stop_after)
+    with pytest.raises(InterruptedError):
+        train(checkpoint=keep)
+    torch.manual_seed(12345)  # another process has another global state
+    resumed = train(student=Tiny(), checkpoint=keep).state_dict()
+    assert keep.saved == 16  # 72 pictures are 4 full batches a pass
+    assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_seed_decides_the_weights_and_torchs_global_state_neither_matters_nor_changes() -> None:
+    students = [tiny_student(), tiny_student(), tiny_student()]
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = train(student=students[0]).state_dict()
+    assert torch.rand(1).equal(expected)
+    second = train(student=students[1]).state_dict()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not train(student=students[2], seed=1).linear.weight.equal(first["linear.weight"])
+
+
+def test_result_is_the_average_in_eval_mode_and_not_the_last_student() -> None:
+    student = tiny_student()
+    averaged = train(student=student)
+    assert not averaged.training
+    assert not averaged.linear.weight.equal(student.linear.weight)
+
+
+def test_batch_norm_statistics_are_local_exactly_when_local_pictures_took_part() -> None:
+    local_NCHW, pool_NCHW = two_kinds(40, seed=2)[0], pool().images_NCHW
+    for local_weight, source_NCHW in ((1.0, local_NCHW), (0.0, pool_NCHW)):
+        student = cast(Tiny, train(dataclasses.replace(SMALL, local_weight=local_weight)))
+        mean_C = student.conv1(normalise(source_NCHW)).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
+
+
+def test_image_loss_of_equal_answers_is_zero_and_grows_with_their_distance() -> None:
+    generator, noise_NE = small_generator(), torch.randn(2, 3)
+    p_NK = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    equal_N = distill.image_loss(generator, p_NK, p_NK.log(), noise_NE)
+    assert equal_N.tolist() == pytest.approx([0.0, 0.0], abs=2e-3)
+    near_NK, far_NK = torch.tensor([[0.7, 0.3]] * 2), torch.tensor([[0.1, 0.9]] * 2)
+    near_N = distill.image_loss(generator, p_NK, near_NK.log(), noise_NE)
+    far_N = distill.image_loss(generator, p_NK, far_NK.log(), noise_NE)
+    assert (far_N > near_N).all()
+    assert (near_N > 0).all()
+
+
+def test_gradient_of_the_image_loss_reaches_the_logits_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "training_precision", lambda device: nullcontext())  # differences need digits
+    generator, noise_NE = small_generator().double(), torch.randn(2, 3, dtype=torch.float64)
+    answers_NK = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
+    logits_NK = torch.tensor([[0.3, -0.2], [0.5, 0.1]], dtype=torch.float64, requires_grad=True)
+
+    def total(logits_NK: Tensor) -> Tensor:
+        return distill.image_loss(generator, answers_NK, logits_NK, noise_NE).double().sum()
+
+    (gradient_NK,) = torch.autograd.grad(total(logits_NK), logits_NK)
+    step_NK = torch.zeros_like(logits_NK)
+    step_NK[0, 0] = 1e-2
+    with torch.no_grad():
+        difference = (total(logits_NK + step_NK) - total(logits_NK - step_NK)) / 2e-2
+    assert abs(difference.item()) > 1e-3
+    assert gradient_NK[0, 0].item() == pytest.approx(difference.item(), rel=0.02)
+
+
+def test_temperature_keeps_the_size_of_the_gradient() -> None:
+    logits_NK = torch.tensor([[0.1, -0.1]], requires_grad=True)
+    answers = Pool(
+        images_NCHW=torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+        latents_NL=torch.zeros(1, 5),
+        probabilities_NK=torch.tensor([[0.55, 0.45]]),
+    )
+    sizes = []
+    for temperature in (1.0, 4.0):
+        config = dataclasses.replace(SMALL, temperature=temperature)
+        loss_N = distill.answer_loss(answers, torch.tensor([[0.55, 0.45]]), logits_NK, config)
+        sizes.append(torch.autograd.grad(loss_N.sum(), logits_NK)[0].abs().max().item())
+    # Near each other, T² KL(soft(T)) has the same gradient for every T; without T² it would be 16 times less.
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_generator_and_pool_stay_as_they_were() -> None:
+    generator, answers = small_generator(), pool()
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    images_NCHW = answers.images_NCHW.clone()
+    train_student(
+        tiny_student(),
+        generator,
+        answers,
+        two_kinds(40, seed=2)[0],
+        config=SMALL,
+        seed=0,
+        device=CPU,
+        checkpoint=Keep(),
+        progress=silent,
+    )
+    assert all(before[name].equal(value) for name, value in generator.state_dict().items())
+    assert answers.images_NCHW.equal(images_NCHW)
+
+
+def test_step_size_rises_then_falls_to_zero() -> None:
+    sizes = [distill.rise_and_fall(done / 100, 0.05) for done in range(101)]
+    assert sizes[0] == 0.0
+    assert sizes[5] == 1.0
+    assert max(sizes) == 1.0
+    assert sizes[100] == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_pool_with_no_answers_or_both_kinds_is_refused(both: bool) -> None:
+    images_NCHW, classes_N = two_kinds(4, seed=0)
+    answers: dict[str, Tensor] = {}
+    if both:
+        answers = {"class_indices_N": classes_N, "probabilities_NK": torch.full((4, 2), 0.5)}
+    with pytest.raises(ValueError, match=f"got {2 if both else 0} of the two"):
+        Pool(images_NCHW=images_NCHW, latents_NL=torch.zeros(4, 5), **answers)
+
+
+def test_pool_with_parts_of_different_length_is_refused() -> None:
+    images_NCHW, classes_N = two_kinds(4, seed=0)
+    with pytest.raises(ValueError, match=r"got \[4, 3, 4\]"):
+        Pool(images_NCHW=images_NCHW, latents_NL=torch.zeros(3, 5), class_indices_N=classes_N)

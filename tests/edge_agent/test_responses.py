@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from edge_agent import responses
+from edge_agent.deprivatize import draw_latents
+
+
+def test_logits_are_recovered_up_to_a_constant() -> None:
+    torch.manual_seed(0)
+    logits_NK = 2.0 * torch.randn(50, 10)
+    centred_NK = logits_NK - logits_NK.mean(dim=1, keepdim=True)
+    recovered_NK = responses.centred_log_probabilities(logits_NK.softmax(dim=1))
+    torch.testing.assert_close(recovered_NK, centred_NK, atol=1e-4, rtol=0)
+
+
+def test_probability_of_zero_is_taken_as_epsilon() -> None:
+    centred_NK = responses.centred_log_probabilities(torch.tensor([[1.0, 0.0]]), epsilon=1e-4)
+    half = 0.5 * math.log(1e4)
+    torch.testing.assert_close(centred_NK, torch.tensor([[half, -half]]))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])
+def test_softening_probabilities_is_softening_their_logits(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits_NK = 2.0 * torch.randn(50, 10)
+    softened_NK = responses.soften(logits_NK.softmax(dim=1), temperature)
+    torch.testing.assert_close(softened_NK, (logits_NK / temperature).softmax(dim=1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, 1 / math.sqrt(math.pi)), (10, 1.53875), (100, 2.50759)])
+def test_expected_largest_of_some_normals(count: int, expected: float) -> None:
+    assert responses.expected_largest_normal(count) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("class_count", "norm"), [(10, 1.62), (100, 2.52)])
+def test_an_index_becomes_a_point_of_known_norm(class_count: int, norm: float) -> None:
+    indices_N = torch.arange(class_count)
+    axes_NK = responses.class_axes(responses.one_hot(indices_N, class_count))
+    assert axes_NK.norm(dim=1).tolist() == pytest.approx([norm] * class_count, abs=0.005)
+    assert axes_NK.argmax(dim=1).equal(indices_N)
+
+
+def test_an_index_becomes_the_mean_of_the_latents_whose_largest_class_axis_it_is() -> None:
+    rng = torch.Generator().manual_seed(0)
+    axes_NK = draw_latents(200_000, class_count=4, noise_count=0, rng=rng)
+    mean_K = axes_NK[axes_NK.argmax(dim=1) == 2].mean(dim=0)
+    expected_NK = responses.class_axes(responses.one_hot(torch.tensor([2]), 4))
+    torch.testing.assert_close(mean_K, expected_NK[0], atol=0.015, rtol=0)  # about four standard errors
+
+
+def test_soft_answers_lie_between_the_points_of_the_indices() -> None:
+    p_NK = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]])
+    corners_KK = responses.class_axes(torch.eye(3))
+    torch.testing.assert_close(responses.class_axes(p_NK), p_NK @ corners_KK, atol=1e-6, rtol=0)
+    torch.testing.assert_close(responses.class_axes(p_NK)[1], torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_generator_input_keeps_the_noise_beside_the_axes() -> None:
+    noise_NE = torch.randn(2, 5)
+    latents_NL = responses.generator_input(torch.eye(3)[:2], noise_NE)
+    assert latents_NL.shape == (2, 8)
+    assert latents_NL[:, 3:].equal(noise_NE)
+    torch.testing.assert_close(latents_NL[:, :3].sum(dim=1), torch.zeros(2), atol=1e-6, rtol=0)

@@ -1,0 +1,437 @@
+"""Archives as torch writes them, and archives that would run code, fill the memory or answer wrongly."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks.archive import ArchiveError, read_archive
+from networks.registry import build
+
+Members = dict[str, bytes]
+
+
+class Net(nn.Module):
+    """Small, with what exports differ in: constants, symbolic sizes, in-place and many-valued operators, text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), persistent=False)
+        self.conv = nn.Conv2d(3, 8, 4, stride=4, padding="valid")
+        self.norm = nn.BatchNorm2d(8)
+        self.first = nn.Parameter(torch.randn(1, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images - self.mean) / torch.tensor([0.2, 0.2, 0.25]).view(1, 3, 1, 1)
+        x = self.norm(self.conv(x)).relu_()
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(images.shape[0], -1, -1), x], 1)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        low, high = x.chunk(2, dim=2)
+        values, _ = torch.cat([high, low], 2).max(dim=1)
+        x = nn.functional.gelu(self.drop(values), approximate="tanh").to(torch.float64).float()
+        return self.head(x).softmax(1)
+
+
+class OneInput(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x * self.scale)
+
+
+def export(module: nn.Module, path: Path, *examples: Tensor, most: int | None = None) -> Path:
+    batch = torch.export.Dim("n", max=most)
+    dynamic = tuple({0: batch} for _ in examples)
+    torch.export.save(torch.export.export(module, examples, dynamic_shapes=dynamic), path)
+    return path
+
+
+def members(path: Path) -> Members:
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename.split("/", 1)[1]: archive.read(info) for info in archive.infolist()}
+
+
+def write(path: Path, content: Members, *, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in content.items():
+            archive.writestr(f"net/{name}", data)
+    return path
+
+
+def edit(content: Members, member: str, change: Callable[[Any], None]) -> Members:
+    value = json.loads(content[member])
+    change(value)
+    return content | {member: json.dumps(value).encode()}
+
+
+class Malice:
+    """A pickle that leaves a mark when it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def good(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(net, tmp_path_factory.mktemp("archive") / "net.pt2", torch.zeros(2, 3, 16, 12))
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    return tmp_path / "mark"
+
+
+def test_answers_are_those_of_the_module_and_of_torchs_own_loader(good: Path, net: nn.Module) -> None:
+    model = read_archive(good)
+    assert (model.channels, model.height, model.width, model.class_count) == (3, 16, 12, 5)
+    with torch.inference_mode():
+        own = torch.export.load(good).module()
+        for count in (2, 1, 7):
+            images = torch.randn(count, 3, 16, 12)
+            assert torch.equal(model.module(images), own(images))
+            torch.testing.assert_close(model.module(images), net(images))
+
+
+@pytest.mark.parametrize("name", ["resnet8_pad", "vgg11"])
+def test_exports_of_our_own_networks_answer_alike(name: str, tmp_path: Path) -> None:
+    module = build(name, class_count=3, channels=1).eval()
+    model = read_archive(export(module, tmp_path / "own.pt2", torch.zeros(2, 1, 8, 8)))
+    images = torch.rand(4, 1, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(model.module(images), module(images))
+
+
+def test_a_larger_batch_than_the_graph_allows_is_answered_in_parts(net: nn.Module, tmp_path: Path) -> None:
+    path = export(net, tmp_path / "net.pt2", torch.zeros(2, 3, 16, 12), most=4)
+    model = read_archive(path)
+    sizes: list[int] = []
+    run = model.module._run  # type: ignore[operator,union-attr]
+    model.module._run = lambda images: sizes.append(len(images)) or run(images)  # type: ignore[assignment,misc]
+    images = torch.randn(9, 3, 16, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(images), net(images))
+    assert sizes == [4, 4, 1]
+
+
+def test_a_graph_exported_for_a_gpu_runs_on_the_cpu(good: Path, tmp_path: Path, net: nn.Module) -> None:
+    content = members(good)
+    text = content["models/model.json"].replace(b'"type": "cpu", "index": null', b'"type": "cuda", "index": 0')
+    assert text != content["models/model.json"]
+    model = read_archive(write(tmp_path / "gpu.pt2", content | {"models/model.json": text}))
+    images = torch.rand(2, 3, 16, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.module(images), net(images))
+
+
+def test_the_same_model_exported_twice_has_the_same_graph(good: Path, net: nn.Module, tmp_path: Path) -> None:
+    again = export(net, tmp_path / "other name.pt2", torch.zeros(3, 3, 16, 12))
+    assert read_archive(again).graph == read_archive(good).graph
+
+
+def test_malicious_sample_inputs_are_never_opened(good: Path, tmp_path: Path, mark: Path) -> None:
+    content = members(good) | {"data/sample_inputs/model.pt": pickle.dumps(Malice(mark))}
+    read_archive(write(tmp_path / "bad.pt2", content))
+    assert not mark.exists()
+
+
+def test_malice_works_where_it_is_opened(mark: Path) -> None:
+    with pytest.raises(TypeError):
+        len(pickle.loads(pickle.dumps(Malice(mark))))
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("member", "kind"),
+    [
+        ("data/weights/model.pt", "pickled weights or constants"),
+        ("data/constants/model.pt", "pickled weights or constants"),
+        ("data/constants/custom_obj_0", "a custom object"),
+        ("data/constants/opaque_obj_0", "a custom object"),
+        ("data/aotinductor/model/wrapper.so", "compiled code"),
+        ("data/aotinductor/model/metadata.json", "compiled code"),
+        ("extra/labels.txt", "an unknown member"),
+        ("models/other.json", "an unknown member"),
+    ],
+)
+def test_a_member_beyond_graph_and_tensors_is_refused_by_name(
+    member: str, kind: str, good: Path, tmp_path: Path, mark: Path
+) -> None:
+    path = write(tmp_path / "bad.pt2", members(good) | {member: pickle.dumps(Malice(mark))})
+    with pytest.raises(ArchiveError, match=f"member '{re.escape(member)}' is {kind}"):
+        read_archive(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "config"),
+    [("data/weights", "model_weights_config.json"), ("data/constants", "model_constants_config.json")],
+)
+def test_a_tensor_said_to_be_pickled_is_refused(
+    folder: str, config: str, good: Path, tmp_path: Path, mark: Path
+) -> None:
+    content = members(good)
+    first = json.loads(content[f"{folder}/{config}"])["config"]
+    name, entry = next(iter(first.items()))
+    content = edit(content, f"{folder}/{config}", lambda value: value["config"][name].update(use_pickle=True))
+    content[f"{folder}/{entry['path_name']}"] = pickle.dumps(Malice(mark))
+    with pytest.raises(ArchiveError, match=f"'{re.escape(name)}' is pickled"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+    assert not mark.exists()
+
+
+def test_a_tensor_from_another_member_is_refused(good: Path, tmp_path: Path) -> None:
+    content = edit(
+        members(good),
+        "data/weights/model_weights_config.json",
+        lambda value: value["config"]["conv.weight"].update(path_name="../../byteorder"),
+    )
+    with pytest.raises(ArchiveError, match="lies in"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+@pytest.mark.parametrize("name", ["../outside", "net/../../outside", "/outside", "net\\outside"])
+def test_a_member_that_leaves_the_folder_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.pt2", members(good))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(ArchiveError, match="leaves the archive's folder"):
+        read_archive(path)
+
+
+def test_a_compressed_bomb_is_refused_unread(good: Path, tmp_path: Path) -> None:
+    content = {"data/weights/weight_99": bytes(50_000_000)} | members(good)
+    path = write(tmp_path / "bad.pt2", content, compression=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(ArchiveError, match="is compressed"):
+        read_archive(path)
+
+
+def test_a_bomb_of_overlapping_members_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data/weights/weight_0", bytes(100_000))
+        for i in range(1, 50):
+            twin = copy.copy(archive.filelist[0])
+            twin.filename = f"net/data/weights/weight_{i}"
+            archive.filelist.append(twin)
+    with pytest.raises(ArchiveError, match="more bytes than the file has"):
+        read_archive(path)
+
+
+def test_a_tensor_larger_than_its_bytes_is_refused(good: Path, tmp_path: Path) -> None:
+    def stretch(value: Any) -> None:
+        meta = value["config"]["head.bias"]["tensor_meta"]
+        meta.update(sizes=[{"as_int": 10**12}], strides=[{"as_int": 0}])
+
+    content = edit(members(good), "data/weights/model_weights_config.json", stretch)
+    with pytest.raises(ArchiveError, match=r"'head\.bias' claims"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+def test_a_tensor_outside_its_bytes_is_refused(good: Path, tmp_path: Path) -> None:
+    def shift(value: Any) -> None:
+        value["config"]["head.bias"]["tensor_meta"]["storage_offset"] = {"as_int": 1}
+
+    content = edit(members(good), "data/weights/model_weights_config.json", shift)
+    with pytest.raises(ArchiveError, match="out of bounds"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(number: float, good: Path, tmp_path: Path) -> None:
+    content = members(good)
+    config = json.loads(content["data/weights/model_weights_config.json"])["config"]
+    member = "data/weights/" + config["head.bias"]["path_name"]
+    content[member] = torch.tensor([0, 0, number, 0, 0]).numpy().tobytes()
+    with pytest.raises(ArchiveError, match=r"'head\.bias' holds NaN or infinity"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+def node(content: Members, change: Callable[[Any], None], target: str = "softmax") -> Members:
+    """Change the node with this operator."""
+
+    def apply(value: Any) -> None:
+        (found,) = [n for n in value["graph_module"]["graph"]["nodes"] if f".{target}." in n["target"]]
+        change(found)
+
+    return edit(content, "models/model.json", apply)
+
+
+def text_argument(name: str, text: str) -> dict[str, Any]:
+    return {"name": name, "arg": {"as_string": text}, "kind": 1}
+
+
+def test_an_operator_outside_aten_is_refused_by_name(good: Path, tmp_path: Path, mark: Path) -> None:
+    def attack(found: Any) -> None:
+        found.update(target="torch.hub.os.system", inputs=[text_argument("mode", f"touch {mark}")])
+
+    with pytest.raises(ArchiveError, match=r"operator 'torch\.hub\.os\.system'"):
+        read_archive(write(tmp_path / "bad.pt2", node(members(good), attack)))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("target", ["torch.ops.aten.no_such.default", "torch.ops.aten.__class__.__init__", "eval"])
+def test_an_operator_that_does_not_exist_is_refused(target: str, good: Path, tmp_path: Path) -> None:
+    content = node(members(good), lambda found: found.update(target=target))
+    with pytest.raises(ArchiveError, match=f"operator '{re.escape(target)}'"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+@pytest.mark.parametrize("name", ["filename", "mode"])
+def test_an_operator_that_opens_files_gets_no_file_name(name: str, good: Path, tmp_path: Path, mark: Path) -> None:
+    def attack(found: Any) -> None:
+        shared = {"name": "shared", "arg": {"as_bool": True}, "kind": 1}
+        size = {"name": "size", "arg": {"as_int": 10}, "kind": 1}
+        found.update(target="torch.ops.aten.from_file.default", inputs=[text_argument(name, str(mark)), shared, size])
+
+    with pytest.raises(ArchiveError):
+        read_archive(write(tmp_path / "bad.pt2", node(members(good), attack)))
+    assert not mark.exists()
+    torch.from_file(str(mark), shared=True, size=10)  # the operator itself would have made the file
+    assert mark.exists()
+
+
+def test_an_operator_called_for_its_effect_is_refused(good: Path, tmp_path: Path) -> None:
+    content = node(members(good), lambda found: found.update(target="torch.ops.aten._print.default"))
+    with pytest.raises(ArchiveError, match="returns nothing"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+def test_sizes_are_never_evaluated(good: Path, tmp_path: Path, mark: Path) -> None:
+    text = f"__import__('os').system('touch {mark}')"
+
+    def attack(value: Any) -> None:
+        for meta in value["graph_module"]["graph"]["tensor_values"].values():
+            for size in meta["sizes"]:
+                if "as_expr" in size:
+                    size["as_expr"]["expr_str"] = text
+        value["guards_code"] = [text]
+
+    with pytest.raises(ArchiveError, match="expected a free batch size"):
+        read_archive(write(tmp_path / "bad.pt2", edit(members(good), "models/model.json", attack)))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda value: value.clear(), "KeyError"),
+        (lambda value: value["schema_version"].update(major=7), "expected version 8"),
+        (lambda value: value["graph_module"]["graph"].update(nodes=None), "TypeError"),
+        (lambda value: value["graph_module"]["graph"]["nodes"].pop(), "KeyError"),
+        (lambda value: value["graph_module"]["signature"]["output_specs"].append({"token": {}}), "one output"),
+        (lambda value: value["graph_module"]["signature"]["input_specs"].append({"custom_obj": {}}), "'custom_obj'"),
+    ],
+)
+def test_a_broken_graph_is_refused(change: Callable[[Any], None], said: str, good: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=said):
+        read_archive(write(tmp_path / "bad.pt2", edit(members(good), "models/model.json", change)))
+
+
+@pytest.mark.parametrize("missing", ["models/model.json", "data/weights/model_weights_config.json", "byteorder"])
+def test_a_missing_member_is_refused(missing: str, good: Path, tmp_path: Path) -> None:
+    content = {name: data for name, data in members(good).items() if name != missing}
+    with pytest.raises(ArchiveError, match=missing):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
+def test_an_archive_cut_short_is_refused(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt2"
+    whole = good.read_bytes()
+    for length in (20, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArchiveError, match="cut short"):
+            read_archive(path)
+
+
+def test_flipped_bytes_are_refused(good: Path, tmp_path: Path) -> None:
+    data = good.read_bytes()
+    weight = members(good)["data/weights/weight_0"]
+    assert data.count(weight) == 1 and len(weight) > 8
+    path = tmp_path / "flipped.pt2"
+    path.write_bytes(data.replace(weight, weight[:-1] + bytes([weight[-1] ^ 1])))
+    with pytest.raises(ArchiveError, match="CRC"):
+        read_archive(path)
+
+
+def test_a_fixed_batch_is_refused_with_how_to_export(tmp_path: Path) -> None:
+    path = tmp_path / "fixed.pt2"
+    torch.export.save(torch.export.export(OneInput(lambda x: x.flatten(1)), (torch.zeros(4, 1, 2, 2),)), path)
+    with pytest.raises(ArchiveError, match=r"exactly 4 pictures .* torch\.export\.Dim\('n'\)"):
+        read_archive(path)
+
+
+def test_an_export_in_training_mode_is_refused(tmp_path: Path) -> None:
+    path = export(
+        OneInput(lambda x: nn.functional.dropout(x.flatten(1))), tmp_path / "t.pt2", torch.zeros(2, 1, 2, 2)
+    )
+    with pytest.raises(ArchiveError, match=r"training mode.*model\.eval"):
+        read_archive(path)
+
+
+def test_an_export_that_changes_its_own_buffers_is_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).train()
+    with pytest.raises(ArchiveError, match=r"no change of weights|training mode"):
+        read_archive(export(module, tmp_path / "t.pt2", torch.zeros(2, 1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("function", "example", "said"),
+    [
+        (lambda x: x.flatten(1), torch.zeros(2, 16), "float32 pictures"),
+        (lambda x: x.flatten(1), torch.zeros(2, 1, 2, 2, dtype=torch.float64), "float32 pictures"),
+        (lambda x: x, torch.zeros(2, 1, 2, 2), r"one output \(N, K\)"),
+        (lambda x: (x.flatten(1), x), torch.zeros(2, 1, 2, 2), "one output"),
+        (lambda x: x.flatten(1).sum(0, keepdim=True).expand(5, 4), torch.zeros(2, 1, 2, 2), "expected answers"),
+    ],
+)
+def test_a_graph_that_is_no_classifier_of_pictures_is_refused(
+    function: Callable[[Tensor], Any], example: Tensor, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArchiveError, match=said):
+        read_archive(export(OneInput(function), tmp_path / "odd.pt2", example))
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (x + y).flatten(1)
+
+    images = torch.zeros(2, 1, 2, 2)
+    with pytest.raises(ArchiveError, match="one input of pictures, got 2"):
+        read_archive(export(Two(), tmp_path / "two.pt2", images, images))
+
+
+def test_a_file_that_is_no_zip_is_refused(tmp_path: Path) -> None:
+    legacy = io.BytesIO()
+    torch.save({"a": torch.zeros(1)}, legacy, _use_new_zipfile_serialization=False)
+    path = tmp_path / "legacy.pt"
+    path.write_bytes(legacy.getvalue())
+    with pytest.raises(ArchiveError, match="expected a zip"):
+        read_archive(path)
