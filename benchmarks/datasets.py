@@ -37,7 +37,7 @@ def digits(part: Part) -> Labelled:
 
 
 def mnist(root: Path, part: Part) -> Labelled:
-    """A part of MNIST, padded to 32x32; its own test set is the test part. Raises OSError where it is not to be had."""
+    """A part of MNIST, padded to 32x32; its own test set is the test part. Raises OSError without it."""
     from torchvision.datasets import MNIST
 
     folder = root / "mnist" if (root / "mnist" / "MNIST").is_dir() else root

@@ -1,7 +1,8 @@
 """The main job, end to end, on real pictures: ``python -m benchmarks.demo``, or ``make demo``.
 
-scikit-learn's handwritten digits are split by a published rule (``edge_agent.splits``): the cloud's part trains a small
-teacher, the device's part, without labels, is all that the agent has, and the test part serves the table at the end.
+scikit-learn's handwritten digits are split by a published rule (``edge_agent.splits``): the cloud's part trains a
+small teacher, the device's part, without labels, is all that the agent has, and the test part serves the table at
+the end.
 """
 
 import shutil

@@ -13,6 +13,7 @@ import torch
 from benchmarks.datasets import Labelled
 from edge_agent.adapt import Adapter, Memory
 from edge_agent.config import AdaptConfig
+from networks.classifiers import Classifier
 from networks.modelfile import load_model
 from teacher_service.torch_engine import TorchEngine
 
@@ -50,7 +51,9 @@ def _classes(model: Path, test: Labelled) -> np.ndarray[Any, np.dtype[np.int64]]
 def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
     with np.load(run_dir / "memory.npz", allow_pickle=False) as arrays:
         memory = Memory.from_arrays({name: arrays[name] for name in arrays.files})
-    adapter = Adapter(load_model(run_dir / "student.pt").module, memory, adapt)
+    student = load_model(run_dir / "student.pt").module
+    assert isinstance(student, Classifier)
+    adapter = Adapter(student, memory, adapt)
     parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
     return np.concatenate([adapter.predict(part)[1].argmax(1).numpy() for part in parts])
 

@@ -47,8 +47,12 @@ def serving(model: Path, ledger: str, *, log: Path, more: Sequence[str] = ()) ->
     """A ``teacher-serve`` on a free port; yields HOST:PORT. SIGTERM and a wait at the end."""
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            [command("teacher-serve"), "--model", str(model), "--ledger", ledger]
-            + ["--listen", "127.0.0.1:0", "--metrics-port", "0", *more],
+            [
+                command("teacher-serve"),
+                *("--model", str(model), "--ledger", ledger),
+                *("--listen", "127.0.0.1:0", "--metrics-port", "0"),
+                *more,
+            ],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -1,4 +1,4 @@
-"""Supervised training of the cloud's teacher: labels, SGD with one cycle, small shifts. Nothing of it reaches the agent.
+"""Supervised training of the cloud's teacher: labels, SGD with one cycle, small shifts. The agent sees none of it.
 
 Shape letters: N pictures, C channels, H and W height and width.
 """

@@ -38,7 +38,8 @@ def main() -> None:
     "--phase",
     type=click.Choice(["all", *PHASES]),
     required=True,
-    help="deprivatize: train the generator on local pictures. distill: ask the teacher about synthetic ones and train the student. adapt: build what online adaptation needs. all: one after the other.",
+    help="deprivatize: train the generator on local pictures. distill: ask the teacher about synthetic ones and "
+    "train the student. adapt: build what online adaptation needs. all: one after the other.",
 )
 @click.option(
     "--images", metavar="SOURCE", help="Local pictures: a folder (with subfolders), or digits, mnist or cifar10."
@@ -53,7 +54,8 @@ def main() -> None:
     "--budget",
     type=int,
     metavar="N",
-    help="Most pictures to pay for in this run folder, over all phases and resumes. May be raised later.  [default: 50000]",
+    help="Most pictures to pay for in this run folder, over all phases and resumes. May be raised later.  "
+    "[default: 50000]",
 )
 @click.option(
     "--run-dir",

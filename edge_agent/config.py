@@ -10,7 +10,7 @@ from typing import Any
 class DeprivatizeConfig:
     """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing."""
 
-    steps: int = 2000
+    steps: int = 1500
     """Optimiser steps of the generator; the discriminator takes as many."""
     batch_count: int = 64
     """Real pictures a step, and as many synthetic ones."""
@@ -38,7 +38,7 @@ class DeprivatizeConfig:
 class DistillConfig:
     """Phase 2: train the student on the answers that were paid for."""
 
-    passes: int = 30
+    passes: int = 25
     """Times that the pool is gone through, each time with other views of its pictures."""
     batch_count: int = 64
     """Synthetic pictures a step, and as many local ones if `local_weight` is above 0."""
@@ -76,7 +76,7 @@ class AdaptConfig:
     """Most synthetic pictures remembered, split evenly over the classes that the teacher named."""
     memory_bytes: int = 3_500_000
     """Most bytes that the memory takes, before any compression."""
-    neighbour_count: int = 5
+    neighbour_count: int = 10
     """Nearest neighbours that each picture listens to."""
     strength: float = 1.0
     """The most, in nats, that neighbours can move the log-odds between two classes."""

@@ -31,6 +31,7 @@ from torch import nn
 
 from edge_agent.failures import DiskProblem, RunFolderProblem, disk_problems
 from edge_agent.journal import Journal
+from networks.classifiers import Classifier
 from networks.modelfile import ModelFacts, ModelFileError, load_model, save_model
 
 CHECKPOINT_SECONDS = 30.0
@@ -133,12 +134,17 @@ class RunFolder:
         with disk_problems(str(self.path / "student.pt")):
             save_model(self.path / "student.pt", student, facts)
 
-    def read_student(self) -> nn.Module:
+    def read_student(self) -> Classifier:
         """The network in ``student.pt``, in eval mode. Raises RunFolderProblem."""
         try:
-            return load_model(self.path / "student.pt").module
+            student = load_model(self.path / "student.pt").module
         except ModelFileError as error:
             raise RunFolderProblem(str(error)) from None
+        if not isinstance(student, Classifier):
+            raise RunFolderProblem(
+                f"{self.path / 'student.pt'}: expected a checkpoint of this project, got another file"
+            )
+        return student
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, hex."""

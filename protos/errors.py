@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
@@ -159,9 +160,12 @@ class Refusal(Exception):
         """The refusal in a status; UNKNOWN with the status's own message where the table has no such row."""
         info = ErrorInfo()
         for detail in status.details:
-            if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-                try:
-                    return cls.of(Reason[info.reason], **info.metadata)
-                except KeyError:  # a reason, or a variable of one, that this table does not know
-                    break
-        return cls.of(Reason.UNKNOWN, message=f"{code_pb2.Code.Name(status.code)}: {status.message}")
+            try:
+                if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                    refusal = cls(Reason[info.reason], dict(info.metadata))
+                    refusal.message  # noqa: B018  a variable may be missing
+                    return refusal
+            except (KeyError, DecodeError):  # a reason, or a variable of one, that this table does not know
+                break
+        code = code_pb2.Code.Name(status.code) if status.code in code_pb2.Code.values() else f"code {status.code}"
+        return cls.of(Reason.UNKNOWN, message=f"{code}: {status.message}")

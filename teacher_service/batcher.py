@@ -61,13 +61,15 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._owner: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def start(self) -> None:
         """Starts the owner task; needs a running loop."""
         self._owner = asyncio.create_task(self._run(), name="batcher")
 
     async def stop(self) -> None:
-        """Stops at once; what still waits is told CallerGone."""
+        """Stops at once; what still waits, and whoever asks later, is told CallerGone."""
+        self._stopped = True
         if self._owner is not None:
             self._owner.cancel()
             await asyncio.gather(self._owner, return_exceptions=True)
@@ -92,6 +94,8 @@ class Batcher:
 
         Raises CallerGone when ``has_gone`` is true at its turn, and whatever the engine raises.
         """
+        if self._stopped:
+            raise CallerGone
         outcome: asyncio.Future[Float32Array] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(images_NCHW, has_gone, outcome))
         self._arrived.set()
@@ -105,11 +109,11 @@ class Batcher:
             if not batch:
                 self._arrived.clear()
                 continue
-            stacked_NCHW = (
-                np.concatenate([waiting.images_NCHW for waiting in batch]) if len(batch) > 1 else batch[0].images_NCHW
-            )
-            self._on_batch(len(stacked_NCHW))
             try:
+                stacked_NCHW = batch[0].images_NCHW
+                if len(batch) > 1:
+                    stacked_NCHW = np.concatenate([waiting.images_NCHW for waiting in batch])
+                self._on_batch(len(stacked_NCHW))
                 answers_NK = await loop.run_in_executor(self._engine_thread, self._answer, stacked_NCHW)
                 if len(answers_NK) != len(stacked_NCHW):
                     raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")
@@ -133,7 +137,7 @@ class Batcher:
         pictures = 0
         while self._waiting:
             waiting = self._waiting[0]
-            if waiting.has_gone():
+            if waiting.outcome.done() or waiting.has_gone():  # done before its turn: cancelled
                 _fail(self._waiting.popleft(), CallerGone())
                 continue
             if batch and pictures + len(waiting.images_NCHW) > self._max_batch_pictures:

@@ -15,7 +15,8 @@ import structlog
 from teacher_service import auth
 from teacher_service.config import ServerConfig
 from teacher_service.ledger import Account, Ledger, LedgerError
-from teacher_service.server import StartError, is_loopback, open_ledger
+from teacher_service.ledger_sql import SqlLedger
+from teacher_service.server import StartError, is_loopback
 from teacher_service.server import serve as run_server
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ def _given_facts(
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Weights: a checkpoint of this project, a bare state_dict, or a torch.export archive (.pt2). For drills "
-    "without a model, array:CLASSES,CHANNELS,HEIGHT,WIDTH answers from a fixed random projection.",
+    "without a model, array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED] answers from a fixed random projection.",
 )
 @_facts_options
 @click.option(
@@ -113,6 +114,7 @@ def _given_facts(
 )
 @click.option(
     "--metrics-port",
+    type=click.IntRange(0, 65535),
     default=9464,
     show_default=True,
     help="Prometheus metrics on loopback, at /metrics; 0 picks a free port.",
@@ -121,8 +123,9 @@ def _given_facts(
     "--ledger",
     default=DEFAULT_LEDGER,
     show_default=True,
+    envvar="MEKD_LEDGER",
     metavar="URL",
-    help="The books: sqlite:///FILE, or memory: for budgets that may be forgotten.",
+    help="The books: sqlite:///FILE.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
@@ -140,11 +143,22 @@ def _given_facts(
     help="Allow --listen beyond loopback without TLS: keys and pictures travel in the clear.",
 )
 @click.option(
-    "--grace-seconds", default=20.0, show_default=True, help="After SIGTERM: how long batches under way may take."
+    "--grace-seconds",
+    type=click.FloatRange(0),
+    default=20.0,
+    show_default=True,
+    help="After SIGTERM: how long batches under way may take.",
 )
-@click.option("--max-batch-pictures", default=512, show_default=True, help="Most pictures in one message.")
+@click.option(
+    "--max-batch-pictures",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Most pictures in one message; fewer where those would not fit into one.",
+)
 @click.option(
     "--max-queue-pictures",
+    type=click.IntRange(1),
     default=8192,
     show_default=True,
     help="Most pictures waiting or being answered; beyond it a batch is asked to come again.",
@@ -202,10 +216,12 @@ def _engine(config: ServerConfig) -> Any:
     kind, _, sizes = str(config.model).partition(":")
     if kind == "array":
         try:
-            class_count, channels, height, width = (int(size) for size in sizes.split(","))
-            return ArrayEngine(class_count=class_count, channels=channels, height=height, width=width)
+            class_count, channels, height, width, *seed = (int(size) for size in sizes.split(","))
+            return ArrayEngine(
+                class_count=class_count, channels=channels, height=height, width=width, seed=sum(seed[:1])
+            )
         except ValueError:
-            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH, got {str(config.model)!r}")
+            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED], got {str(config.model)!r}")
     from networks.modelfile import ModelFileError, load_model
     from teacher_service.torch_engine import TorchEngine
 
@@ -223,7 +239,11 @@ def _check(target: str, tls_ca: Path | None) -> int:
     if tls_ca is None:
         channel = grpc.insecure_channel(target, options)
     else:
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(tls_ca.read_bytes()), options)
+        try:
+            authority = tls_ca.read_bytes()
+        except OSError as error:
+            _fail(f"--tls-ca {tls_ca}: {error.strerror}")
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(authority), options)
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
@@ -277,8 +297,7 @@ def account_create(ledger: str, name: str, budget: int) -> None:
 
     async def make(books: Ledger) -> str:
         text, stored = auth.new_key(name)
-        await books.create_account(name, budget)
-        await books.add_key(stored)
+        await books.create_account(name, budget, stored)
         return text
 
     click.echo(_on_books(ledger, make, create=True))
@@ -401,7 +420,7 @@ def model_describe(file: Path, **facts: Any) -> None:
 
 def _on_books(url: str, work: Callable[[Ledger], Awaitable[T]], *, create: bool = False) -> T:
     async def run() -> T:
-        books = open_ledger(url, create=create)
+        books = SqlLedger.open(url, create=create)
         try:
             return await work(books)
         finally:

@@ -281,8 +281,11 @@ class Ledger(Protocol):
     async def void(self, account: str, batch_id: str) -> None:
         """Gives this instance's hold back; nothing happens where there is none."""
 
-    async def create_account(self, name: str, granted: int) -> Account:
-        """A new account. LedgerError where the name is taken or no name, or the grant no count."""
+    async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
+        """A new account and its first key, both or neither.
+
+        LedgerError where the name is taken or no name, or the grant no count.
+        """
 
     async def grant(self, name: str, picture_count: int) -> Account:
         """More pictures. LedgerError where there is no such account."""

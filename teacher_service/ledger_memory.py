@@ -50,11 +50,14 @@ class MemoryLedger:
         if hold is not None and hold.state is HoldState.HELD:
             self._record(*rules.apply_release(self._account(account), hold, HoldState.VOIDED, rules.now_ms()))
 
-    async def create_account(self, name: str, granted: int) -> Account:
+    async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
         rules.check_account_name(name)
         if name in self._accounts:
             raise LedgerError(f"expected a new account name, got {name!r}, which exists")
-        return self._grant(Account(name=name), granted)
+        account = self._grant(Account(name=name), granted)
+        if key is not None:
+            self._keys[key.key_id] = key
+        return account
 
     async def grant(self, name: str, picture_count: int) -> Account:
         return self._grant(self._account(name), picture_count)

@@ -3,7 +3,8 @@
 One thread writes. It takes whatever commands wait and applies them in one transaction (group commit), so a busy
 account costs one fsync per group and not per batch; the rules themselves are ``ledger``'s. A hold is told to its
 caller before the commit: one that a crash forgets has harmed nobody, and its post would be refused. A post, a grant
-and everything else is told only after the commit.
+and everything else is told only after the commit; so is the kept answer of a repeat, whose post may stand in the
+very same group.
 
 Each running server is an *instance* with a lease, renewed by the writer. A hold whose instance's lease has lapsed is
 expired, by whoever comes first: a starting server, the regular sweep, or a repeat of that very batch.
@@ -133,7 +134,6 @@ class _Command:
 
     apply: Callable[["_Transaction"], Any]
     outcome: "Future[Any]"
-    early: bool = False  # told before the commit
 
 
 class _Transaction:
@@ -198,8 +198,21 @@ class _Transaction:
             raise LedgerError(f"expected a new account name, got {account.name!r}, which exists")
         self._accounts[account.name] = account
 
+    def add_key(self, key: Key) -> None:
+        self.connection.execute(
+            sa.insert(keys_table).values(
+                key_id=key.key_id,
+                account=key.account,
+                role=key.role.value,
+                secret_sha256=key.secret_sha256,
+                revoked=int(key.revoked),
+            )
+        )
+
     def is_dead(self, instance_id: str) -> bool:
-        """Whether an instance's lease has lapsed (or was given up)."""
+        """Whether another instance's lease has lapsed (or was given up). Who asks is alive."""
+        if instance_id == self.instance_id:
+            return False
         lease = self.connection.execute(
             sa.select(instances_table.c.lease_until_ms).where(instances_table.c.instance_id == instance_id)
         ).scalar_one_or_none()
@@ -291,7 +304,7 @@ class SqlLedger:
             transaction.record(account, hold, entry)
             return Held()
 
-        return await self._write(apply, early=True)
+        return await self._write(apply)
 
     async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
         def apply(transaction: _Transaction) -> Account:
@@ -315,14 +328,16 @@ class SqlLedger:
 
     # --- accounts and keys ---
 
-    async def create_account(self, name: str, granted: int) -> Account:
+    async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
         rules.check_account_name(name)
 
         def apply(transaction: _Transaction) -> Account:
-            # Both or neither: a refused grant leaves no account behind.
+            # All or nothing: a refused grant leaves no account behind, and no account is without its key.
             account, entry = rules.apply_grant(Account(name=name), granted, transaction.now_ms)
             transaction.add_account(Account(name=name))
             transaction.record(account, None, entry)
+            if key is not None:
+                transaction.add_key(key)
             return account
 
         return await self._write(apply)
@@ -338,15 +353,7 @@ class SqlLedger:
     async def add_key(self, key: Key) -> None:
         def apply(transaction: _Transaction) -> None:
             transaction.account(key.account)
-            transaction.connection.execute(
-                sa.insert(keys_table).values(
-                    key_id=key.key_id,
-                    account=key.account,
-                    role=key.role.value,
-                    secret_sha256=key.secret_sha256,
-                    revoked=int(key.revoked),
-                )
-            )
+            transaction.add_key(key)
 
         await self._write(apply)
 
@@ -420,12 +427,12 @@ class SqlLedger:
 
     # --- the two ways in: the writer thread, and a reader thread ---
 
-    async def _write(self, apply: Callable[[_Transaction], T], *, early: bool = False) -> T:
+    async def _write(self, apply: Callable[[_Transaction], T]) -> T:
         outcome: Future[T] = Future()
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
         try:
-            self._commands.put_nowait(_Command(apply, outcome, early))
+            self._commands.put_nowait(_Command(apply, outcome))
         except queue.Full:
             raise LedgerUnavailable(f"{MAX_WAITING_COMMANDS} commands wait for the ledger already") from None
         return await asyncio.wrap_future(outcome)
@@ -439,6 +446,8 @@ class SqlLedger:
             ):
                 return read(connection)
 
+        if self._closed:
+            raise LedgerUnavailable("the ledger is closed")
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     def _write_forever(self) -> None:
@@ -462,11 +471,9 @@ class SqlLedger:
             now_ms = rules.now_ms()
             # A clock that jumped back must not keep the lease from being renewed.
             if stop or now_ms >= next_renewal_ms or now_ms < next_renewal_ms - self._lease_ms:
-                with (
-                    contextlib.suppress(LedgerUnavailable),
-                    _store_errors(),
-                    self._engine.begin() as connection,
-                ):
+                # Whatever goes wrong here, the writer lives on, or every caller would wait for ever; posts are
+                # refused once another instance has seen our lease lapse.
+                with contextlib.suppress(Exception), self._engine.begin() as connection:
                     self._retire(connection) if stop else self._renew_and_sweep(connection)
                 next_renewal_ms = now_ms + self._lease_ms // 3
             if stop:
@@ -484,7 +491,7 @@ class SqlLedger:
                     except (Refusal, LedgerError) as error:
                         command.outcome.set_exception(error)
                         continue
-                    if command.early:
+                    if isinstance(value, Held):
                         command.outcome.set_result(value)
                     else:
                         told.append((command, value))
@@ -508,9 +515,9 @@ class SqlLedger:
                 index_elements=["instance_id"], set_={"lease_until_ms": renew.excluded.lease_until_ms}
             )
         )
-        living = sa.select(instances_table.c.instance_id).where(
-            instances_table.c.lease_until_ms >= transaction.now_ms
-        )
+        # A lapsed lease and none at all mean the same, so the dead need not be remembered.
+        connection.execute(sa.delete(instances_table).where(instances_table.c.lease_until_ms < transaction.now_ms))
+        living = sa.select(instances_table.c.instance_id)
         self._release(transaction, holds_table.c.instance_id.not_in(living), HoldState.EXPIRED)
 
     def _retire(self, connection: Connection) -> None:
@@ -521,7 +528,8 @@ class SqlLedger:
 
     @staticmethod
     def _release(transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState) -> None:
-        query = sa.select(holds_table).where(holds_table.c.state == HoldState.HELD.value, which).limit(SWEEP_HOLDS)
+        held = sa.literal(HoldState.HELD.value, literal_execute=True)  # a constant, so that the partial index serves
+        query = sa.select(holds_table).where(holds_table.c.state == held, which).limit(SWEEP_HOLDS)
         for row in transaction.connection.execute(query).all():
             hold = _hold(row)
             account = transaction.account(hold.account)
@@ -615,12 +623,12 @@ def _checked_url(url: str, create: bool) -> URL:
     if location.get_backend_name() != "sqlite" or not location.database or location.database == ":memory:":
         raise LedgerError(f"expected a ledger as sqlite:///FILE, got {url!r}")
     path = Path(location.database)
-    if not path.exists():
-        if not create:
-            raise LedgerError(f"expected a ledger at {path}, found no file; 'account create' makes one")
-        if not path.parent.is_dir():
-            raise LedgerError(f"expected a folder for the ledger, found no {path.parent}")
-        with _store_errors():
+    with _store_errors():
+        if not path.exists():
+            if not create:
+                raise LedgerError(f"expected a ledger at {path}, found no file; 'account create' makes one")
+            if not path.parent.is_dir():
+                raise LedgerError(f"expected a folder for the ledger, found no {path.parent}")
             path.touch(mode=0o600)
     return location.set(drivername="sqlite+pysqlite")
 
@@ -641,7 +649,10 @@ def _begin(connection: Connection) -> None:
 
 
 def _create_schema(connection: Connection, url: str) -> None:
-    if not sa.inspect(connection).has_table("schema_version"):
+    tables = set(sa.inspect(connection).get_table_names())
+    if tables and not tables >= {schema_table.name, accounts_table.name, entries_table.name}:
+        raise LedgerError(f"expected a ledger at {url}, found a database of something else")
+    if not tables:
         metadata.create_all(connection)
         for trigger in _TRIGGERS:
             connection.exec_driver_sql(trigger)

@@ -48,9 +48,9 @@ class QuotaServicer(QuotaLedgerServicer):
     async def ListStatement(self, request: wire.ListStatementRequest, context: Any) -> wire.ListStatementResponse:
         """The caller's own journal, one page."""
         caller = await self._authenticator.identify(context.invocation_metadata())
-        if request.page_size < 0 or request.after_sequence < 0:
-            got = f"{request.page_size}, {request.after_sequence}"
-            raise Refusal.of(Reason.INVALID_REQUEST, field="page_size, after_sequence", expected="0 or more", got=got)
+        for field, value in (("page_size", request.page_size), ("after_sequence", request.after_sequence)):
+            if value < 0:
+                raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected="0 or more", got=value)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
         entries = await self._ledger.statement(
             caller.account, run_id=request.run_id, after_sequence=request.after_sequence, limit=limit + 1

@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
 import ipaddress
 import signal
+import socket
+import ssl
 from pathlib import Path
 
 import grpc
@@ -16,8 +20,6 @@ from teacher_service.batcher import Batcher
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
 from teacher_service.inference import InferenceServicer, MoneyPath
-from teacher_service.ledger import Ledger
-from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.metrics import Metrics
 from teacher_service.quota import QuotaServicer
@@ -25,20 +27,17 @@ from teacher_service.quota import QuotaServicer
 log = structlog.get_logger()
 
 SERVICES = ("mekd.v1.TeacherInference", "mekd.v1.QuotaLedger")
+MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
 
 
 class StartError(Exception):
     """The server cannot start; one line: expected, got, what to do."""
 
 
-def open_ledger(url: str, *, create: bool = True) -> Ledger:
-    """The books at ``sqlite:///FILE`` or ``memory:``. Raises LedgerError."""
-    return MemoryLedger() if url == "memory:" else SqlLedger.open(url, create=create)
-
-
 async def serve(config: ServerConfig, engine: Engine) -> None:
     """Serves until SIGINT or SIGTERM. Raises StartError and LedgerError before anything is served."""
-    ledger = open_ledger(config.ledger)
+    config = _fitting(config, engine)
+    ledger = SqlLedger.open(config.ledger)
     batcher = Batcher(
         engine.answer,
         max_batch_pictures=config.max_engine_pictures,
@@ -79,7 +78,25 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         money_path.stop()
         await batcher.stop()
         await ledger.close()
-        log.info("stopped")
+    log.info("stopped")
+
+
+def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
+    """Limits that fit each other: what Describe promises must pass through message size and queue. StartError."""
+    picture_bytes = max(engine.channels * engine.height * engine.width, 4 * len(engine.labels))
+    most = (config.max_message_bytes - MESSAGE_HEADER_BYTES) // picture_bytes
+    if most < 1:
+        raise StartError(
+            f"expected a picture and its answer to fit into a message of {config.max_message_bytes} bytes, "
+            f"they take {picture_bytes}"
+        )
+    config = dataclasses.replace(config, max_batch_pictures=min(config.max_batch_pictures, most))
+    if config.max_queue_pictures < config.max_batch_pictures:
+        raise StartError(
+            f"--max-queue-pictures: expected at least --max-batch-pictures ({config.max_batch_pictures}), "
+            f"got {config.max_queue_pictures}"
+        )
+    return config
 
 
 def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -99,27 +116,59 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
     host, _, port = config.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StartError(f"--listen: expected HOST:PORT, got {config.listen!r}")
-    try:
-        if config.tls_cert and config.tls_key:
-            pair = (_read(config.tls_key, "--tls-key"), _read(config.tls_cert, "--tls-cert"))
-            bound = server.add_secure_port(config.listen, grpc.ssl_server_credentials([pair]))
-        elif config.tls_cert or config.tls_key:
-            raise StartError("expected --tls-cert and --tls-key together, got one of them")
-        elif is_loopback(host) or config.insecure_listen:
-            bound = server.add_insecure_port(config.listen)
-        else:
-            raise StartError(
-                f"--listen {config.listen} is not loopback: give --tls-cert and --tls-key, "
-                "or --insecure-listen if keys and pictures may travel unencrypted"
-            )
-    except RuntimeError:
+    credentials = None
+    if config.tls_cert and config.tls_key:
+        credentials = _tls(config.tls_cert, config.tls_key)
+    elif config.tls_cert or config.tls_key:
+        raise StartError("expected --tls-cert and --tls-key together, got one of them")
+    elif not is_loopback(host) and not config.insecure_listen:
         raise StartError(
-            f"cannot listen on {config.listen}: the port is in use or the address is not this host's; "
-            "give another --listen (port 0 picks a free one)"
+            f"--listen {config.listen} is not loopback: give --tls-cert and --tls-key, "
+            "or --insecure-listen if keys and pictures may travel unencrypted"
+        )
+    try:
+        _try_address(host.strip("[]"), int(port))
+        if credentials is not None:
+            bound = server.add_secure_port(config.listen, credentials)
+        else:
+            bound = server.add_insecure_port(config.listen)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartError(
+            f"cannot listen on {config.listen}: {reason}; give another --listen (port 0 picks a free one)"
         ) from None
-    if bound == 0:
-        raise StartError(f"cannot listen on {config.listen}: check certificate and key, or the address")
     return f"{host}:{bound}"
+
+
+def _try_address(host: str, port: int) -> None:
+    """Binds and lets go, because gRPC itself would not say why it cannot. Raises OSError."""
+    failure: OSError | None = None
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:  # one of a name's addresses is enough, but none may be another server's
+            if error.errno == errno.EADDRINUSE or len(found) == 1:
+                raise
+            failure = error
+        else:
+            return
+    if failure is not None:
+        raise failure
+
+
+def _tls(cert: Path, key: Path) -> grpc.ServerCredentials:
+    pair = (_read(key, "--tls-key"), _read(cert, "--tls-cert"))
+    try:  # gRPC itself would take any bytes here, and fail later without a reason
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except ssl.SSLError as error:
+        raise StartError(
+            f"--tls-cert {cert}, --tls-key {key}: expected a PEM certificate and its unencrypted private key "
+            f"({error.reason or error})"
+        ) from None
+    return grpc.ssl_server_credentials([pair])
 
 
 def _serve_metrics(metrics: Metrics, config: ServerConfig) -> int:

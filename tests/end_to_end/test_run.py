@@ -1,0 +1,304 @@
+"""The whole job with real processes: what is charged, what is kept, what a user reads when something is wrong."""
+
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def assert_books_agree(world) -> None:
+    """Journal and ledger, to the picture and id by id."""
+    journal = sqlite3.connect(world.run_dir / "journal.db")
+    kept = dict(journal.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL"))
+    journal.close()
+    assert world.posted_batches() == kept
+    assert world.books()["held"] == 0
+    assert world.books()["posted"] == sum(kept.values())
+
+
+def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_nothing(world):
+    world.account(1000)
+    world.start_server()
+    done = world.agent()
+    assert done.returncode == 0, done.stderr
+    summary = world.summary()
+    assert summary["queries"] == {"budget": 200, "charged": 200, "deprivatize": 0, "distill": 200, "adapt": 0}
+    assert summary["ledger"] == {"debited": 200, "held": 0, "balance": 800}
+    assert summary["private_images_sent"] == 0
+    assert 0 <= summary["agreement_synthetic"] <= 1
+    assert summary["accuracy"] == {"teacher": None, "student": None, "student_adapted": None}
+    assert summary["bytes"]["sent"] > 200 * 64 and summary["bytes"]["received"] > 200 * 4 * 4
+    assert set(summary["seconds"]) == {"deprivatize", "distill", "adapt"}
+    assert summary["phases_done"] == ["deprivatize", "distill", "adapt"]
+    for name in ("run.toml", "generator.pt", "student.pt", "memory.npz", "journal.db", "metrics.jsonl"):
+        assert name == "metrics.jsonl" or (world.run_dir / name).is_file(), name
+    assert (world.run_dir / "memory.npz").stat().st_size <= 4 * 2**20
+    assert_books_agree(world)
+    student = (world.run_dir / "student.pt").read_bytes()
+    again = world.agent()
+    assert again.returncode == 0, again.stderr
+    assert world.books()["posted"] == 200
+    assert (world.run_dir / "student.pt").read_bytes() == student
+
+
+def test_student_can_be_served_as_a_teacher(world):
+    world.account(100)
+    world.start_server()
+    assert world.agent(budget=64).returncode == 0
+    world.stop_server()
+    world.start_server(str(world.run_dir / "student.pt"))
+    world.run_dir = world.folder / "second"
+    assert world.agent(budget=16).returncode == 0
+    assert world.summary()["queries"]["charged"] == 16
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_agent_killed_at_random_moments_pays_for_no_picture_twice(world, seed):
+    world.account(1000)
+    world.start_server()
+    rng = np.random.default_rng(seed)
+    for threshold in sorted(rng.integers(1, 190, size=3).tolist()):
+        process = world.start_agent()
+        world.wait_for_answers(process, threshold)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        process.stderr.close()
+    done = world.agent()
+    assert done.returncode == 0, done.stderr
+    assert world.books()["posted"] == 200, f"seed {seed}"
+    assert_books_agree(world)
+
+
+def test_server_killed_under_way_is_waited_for_and_no_picture_is_charged_twice(world):
+    world.account(1000)
+    world.start_server()
+    process = world.start_agent(budget=600)
+    world.wait_for_answers(process, 100)
+    world.stop_server(signal.SIGKILL)
+    time.sleep(1.0)
+    world.start_server()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert world.books()["posted"] == 600
+    assert_books_agree(world)
+
+
+def test_server_drained_under_way_loses_nothing(world):
+    world.account(1000)
+    world.start_server()
+    process = world.start_agent(budget=600)
+    world.wait_for_answers(process, 100)
+    world.stop_server(signal.SIGTERM)
+    world.start_server()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_books_agree(world)
+    assert world.books()["posted"] == 600
+
+
+def test_spent_budget_stops_cleanly_and_goes_on_after_a_grant(world):
+    world.account(70)
+    world.start_server()
+    spent = world.agent()
+    assert spent.returncode == 3, spent.stderr
+    assert "70 answers" in spent.stderr and "Traceback" not in spent.stderr
+    assert world.books() == {"name": "device", "granted": 70, "posted": 70, "held": 0, "balance": 0}
+    world.admin("account", "grant", "device", "500")
+    assert world.agent().returncode == 0
+    assert world.summary()["queries"]["charged"] == 200
+    assert_books_agree(world)
+
+
+def test_raised_budget_asks_for_the_rest_and_a_lowered_one_is_refused(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=50).returncode == 0
+    assert world.agent(budget=80).returncode == 0
+    assert world.books()["posted"] == 80
+    lowered = world.agent(budget=60)
+    assert lowered.returncode == 2
+    assert "80" in lowered.stderr
+    assert_books_agree(world)
+
+
+def test_changed_training_options_train_again_on_the_kept_answers(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=64).returncode == 0
+    student = (world.run_dir / "student.pt").read_bytes()
+    assert world.agent("--set", "distill.passes=2", budget=64).returncode == 0
+    assert (world.run_dir / "student.pt").read_bytes() != student
+    assert world.books()["posted"] == 64
+
+
+def test_changed_generator_needs_a_new_folder(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=64).returncode == 0
+    other = world.agent("--set", "deprivatize.steps=3", budget=64)
+    assert other.returncode == 6
+    assert "deprivatize.steps" in other.stderr and other.stderr.count("\n") <= 3
+
+
+def test_another_model_stops_the_run_before_anything_is_sent(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=32).returncode == 0
+    world.stop_server()
+    world.start_server("array:4,1,8,8,7")
+    other = world.agent(budget=64)
+    assert other.returncode == 2, other.stderr
+    assert "--run-dir" in other.stderr
+    assert world.books()["posted"] == 32
+
+
+def test_hard_answers_make_a_student_too(world):
+    world.account(1000)
+    world.start_server("array:4,1,8,8", "--answers", "hard")
+    assert world.agent(budget=64).returncode == 0
+    assert_books_agree(world)
+
+
+def test_proxy_in_the_environment_is_not_used_for_loopback(world):
+    world.account(1000)
+    world.start_server()
+    proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = world.agent("--wait-seconds", "5", budget=16, environment=proxy)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("key", ["mekd_0123456789abcdef_" + "0" * 64, "nonsense"])
+def test_unknown_key_is_one_line_and_exit_5(world, key):
+    world.account(100)
+    world.start_server()
+    refused = world.agent(environment={"MEKD_API_KEY": key})
+    assert refused.returncode == 5
+    assert "Traceback" not in refused.stderr and key not in refused.stderr
+
+
+def test_revoked_key_stops_a_run_under_way(world):
+    key = world.account(100_000)
+    world.start_server()
+    process = world.start_agent(budget=60_000)
+    world.wait_for_answers(process, 100)
+    world.admin("key", "revoke", key.split("_")[1])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 5, errors
+    assert "revoked" in errors
+    assert world.books()["posted"] < 60_000
+
+
+def test_teacher_that_is_away_is_one_line_and_exit_4(world):
+    world.account(100)
+    away = world.agent("--wait-seconds", "1")
+    assert away.returncode == 4
+    assert world.address in away.stderr and "Traceback" not in away.stderr
+
+
+def test_teacher_that_comes_late_is_waited_for(world):
+    world.account(100)
+    process = world.start_agent("--wait-seconds", "60", budget=16)
+    time.sleep(8)
+    world.start_server()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+def test_folder_in_use_is_exit_6(world):
+    world.account(100_000)
+    world.start_server()
+    process = world.start_agent(budget=60_000)
+    world.wait_for_answers(process, 16)
+    second = world.agent()
+    assert second.returncode == 6
+    assert "in use" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+
+
+def test_full_disk_is_exit_7_and_nothing_is_lost(world):
+    world.account(1000)
+    world.start_server()
+    limit = 60_000
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    assert world.agent(phase="deprivatize").returncode == 0
+    full = subprocess.run(
+        world.agent_command(phase="distill", budget=2000),
+        env=world.environment(),
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=little_room,
+    )
+    assert full.returncode == 7, full.stderr
+    assert "Traceback" not in full.stderr
+    done = world.agent(phase="distill", budget=1000)
+    assert done.returncode == 0, done.stderr
+    assert world.books()["posted"] == 1000
+    assert_books_agree(world)
+
+
+def test_phases_in_the_wrong_order_say_what_to_run_first(world):
+    world.account(100)
+    world.start_server()
+    early = world.agent(phase="adapt")
+    assert early.returncode == 6
+    assert "--phase" in early.stderr
+
+
+@pytest.mark.parametrize("count", [0, 63])
+def test_too_few_pictures_are_refused_with_their_number(world, count):
+    world.account(100)
+    world.start_server()
+    for picture in sorted(world.pictures.iterdir())[count:]:
+        picture.unlink()
+    refused = world.agent()
+    assert refused.returncode == 2
+    assert "64" in refused.stderr and str(count) in refused.stderr
+    assert world.books()["posted"] == 0
+
+
+def test_generator_that_copies_is_stopped_at_the_door(world):
+    """A generator that gives out a local picture: nothing of that batch is planned, sent or charged."""
+    world.account(100)
+    world.start_server()
+    assert world.agent(phase="deprivatize").returncode == 0
+    plant = """
+import sys
+import torch
+from edge_agent import pool
+from edge_agent.cli import main
+from PIL import Image
+import numpy as np
+local = torch.from_numpy(np.asarray(Image.open(sys.argv.pop(1))).copy())[None, None]
+original = pool.quantise
+pool.quantise = lambda images: torch.cat([original(images)[1:], local])
+main()
+"""
+    command = world.agent_command(phase="distill")
+    python = Path(command[0]).with_name("python")
+    copied = subprocess.run(
+        [str(python), "-c", plant, str(world.pictures / "007.png"), *command[1:]],
+        env=world.environment(),
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert copied.returncode == 2, copied.stderr
+    assert "local pictures" in copied.stderr
+    assert world.books()["posted"] == 0
+    shutil.rmtree(world.run_dir)
