@@ -41,7 +41,7 @@ class DistillConfig:
     passes: int = 25
     """Times that the pool is gone through, each time with other views of its pictures."""
     batch_count: int = 64
-    """Synthetic pictures a step, and as many local ones if `local_weight` is above 0."""
+    """Synthetic pictures a step."""
     learning_rate: float = 0.1
     """Peak step size of SGD with Nesterov momentum; rises over the first steps, then a half cosine to 0."""
     warmup_fraction: float = 0.05
@@ -62,10 +62,6 @@ class DistillConfig:
     """Part of each batch that the image loss is taken on: it costs a pass through the generator."""
     shift_px: int = 1
     """Largest shift of the student's view, in pixels each way."""
-    local_weight: float = 1.0
-    """Weight of the agreement with the averaged student on local pictures; 0: local pictures are not used."""
-    local_start_fraction: float = 0.5
-    """Part of all steps before the local pictures join: until then the student knows too little."""
 
 
 @dataclass(frozen=True, kw_only=True)

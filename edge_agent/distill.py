@@ -5,6 +5,10 @@ Shape letters: N pictures, C channels, H and W height and width, K classes, L la
 Every picture is asked about once and then used many times: the student sees another view of it in each
 pass, with the teacher's answer to the plain picture (a patient teacher, Beyer et al., CVPR 2022). The
 schedule is fixed and the last average is the result; nothing is chosen by a score.
+
+Local pictures take no part. Two ways to use them were tried and left out, because in short runs they made
+students worse on MNIST and no better on digits: agreeing with the averaged student on local pictures, and
+batch-norm statistics from local pictures.
 """
 
 import math
@@ -66,7 +70,6 @@ def train_student(
     student: Classifier,
     generator: Generator,
     pool: Pool,
-    local_images_NCHW: Tensor,
     *,
     config: DistillConfig,
     seed: int,
@@ -77,15 +80,13 @@ def train_student(
     """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
 
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
-    generator's pictures of both answers, plus `local_weight` times the disagreement with the averaged
-    student on local pictures (N, C, H, W) uint8, which are never shown to anyone else.
+    generator's pictures of both answers.
     """
     class_count = generator.arguments["class_count"]
     student.to(device).to(memory_format=torch.channels_last).train()
     generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
     answers_NK = pool.answers_as_probabilities(class_count).to(device)
-    local_images_NCHW = local_images_NCHW.to(device)
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -136,11 +137,6 @@ def train_student(
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
             figures["image_loss"] = distance.item()
             loss = loss + config.image_weight * distance
-        if config.local_weight > 0 and done >= config.local_start_fraction * steps:
-            picked = torch.randint(len(local_images_NCHW), (config.batch_count,), generator=rng).to(device)
-            local_loss = _local_loss(student, averaged, local_images_NCHW[picked], config, rng).mean()
-            figures["local_loss"] = local_loss.item()
-            loss = loss + config.local_weight * local_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -150,10 +146,8 @@ def train_student(
         progress(done, steps, **figures)
         checkpoint.save_if_due(make_state)
 
-    # A student that has trained on local pictures works with their statistics; one that has not is used to
-    # the pool's, and the local ones can hurt it.
-    source_NCHW = local_images_NCHW if config.local_weight > 0 else images_NCHW
-    update_bn(_batches(source_NCHW), averaged)
+    # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
+    update_bn(_batches(images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
 
 
@@ -180,24 +174,6 @@ def image_loss(generator: Generator, answers_NK: Tensor, logits_NK: Tensor, nois
             wanted_NCHW = generator(responses.generator_input(answers_NK, noise_NE))
         got_NCHW = generator(responses.generator_input(logits_NK.softmax(dim=1), noise_NE))
     return losses.image_distance(got_NCHW.float(), wanted_NCHW.float())
-
-
-def _local_loss(
-    student: Classifier,
-    averaged: AveragedModel,
-    images_NCHW: Tensor,
-    config: DistillConfig,
-    rng: torch.Generator,
-) -> Tensor:
-    """Divergence between the averaged student's view of local pictures and the student's. Returns (N,).
-
-    Both normalise with the statistics of this local batch: mixing them with the pool's made students worse.
-    """
-    with training_precision(images_NCHW.device):
-        with torch.no_grad():
-            wanted_NK = averaged(_students_view(images_NCHW, config, rng)).float().softmax(dim=1)
-        logits_NK = student(_students_view(images_NCHW, config, rng)).float()
-    return losses.kl_divergence(wanted_NK, logits_NK)
 
 
 def rise_and_fall(part_done: float, warmup_fraction: float) -> float:

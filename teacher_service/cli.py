@@ -461,6 +461,8 @@ def _configure_logging() -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    # A caller who vanishes while an answer is being written: no fault, and gRPC would print a traceback for each.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
 
 
 def _fail(line: str) -> NoReturn:

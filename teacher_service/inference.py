@@ -62,7 +62,8 @@ class MoneyPath:
             outcome = "replayed" if result.replayed else "charged"
             return result
         except Refusal as refusal:
-            outcome = refusal.reason.name.lower()
+            departed = refusal.reason is Reason.DRAINING and gone() and not self.draining
+            outcome = "departed" if departed else refusal.reason.name.lower()
             raise
         finally:
             self._metrics.batch_done(

@@ -49,7 +49,7 @@ class Metrics:
         self.registry.register(_QueueCollector(queue_pictures))
 
     def batch_done(self, *, protocol: str, account: str, outcome: str, pictures: int, seconds: float) -> None:
-        """One batch answered ("charged", "replayed") or refused (the reason's name, lower case)."""
+        """One batch answered ("charged", "replayed"), refused (the reason's name, lower case), failed or departed."""
         self._requests.labels(protocol, outcome).inc()
         self._duration.labels(protocol).observe(seconds)
         self._pictures.labels(self._bounded(account), outcome).inc(pictures)

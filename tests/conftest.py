@@ -1,10 +1,127 @@
 """What every test shares. Real parts: a real server process on a free port, real SQLite files."""
 
+import asyncio
+import inspect
+import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 
 # Before torch is imported anywhere: tests run side by side, and threads that wait for each other by spinning would
 # make every one of them many times slower. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The tests must not depend on a developer's own settings.
-for name in ("MEKD_API_KEY", "MEKD_LEDGER"):
+for name in ("MEKD_API_KEY", "MEKD_LEDGER", "MEKD_LOG_LEVEL"):
     os.environ.pop(name, None)
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+ASYNC_TEST_SECONDS = 60.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test that is a coroutine runs in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), ASYNC_TEST_SECONDS))
+    return True
+
+
+def program(name: str) -> str:
+    """The installed program beside this interpreter."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def teacher_admin(ledger: str, *arguments: str) -> str:
+    """What ``teacher-admin`` prints; fails the test unless it exits with 0."""
+    command = [program("teacher-admin"), "--ledger", ledger, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass
+class Server:
+    """A running ``teacher-serve``."""
+
+    address: str
+    ledger: str
+    process: "subprocess.Popen[str]"
+    log_file: Path
+
+    def create_account(self, account: str = "device", budget: int = 1000) -> str:
+        """A new account; returns its key."""
+        return teacher_admin(self.ledger, "account", "create", account, "--budget", str(budget)).strip()
+
+    def balances(self, account: str = "device") -> dict[str, int]:
+        """granted, posted, held and balance."""
+        found: dict[str, int] = json.loads(teacher_admin(self.ledger, "account", "show", account, "--format", "json"))
+        return found
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def metrics_port(self) -> int:
+        found = re.search(r'"metrics_port": (\d+)', self.log())
+        assert found is not None, self.log()
+        return int(found[1])
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal and returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS)
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """``start_server(*flags, model=…, ledger=…, env=…)``: real ``teacher-serve`` processes, ended with the test."""
+    servers: list[Server] = []
+
+    def start(
+        *flags: str, model: str = "array:10,1,8,8", ledger: str = "", env: dict[str, str] | None = None
+    ) -> Server:
+        ledger = ledger or f"sqlite:///{tmp_path}/ledger.db"
+        log_file = tmp_path / f"teacher-serve-{len(servers)}.log"
+        given = ["--model", model, "--ledger", ledger]
+        for flag, default in (("--listen", "127.0.0.1:0"), ("--metrics-port", "0")):
+            given += [] if flag in flags else [flag, default]
+        with log_file.open("w") as log:
+            process = subprocess.Popen(
+                [program("teacher-serve"), *given, *flags],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | (env or {}),
+            )
+        server = Server("", ledger, process, log_file)
+        servers.append(server)
+        assert process.stdout is not None
+        watchdog = threading.Timer(START_SECONDS, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        watchdog.join()
+        assert line.startswith("serving on "), f"teacher-serve did not start: {server.log()}"
+        server.address = line.removeprefix("serving on ").strip()
+        return server
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait(STOP_SECONDS)
+        assert server.process.stdout is not None
+        server.process.stdout.close()

@@ -1,0 +1,129 @@
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from edge_agent.failures import DiskProblem, RunFolderProblem
+from edge_agent.journal import Batch, Journal
+
+
+def batch(slot: int = 0, batch_id: str = "a", count: int = 3) -> Batch:
+    return Batch(slot=slot, batch_id=batch_id, picture_count=count, request=b"request" * 10, latents=b"latents")
+
+
+@pytest.fixture
+def journal(tmp_path):
+    opened = Journal.open(tmp_path / "journal.db")
+    yield opened
+    opened.close()
+
+
+def test_planned_batch_is_found_again_byte_for_byte_after_reopening(tmp_path):
+    first = Journal.open(tmp_path / "journal.db")
+    first.plan("distill", batch())
+    run_id = first.run_id
+    first.close()
+    second = Journal.open(tmp_path / "journal.db")
+    assert second.unanswered("distill") == [batch()]
+    assert second.run_id == run_id
+    second.close()
+
+
+def test_planned_batch_survives_a_kill_right_after_plan_returns(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from edge_agent.journal import Batch, Journal
+journal = Journal.open(Path({str(tmp_path / "journal.db")!r}))
+journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=3, request=b"request", latents=b""))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60)
+    journal = Journal.open(tmp_path / "journal.db")
+    assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]
+    journal.close()
+
+
+def test_every_commit_is_synced(journal):
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_answer_moves_a_batch_from_unanswered_to_answered_and_is_counted(journal):
+    journal.plan("distill", batch())
+    journal.keep_answer("a", answer=b"answer", charged_count=3, received_bytes=8)
+    assert journal.unanswered("distill") == []
+    assert [row.answer for row in journal.answered("distill")] == [b"answer"]
+    totals = journal.totals("distill")
+    assert (totals.planned_pictures, totals.charged_pictures) == (3, 3)
+    assert (totals.sent_bytes, totals.received_bytes) == (70, 8)
+    assert journal.charges() == {"a": 3}
+
+
+def test_second_answer_to_a_batch_changes_nothing(journal):
+    journal.plan("distill", batch())
+    journal.keep_answer("a", answer=b"first", charged_count=3, received_bytes=8)
+    journal.keep_answer("a", answer=b"second", charged_count=3, received_bytes=9)
+    assert [row.answer for row in journal.answered("distill")] == [b"first"]
+    assert journal.totals().received_bytes == 8
+
+
+def test_repeats_count_towards_the_bytes_sent(journal):
+    journal.plan("distill", batch())
+    journal.count_repeat("a")
+    assert journal.totals().sent_bytes == 140
+
+
+def test_position_and_id_are_taken_once(journal):
+    journal.plan("distill", batch())
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.plan("distill", batch(slot=0, batch_id="b"))
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.plan("distill", batch(slot=1, batch_id="a"))
+
+
+def test_replan_puts_a_smaller_batch_in_the_place_of_a_refused_one(journal):
+    journal.plan("distill", batch())
+    journal.replan("distill", "a", batch(batch_id="b", count=1))
+    assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
+    assert journal.totals().planned_pictures == 1
+
+
+def test_replan_never_drops_an_answered_batch(journal):
+    journal.plan("distill", batch())
+    journal.keep_answer("a", answer=b"paid", charged_count=3, received_bytes=1)
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.replan("distill", "a", batch(batch_id="b", count=1))
+    assert journal.charges() == {"a": 3}
+
+
+def test_phases_are_kept_apart(journal):
+    journal.plan("deprivatize", batch(batch_id="a"))
+    journal.plan("distill", batch(batch_id="b", count=5))
+    assert journal.totals("deprivatize").planned_pictures == 3
+    assert journal.totals().planned_pictures == 8
+    assert journal.slots("distill") == 1 and journal.slots("adapt") == 0
+
+
+def test_file_that_is_no_journal_is_one_line(tmp_path):
+    (tmp_path / "journal.db").write_bytes(b"not a database at all, but long enough to be read as one" * 20)
+    with pytest.raises(RunFolderProblem, match=r"^[^\n]*journal\.db[^\n]*$"):
+        Journal.open(tmp_path / "journal.db")
+
+
+def test_journal_of_another_format_is_refused(tmp_path):
+    journal = Journal.open(tmp_path / "journal.db")
+    journal.set_facts(format=99)
+    journal.close()
+    with pytest.raises(RunFolderProblem, match="format 1, got 99"):
+        Journal.open(tmp_path / "journal.db")
+
+
+def test_full_store_is_a_disk_problem_and_what_was_kept_stays(journal):
+    journal.plan("distill", batch())
+    pages = journal._connection.execute("PRAGMA page_count").fetchone()[0]
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}")
+    big = Batch(slot=1, batch_id="b", picture_count=1, request=b"x" * 100_000, latents=b"")
+    with pytest.raises(DiskProblem, match="make room"):
+        journal.plan("distill", big)
+    assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]

@@ -1,0 +1,263 @@
+"""The pool over a teacher that answers in this process: what is planned, sent, kept, and how budgets end."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from edge_agent import pool as pools
+from edge_agent.egress import EgressDoor, PrivatePictureStopped
+from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.journal import Journal
+from edge_agent.pixels import quantise
+from edge_agent.pool import PoolOutbox, fill_pool, load_pool, resize, split_pool
+from edge_agent.teacher import Answered, Description, Refused
+from networks.gan import Generator
+from protos import codec
+from protos.errors import Reason, Refusal
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+
+DESCRIPTION = Description(
+    model_digest="m", labels=("a", "b", "c"), channels=1, height=8, width=8, max_batch_pictures=64
+)
+NOTHING_LOCAL = EgressDoor(np.zeros((0, 1, 8, 8), np.uint8))
+
+
+@pytest.fixture
+def journal(tmp_path):
+    opened = Journal.open(tmp_path / "journal.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    return Generator(class_count=3, noise_count=5, side=8, channels=1, width=4).eval().requires_grad_(False)
+
+
+def outbox(journal, generator, *, budget=100, batch_pictures=16, seed=0, door=NOTHING_LOCAL, description=DESCRIPTION):
+    return PoolOutbox(
+        journal, generator, door, description, budget=budget, batch_pictures=batch_pictures, seed=seed
+    )
+
+
+class Account:
+    """A teacher with a balance, in this process; ``held`` pictures come back after so many refusals."""
+
+    def __init__(self, balance: int, *, soft: bool = True, held: int = 0, held_for: int = 0):
+        self.balance = balance
+        self.soft = soft
+        self.held, self.held_for = held, held_for
+        self.asked: list[str] = []
+
+    def answers(self, run_id, model_digest, outbox):
+        while (batch := outbox.next_batch()) is not None:
+            self.asked.append(batch.batch_id)
+            if batch.picture_count > self.balance:
+                yield Refused(
+                    batch,
+                    Refusal.of(
+                        Reason.BUDGET_EXHAUSTED,
+                        requested=batch.picture_count,
+                        available=self.balance,
+                        held=self.held,
+                    ),
+                )
+                self.held_for -= 1
+                if self.held and self.held_for == 0:
+                    self.balance, self.held = self.balance + self.held, 0
+                continue
+            self.balance -= batch.picture_count
+            yield Answered(batch, self.result(batch))
+
+    def result(self, batch, **changes) -> wire.BatchResult:
+        images_NCHW = codec.decode_images(wire.Batch.FromString(batch.request).images)
+        answer = wire.Answer(
+            model_digest="m", charged_count=len(images_NCHW), pixel_digest=codec.pixel_digest(images_NCHW)
+        )
+        if self.soft:
+            rows_NK = np.tile(np.float32([0.7, 0.2, 0.1]), (len(images_NCHW), 1))
+            answer.probabilities.CopyFrom(codec.encode_probabilities(rows_NK))
+        else:
+            indices_N = np.arange(len(images_NCHW)) % 3
+            answer.class_indices.CopyFrom(codec.encode_class_indices(indices_N, 3))
+        for name, value in changes.items():
+            setattr(answer, name, value)
+        return wire.BatchResult(batch_id=batch.batch_id, answer=answer)
+
+
+def fill(teacher, journal, box):
+    fill_pool(teacher, journal, box, DESCRIPTION, progress=lambda answered: None)
+
+
+def test_budget_is_used_to_the_picture(journal, generator):
+    fill(Account(1000), journal, outbox(journal, generator, budget=100))
+    assert journal.totals().charged_pictures == 100
+    assert [row.picture_count for row in journal.answered("distill")] == [16] * 6 + [4]
+
+
+def test_batches_are_durable_before_they_are_handed_out(journal, generator):
+    batch = outbox(journal, generator).next_batch()
+    assert journal.unanswered("distill") == [batch]
+
+
+def test_a_second_run_plans_what_the_first_would_have(tmp_path, generator):
+    def requests(name, stop_after):
+        journal = Journal.open(tmp_path / name)
+        box = outbox(journal, generator)
+        for _ in range(stop_after):
+            box.next_batch()
+        box = outbox(journal, generator)  # a new process
+        while box.next_batch() is not None:
+            pass
+        pixels = [wire.Batch.FromString(row.request).images.payload for row in journal.unanswered("distill")]
+        journal.close()
+        return pixels
+
+    assert requests("a", 0) == requests("b", 3)
+
+
+def test_another_seed_asks_about_other_pictures(tmp_path, generator):
+    first, second = (Journal.open(tmp_path / name) for name in "ab")
+    a, b = (outbox(journal, generator, seed=seed).next_batch() for seed, journal in enumerate((first, second)))
+    assert a.request[40:] != b.request[40:]
+    first.close()
+    second.close()
+
+
+def test_what_was_left_unanswered_is_sent_first_byte_for_byte_and_counted_again(journal, generator):
+    before = outbox(journal, generator).next_batch()
+    after = outbox(journal, generator).next_batch()
+    assert after == before
+    assert journal.totals().sent_bytes == 2 * len(before.request)
+
+
+def test_a_raised_budget_plans_the_rest(journal, generator):
+    fill(Account(1000), journal, outbox(journal, generator, budget=20))
+    fill(Account(1000), journal, outbox(journal, generator, budget=50))
+    assert journal.totals().charged_pictures == 50
+
+
+def test_batch_is_no_larger_than_the_teacher_takes(journal, generator):
+    small = Description(**{**DESCRIPTION.__dict__, "max_batch_pictures": 5})
+    batch = outbox(journal, generator, description=small).next_batch()
+    assert batch.picture_count == 5
+
+
+def test_local_picture_is_stopped_before_it_is_planned(journal, generator):
+    sample = outbox(journal, generator).next_batch()
+    images_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
+    other = Journal.open(journal._path.with_name("other.db"))
+    with pytest.raises(PrivatePictureStopped):
+        outbox(other, generator, door=EgressDoor(images_NCHW[3:4])).next_batch()
+    assert other.totals().planned_pictures == 0
+    other.close()
+
+
+def test_account_with_less_than_a_batch_gets_a_smaller_one_under_a_new_id(journal, generator):
+    account = Account(20)
+    with pytest.raises(BudgetSpent, match="after 20 answers"):
+        fill(account, journal, outbox(journal, generator, budget=100))
+    assert journal.totals().charged_pictures == 20
+    assert len(set(account.asked)) == len(account.asked)
+
+
+def test_run_goes_on_after_a_grant_and_pays_the_rest_alone(journal, generator):
+    with pytest.raises(BudgetSpent):
+        fill(Account(20), journal, outbox(journal, generator, budget=100))
+    second = Account(1000)
+    fill(second, journal, outbox(journal, generator, budget=100))
+    assert second.balance == 1000 - 80
+    assert journal.totals().charged_pictures == 100
+
+
+def test_pictures_held_elsewhere_are_waited_for(journal, generator, monkeypatch):
+    monkeypatch.setattr(pools, "PAUSE_SECONDS", 0.01)
+    account = Account(0, held=100, held_for=3)
+    fill(account, journal, outbox(journal, generator, budget=32))
+    assert journal.totals().charged_pictures == 32
+    assert account.asked[0] == account.asked[1], "waiting keeps the id"
+
+
+def test_pictures_held_for_ever_are_not_waited_for_longer_than_a_hold_lives(journal, generator, monkeypatch):
+    monkeypatch.setattr(pools, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(pools, "HOLD_EXPIRY_SECONDS", 0.1)
+    started = time.monotonic()
+    with pytest.raises(BudgetSpent):
+        fill(Account(0, held=100, held_for=10**9), journal, outbox(journal, generator))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_digest": "other"}, "answered by other"),
+        ({"pixel_digest": b"x" * 32}, "other pixels"),
+        ({"charged_count": 99}, "expected 16 pictures charged, got 99"),
+    ],
+)
+def test_answer_that_is_not_what_was_expected_is_kept_and_then_refused(journal, generator, changes, said):
+    account = Account(1000)
+    original = account.result
+    account.result = lambda batch: original(batch, **changes)
+    with pytest.raises(BadInput, match=said):
+        fill(account, journal, outbox(journal, generator))
+    assert len(list(journal.answered("distill"))) == 1, "paid for, so kept"
+
+
+def test_pool_pairs_pictures_latents_and_answers(journal, generator):
+    fill(Account(1000), journal, outbox(journal, generator, budget=40))
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    assert pool.images_NCHW.shape == (40, 1, 8, 8) and pool.images_NCHW.dtype == torch.uint8
+    assert torch.equal(quantise(generator(pool.latents_NL)), pool.images_NCHW), "trained on what was sent"
+    assert torch.allclose(pool.probabilities_NK, torch.tensor([0.7, 0.2, 0.1]).expand(40, 3))
+
+
+def test_hard_answers_make_a_pool_of_indices(journal, generator):
+    fill(Account(1000, soft=False), journal, outbox(journal, generator, budget=32))
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    assert pool.class_indices_N.tolist() == [i % 3 for i in range(16)] * 2
+    assert pool.probabilities_NK is None
+
+
+def test_policy_changed_on_the_way_makes_smoothed_probabilities(journal, generator):
+    fill(Account(1000), journal, outbox(journal, generator, budget=16))
+    fill(Account(1000, soft=False), journal, outbox(journal, generator, budget=32))
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.3)
+    assert torch.allclose(pool.probabilities_NK[0], torch.tensor([0.7, 0.2, 0.1]))
+    assert torch.allclose(pool.probabilities_NK[16], torch.tensor([0.8, 0.1, 0.1]))
+
+
+def test_empty_pool_is_refused(journal, generator):
+    with pytest.raises(BadInput, match="raise --budget"):
+        load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+
+
+def test_held_out_pictures_are_the_last_and_in_no_other_part(journal, generator):
+    fill(Account(1000), journal, outbox(journal, generator, budget=40))
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    train, held_out = split_pool(pool, 7)
+    assert (len(train), len(held_out)) == (33, 7)
+    assert torch.equal(torch.cat([train.images_NCHW, held_out.images_NCHW]), pool.images_NCHW)
+    everything, nothing = split_pool(pool, 0)
+    assert (len(everything), len(nothing)) == (40, 0)
+
+
+def test_teacher_of_another_size_is_sent_resized_pictures_and_trained_on_the_generators_size(journal, generator):
+    wide = Description(**{**DESCRIPTION.__dict__, "height": 20, "width": 30})
+    batch = outbox(journal, generator, budget=4, description=wide).next_batch()
+    sent = wire.Batch.FromString(batch.request).images
+    assert (sent.height, sent.width) == (20, 30)
+    account = Account(10)
+    fill_pool(account, journal, outbox(journal, generator, budget=4, description=wide), wide, progress=lambda n: None)
+    pool = load_pool(journal, generator, wide, label_smoothing=0.1)
+    assert pool.images_NCHW.shape == (4, 1, 8, 8)
+
+
+def test_resize_leaves_a_fitting_picture_alone():
+    images_NCHW = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert resize(images_NCHW, 8, 8) is images_NCHW
+    grey = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
+    assert (resize(grey, 16, 24) == 77).all()

@@ -1,0 +1,117 @@
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from edge_agent import runs
+from edge_agent.failures import DiskProblem, RunFolderProblem
+from edge_agent.runs import RunFolder, digest_of
+
+
+def test_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
+    with (
+        RunFolder(tmp_path / "run"),
+        pytest.raises(RunFolderProblem, match="in use by another edge-agent"),
+    ):
+        RunFolder(tmp_path / "run")
+    with RunFolder(tmp_path / "run"):
+        pass
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    with RunFolder(tmp_path) as folder:
+        folder.write("summary.json", b"old")
+
+        def no_room(_descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", no_room)
+        with pytest.raises(DiskProblem, match=r"summary\.json: No space left on device"):
+            folder.write("summary.json", b"new")
+        monkeypatch.undo()
+        assert (tmp_path / "summary.json").read_bytes() == b"old"
+
+
+def test_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+    with RunFolder(tmp_path) as folder:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("sync"), sync(descriptor)))
+        monkeypatch.setattr(
+            type(tmp_path), "replace", lambda self, target: (order.append("rename"), replace(self, target))
+        )
+        folder.write("a", b"content")
+    assert order == ["sync", "rename", "sync"]  # the file, its name, the folder
+
+
+def test_tensors_read_back_and_a_damaged_file_is_one_line(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write_tensors("x.pt", {"weights": torch.arange(3), "step": 4})
+        back = folder.read_tensors("x.pt")
+        assert back["step"] == 4 and back["weights"].tolist() == [0, 1, 2]
+        (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:100])
+        with pytest.raises(RunFolderProblem, match=r"x\.pt: expected a file of this project[^\n]*$"):
+            folder.read_tensors("x.pt")
+
+
+def test_file_with_code_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    with RunFolder(tmp_path) as folder:
+        torch.save({"trap": Trap()}, tmp_path / "x.pt")
+        with pytest.raises(RunFolderProblem):
+            folder.read_tensors("x.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_memory_above_its_limit_is_refused(tmp_path):
+    with RunFolder(tmp_path) as folder, pytest.raises(ValueError, match="at most 4194304 bytes"):
+        folder.write_arrays("memory.npz", {"x": np.random.default_rng(0).random(10**6)})
+
+
+def test_checkpoint_is_saved_when_due_and_seen_by_the_same_inputs_alone(tmp_path, monkeypatch):
+    with RunFolder(tmp_path) as folder:
+        checkpoint = folder.checkpoint("distill", "inputs")
+        assert checkpoint.load() is None
+        checkpoint.save_if_due(lambda: {"step": 1})
+        assert checkpoint.load() is None, "not due yet"
+        later = time.monotonic() + runs.CHECKPOINT_SECONDS
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        checkpoint.save_if_due(lambda: {"step": 2})
+        assert folder.checkpoint("distill", "inputs").load() == {"step": 2}
+        assert folder.checkpoint("distill", "others").load() is None
+        folder.finish("distill", "inputs")
+        assert folder.checkpoint("distill", "inputs").load() is None
+        assert folder.done("distill", "inputs") and not folder.done("distill", "others")
+
+
+def test_a_kill_costs_at_most_a_minute_of_computing():
+    assert runs.CHECKPOINT_SECONDS <= 60
+
+
+def test_clock_adds_up_over_starts_even_when_they_fail(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        with folder.clock("distill"):
+            time.sleep(0.05)
+        with pytest.raises(RuntimeError), folder.clock("distill"):
+            time.sleep(0.05)
+            raise RuntimeError
+        assert 0.1 <= folder.seconds("distill") < 5
+        assert folder.seconds("adapt") is None
+
+
+def test_metrics_are_json_lines(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.metric(phase="adapt", changed=3)
+        folder.metric(phase="adapt", changed=4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["changed"] for line in lines] == [3, 4]
+
+
+def test_digest_does_not_hang_on_order_but_on_values():
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
