@@ -210,7 +210,6 @@ class Agent:
                 "held out": self._config.held_out_fraction,
                 "generator": digest,
                 "answers": sorted(self._journal.charges()),
-                "pictures": self._local.digest,
             }
         )
         if self._folder.done("distill", inputs) and self._folder.has("student.pt"):
@@ -225,7 +224,6 @@ class Agent:
                 student.to(self._device),
                 generator.to(self._device),
                 train,
-                torch.from_numpy(self._local.images_NCHW),
                 config=self._config.distill,
                 seed=self._config.seed,
                 device=self._device,

@@ -273,7 +273,10 @@ class Ledger(Protocol):
     """The books. Every method may raise LedgerUnavailable; then nothing was changed."""
 
     async def hold(self, request: HoldRequest) -> Held | Posted:
-        """Holds a batch, or finds it answered before. Refusals as in ``apply_hold``."""
+        """Holds a batch, or finds it answered before. Refusals as in ``apply_hold``.
+
+        A new hold may be told before it is durable, and so before a reader sees it; a kept answer never is.
+        """
 
     async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
         """Charges a held batch and keeps its answer, durable on return. Refusal: HOLD_LOST."""

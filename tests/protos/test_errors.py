@@ -142,7 +142,9 @@ def test_a_code_of_the_future_is_no_crash() -> None:
 
 def test_variables_of_any_name_survive() -> None:
     # "reason" and "cls" are parameter names on this side of the wire.
-    status = Status(code=code_pb2.UNAVAILABLE, details=[info("DRAINING", reason="x", cls="y")])
+    packed = Any()
+    packed.Pack(ErrorInfo(reason="DRAINING", domain=DOMAIN, metadata={"reason": "x", "cls": "y"}))
+    status = Status(code=code_pb2.UNAVAILABLE, details=[packed])
     refusal = Refusal.from_status(status)
     assert refusal.reason is Reason.DRAINING and refusal.variables == {"reason": "x", "cls": "y"}
 

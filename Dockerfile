@@ -1,0 +1,39 @@
+# Two images from one file:
+#   docker build --target teacher -t mekd-teacher .
+#   docker build --target agent -t mekd-agent .
+# TORCH_INDEX names an index with CPU-only torch wheels (several GB less):
+#   docker build --build-arg TORCH_INDEX=URL --target agent -t mekd-agent .
+
+FROM python:3.11-slim AS base
+ARG TORCH_INDEX=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+RUN useradd --create-home --uid 10001 mekd && install --directory --owner=mekd --group=mekd /data
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY protos ./protos
+COPY networks ./networks
+COPY teacher_service ./teacher_service
+COPY edge_agent ./edge_agent
+COPY benchmarks ./benchmarks
+RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt .
+WORKDIR /data
+USER mekd
+VOLUME /data
+
+# The ledger is /data/mekd-ledger.db; accounts are made in the same volume:
+#   docker run --rm -v mekd:/data --entrypoint teacher-admin mekd-teacher account create my-device --budget 50000
+# Beyond loopback the server wants --tls-cert and --tls-key (or --insecure-listen behind a proxy that has them).
+FROM base AS teacher
+EXPOSE 50051
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s CMD ["teacher-serve", "--check", "127.0.0.1:50051"]
+ENTRYPOINT ["teacher-serve"]
+CMD ["--help"]
+
+# The run folder is /data/runs/mekd; local pictures are mounted read-only:
+#   docker run --rm -e MEKD_API_KEY -v mekd-run:/data -v ~/pictures:/pictures:ro mekd-agent \
+#       run --phase all --images /pictures --teacher teacher.example:50051 --tls-ca /data/ca.pem
+FROM base AS agent
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["edge-agent"]
+CMD ["--help"]
