@@ -1,9 +1,9 @@
 """How accurate is a student whose every query was counted? ``python -m benchmarks.accuracy --data DIR``
 
-MNIST, 10,000 local pictures without labels, a ResNet32 teacher behind teacher-serve, a ResNet8 student, 50,000 queries
-in all. The teacher trains on the cloud's part, which holds none of the device's pictures. Test pictures and labels are
-read once, at the end, by this program alone. Interrupted or out of time, the same command goes on where it was. Each
-finished run appends one line to benchmarks/results/accuracy.jsonl.
+MNIST, 10,000 local pictures without labels, a ResNet32 teacher behind teacher-serve, a ResNet8 student, 50,000
+queries in all. The teacher trains on the cloud's part, which holds none of the device's pictures. Test pictures and
+labels are read once, at the end, by this program alone. Interrupted or out of time, the same command goes on where it
+was. Each finished run appends one line to benchmarks/results/accuracy.jsonl.
 """
 
 import datetime
@@ -38,11 +38,24 @@ class _OutOfTime(BaseException):
 
 
 @click.command()
-@click.option("--data", type=click.Path(path_type=Path), envvar="MEKD_DATA", default=Path("runs/data"), show_default=True, help="Where MNIST lies, or is downloaded to; also in MEKD_DATA.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="MEKD_DATA",
+    default=Path("runs/data"),
+    show_default=True,
+    help="Where MNIST lies, or is downloaded to; also in MEKD_DATA.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of teacher, generator, queries and student.")
 @click.option("--answers", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="[default: runs/accuracy/mnist-ANSWERS-SEED]")
-@click.option("--config", "config_file", type=click.Path(exists=True, path_type=Path), default=CONFIG, help="Settings of the run.  [default: benchmarks/configs/mnist.toml]")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, path_type=Path),
+    default=CONFIG,
+    help="Settings of the run.  [default: benchmarks/configs/mnist.toml]",
+)
 @click.option("--max-minutes", type=float, help="Stop after so long; the same command goes on where it was.")
 def main(
     data: Path, seed: int, answers: str, run_dir: Path | None, config_file: Path, max_minutes: float | None

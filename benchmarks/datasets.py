@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_agent.data import _pixels_CHW
+from edge_agent.data import digit_bytes, pixels_CHW
 from edge_agent.splits import Part, digits_part, training_part
 
 DIGITS_SIDE = 16
@@ -31,8 +31,8 @@ def digits(part: Part) -> Labelled:
 
     bunch = load_digits()
     chosen = [i for i in range(len(bunch.target)) if digits_part(i) == part]
-    bytes_NHW = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-    images_NCHW = np.stack([_pixels_CHW(Image.fromarray(image), 1, DIGITS_SIDE, DIGITS_SIDE) for image in bytes_NHW])
+    pictures = [Image.fromarray(image) for image in digit_bytes(bunch.images[chosen])]
+    images_NCHW = np.stack([pixels_CHW(picture, 1, DIGITS_SIDE, DIGITS_SIDE) for picture in pictures])
     return Labelled(images_NCHW, bunch.target[chosen].astype(np.int64))
 
 

@@ -23,37 +23,6 @@ def shift(images_NCHW: Tensor, *, largest_px: int, rng: torch.Generator) -> Tens
     return shifted_NHWC.permute(0, 3, 1, 2).contiguous()
 
 
-def affine(
-    images_NCHW: Tensor,
-    *,
-    largest_shift_px: float,
-    largest_turn_degrees: float,
-    largest_zoom: float,
-    rng: torch.Generator,
-) -> Tensor:
-    """Shift, turn and zoom each picture, by up to the given amounts; what comes in is background.
-
-    A zoom of z scales by a factor between 1 / (1 + z) and 1 + z, drawn for each axis.
-    """
-    count, _, _, width = images_NCHW.shape
-    uniform_5N = (2.0 * torch.rand(5, count, generator=rng) - 1.0).to(images_NCHW.device)
-    angle_N = uniform_5N[0] * torch.pi * largest_turn_degrees / 180.0
-    zoom_2N = (1.0 + largest_zoom) ** uniform_5N[1:3]
-    # The grid spans -1..1, so one pixel is 2 / width of it.
-    shift_2N = uniform_5N[3:5] * largest_shift_px * 2.0 / width
-    cos_N, sin_N = angle_N.cos(), angle_N.sin()
-    rows_N23 = torch.stack(
-        [
-            torch.stack([cos_N * zoom_2N[0], -sin_N * zoom_2N[1], shift_2N[0]], dim=1),
-            torch.stack([sin_N * zoom_2N[0], cos_N * zoom_2N[1], shift_2N[1]], dim=1),
-        ],
-        dim=1,
-    )
-    grid_NHW2 = F.affine_grid(rows_N23, list(images_NCHW.shape), align_corners=False)
-    # Background is -1 and grid_sample fills with 0: move the scale by one and back.
-    return F.grid_sample(images_NCHW + 1.0, grid_NHW2, align_corners=False) - 1.0
-
-
 def recolour(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
     """Change each picture's brightness and contrast, by up to `strength` (1 = the half range) each.
 

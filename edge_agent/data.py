@@ -81,7 +81,7 @@ def load_local_images(
             break
         picture = pictures[i]
         if isinstance(picture, Image.Image):
-            usable[i] = _pixels_CHW(picture, channels, height, width)
+            usable[i] = pixels_CHW(picture, channels, height, width)
             continue
         try:
             usable[i] = _decode(picture, channels, height, width)
@@ -103,8 +103,13 @@ def _digits() -> list[Image.Image]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("digits needs scikit-learn: pip install 'mekd[demo]'") from None
-    images_NHW = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    images_NHW = digit_bytes(load_digits().images)
     return [Image.fromarray(image) for i, image in enumerate(images_NHW) if digits_part(i) == "device"]
+
+
+def digit_bytes(images_NHW: npt.NDArray[np.float64]) -> UInt8Array:
+    """scikit-learn's digits, 0 to 16, as bytes."""
+    return np.rint(images_NHW * (255 / 16)).astype(np.uint8)
 
 
 def _mnist(root: Path, *, pad: bool) -> list[Image.Image]:
@@ -162,10 +167,11 @@ def _decode(path: Path, channels: int, height: int, width: int) -> UInt8Array:
         with Image.open(path, formats=_FORMATS) as image:
             # A large JPEG is decoded at a fraction of its size, yet twice as large as needed at least.
             image.draft(None, (2 * max(height, width),) * 2)
-            return _pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)
+            return pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)
 
 
-def _pixels_CHW(image: Image.Image, channels: int, height: int, width: int) -> UInt8Array:
+def pixels_CHW(image: Image.Image, channels: int, height: int, width: int) -> UInt8Array:
+    """One picture as uint8 (C, H, W): opaque, of the channels asked for, shorter side resized, centre kept."""
     mode = "L" if channels == 1 else "RGB"
     fitted = ImageOps.fit(_opaque(image).convert(mode), (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)

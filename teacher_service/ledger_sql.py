@@ -241,11 +241,14 @@ class _Transaction:
                 ],
             )
         if self._changed_accounts:
+            # Never SET name, not even to itself: the store would look up every row that refers to the account.
+            numbers = ("granted", "posted", "held", "sequence")
+            changed_accounts = [_account_values(self._accounts[name]) for name in self._changed_accounts]
             self.connection.execute(
                 sa.update(accounts_table)
                 .where(accounts_table.c.name == sa.bindparam("at"))
-                .values({name: sa.bindparam(name) for name in ("granted", "posted", "held", "sequence")}),
-                [_account_values(self._accounts[name]) | {"at": name} for name in self._changed_accounts],
+                .values({number: sa.bindparam(number) for number in numbers}),
+                [{"at": row["name"]} | {number: row[number] for number in numbers} for row in changed_accounts],
             )
 
 

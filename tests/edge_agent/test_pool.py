@@ -38,9 +38,7 @@ def generator():
 
 
 def outbox(journal, generator, *, budget=100, batch_pictures=16, seed=0, door=NOTHING_LOCAL, description=DESCRIPTION):
-    return PoolOutbox(
-        journal, generator, door, description, budget=budget, batch_pictures=batch_pictures, seed=seed
-    )
+    return PoolOutbox(journal, generator, door, description, budget=budget, batch_pictures=batch_pictures, seed=seed)
 
 
 class Account:

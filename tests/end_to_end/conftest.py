@@ -72,8 +72,10 @@ class World:
     def start_server(self, model: str = MODEL, *more: str) -> None:
         self.log = (self.folder / "server.log").open("a")
         self.server = subprocess.Popen(
-            [program("teacher-serve"), "--model", model, "--ledger", self.ledger]
-            + ["--listen", self.address, "--metrics-port", "0", *more],
+            [
+                *(program("teacher-serve"), "--model", model, "--ledger", self.ledger),
+                *("--listen", self.address, "--metrics-port", "0", *more),
+            ],
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,

@@ -90,13 +90,19 @@ def breaking_changes(before: dict[str, FileDescriptorProto], after: dict[str, Fi
                     broken.append(f"{where} moved to another oneof")
         new_enums = dict(enums_of(new_file))
         for enum_name, enum in enums_of(old_file):
-            now_values = {value.number: value.name for value in new_enums[enum_name].value} if enum_name in new_enums else {}
+            now_values = (
+                {value.number: value.name for value in new_enums[enum_name].value} if enum_name in new_enums else {}
+            )
             for value in enum.value:
                 if now_values.get(value.number) != value.name:
                     broken.append(f"enum value {value.name} removed or renumbered")
         new_services = {service.name: service for service in new_file.service}
         for service in old_file.service:
-            methods = {method.name: method for method in new_services[service.name].method} if service.name in new_services else {}
+            methods = (
+                {method.name: method for method in new_services[service.name].method}
+                if service.name in new_services
+                else {}
+            )
             for method in service.method:
                 if methods.get(method.name) != method:
                     broken.append(f"rpc {service.name}.{method.name} removed or changed")

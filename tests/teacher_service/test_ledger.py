@@ -312,7 +312,9 @@ async def test_the_statement_comes_in_pages_and_by_run(books: Ledger) -> None:
     assert paged == whole
     odd = await books.statement("a", run_id="r1")
     assert [entry.batch_id for entry in odd] == ["b1", "b1", "b3", "b3", "b5", "b5"]
-    assert [e.batch_id for e in await books.statement("a", run_id="r1", after_sequence=odd[1].sequence, limit=1)] == ["b3"]
+    assert [e.batch_id for e in await books.statement("a", run_id="r1", after_sequence=odd[1].sequence, limit=1)] == [
+        "b3"
+    ]
     assert await books.statement("a", run_id="none") == []
 
 

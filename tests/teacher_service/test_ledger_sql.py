@@ -14,17 +14,627 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from conftest import until, write_locked  # type: ignore[import-not-found]
 
 from protos.errors import Reason, Refusal
 from teacher_service import ledger as rules
 from teacher_service import ledger_sql
-from teacher_service.ledger import (
-    Account,
-    Held,
-    HoldRequest,
-    LedgerError,
-    LedgerUnavailable,
-    Posted,
-)
+from teacher_service.auth import new_key
+from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
 from teacher_service.ledger_sql import SqlLedger
+from tests.teacher_service.parts import until, write_locked
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def opened(path: Path) -> Iterator[Any]:
+    """``opened(lease_ms=…)``: instances on one file, closed with the test."""
+    ledgers: list[SqlLedger] = []
+
+    def open_(**settings: int) -> SqlLedger:
+        ledgers.append(SqlLedger.open(f"sqlite:///{path}", **settings))
+        return ledgers[-1]
+
+    yield open_
+    for ledger in ledgers:
+        asyncio.run(ledger.close())
+
+
+def wish(batch_id: str = "b", count: int = 5, *, account: str = "a") -> HoldRequest:
+    return HoldRequest(account=account, batch_id=batch_id, run_id="run", digest=b"d", picture_count=count)
+
+
+async def settled(ledger: SqlLedger) -> tuple[int, int, int]:
+    """posted, held, balance of "a", once everything told so far can be read."""
+    await ledger.void("nobody", "nothing")
+    account = await ledger.account("a")
+    return account.posted, account.held, account.balance
+
+
+async def kinds(ledger: SqlLedger) -> list[str]:
+    return [entry.kind.value for entry in await ledger.statement("a")]
+
+
+def query(path: Path, text: str) -> list[Any]:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(text).fetchall()
+    finally:
+        connection.close()
+
+
+def python(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", PREAMBLE + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+PREAMBLE = """
+import asyncio, os, signal, sys
+from protos.errors import Refusal
+from teacher_service.ledger import HoldRequest, LedgerError, LedgerUnavailable
+from teacher_service.ledger_sql import SqlLedger
+def wish(batch_id, count=5):
+    return HoldRequest(account="a", batch_id=batch_id, run_id="run", digest=b"d", picture_count=count)
+"""
+
+CRASH = """
+async def main():
+    ledger = SqlLedger.open(sys.argv[1], lease_ms=int(sys.argv[2]))
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish("posted", 7))
+    await ledger.post("a", "posted", bytes(range(256)))
+    await ledger.hold(wish("held"))
+    await ledger.void("a", "nothing")  # the hold is on the disk
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+
+
+def crash(path: Path, lease_ms: int) -> None:
+    """An instance is killed with one batch posted and one held."""
+    done = python(CRASH, f"sqlite:///{path}", lease_ms)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+# --- crashes, leases and several servers on one file ---
+
+
+async def test_posts_survive_a_crash_and_are_replayed_byte_for_byte(path: Path, opened: Any) -> None:
+    crash(path, 60_000)
+    ledger = opened()
+    assert await ledger.hold(wish("posted", 7)) == Posted(bytes(range(256)))
+    assert await settled(ledger) == (7, 5, 88)
+
+
+async def test_holds_of_a_crashed_instance_come_back_only_when_its_lease_has_lapsed(path: Path, opened: Any) -> None:
+    crash(path, 2_000)
+    lapses_ms = query(path, "SELECT lease_until_ms FROM instances")[0][0]
+    ledger = opened(lease_ms=150)
+    assert await settled(ledger) == (7, 5, 88)
+    with pytest.raises(Refusal) as refused:
+        await ledger.hold(wish("held"))
+    assert refused.value.reason is Reason.BATCH_IN_FLIGHT
+
+    async def freed() -> bool:
+        return (await ledger.account("a")).held == 0
+
+    await until(freed)
+    last = (await ledger.statement("a"))[-1]
+    assert (last.kind.value, last.batch_id, last.picture_count) == ("expire", "held", 5)
+    assert last.create_time_ms > lapses_ms
+    assert await ledger.hold(wish("held")) == Held()
+    assert await settled(ledger) == (7, 5, 88)
+
+
+async def test_a_repeat_of_a_dead_servers_batch_need_not_wait_for_the_sweep(path: Path, opened: Any) -> None:
+    ledger = opened(lease_ms=60_000)  # no sweep but the first
+    crash_made_account = python(CRASH, f"sqlite:///{path}", 1)
+    assert crash_made_account.returncode == -signal.SIGKILL
+    assert await settled(ledger) == (7, 5, 88)
+    assert await ledger.hold(wish("held")) == Held()
+    assert await settled(ledger) == (7, 5, 88)
+    assert (await kinds(ledger))[-2:] == ["expire", "hold"]
+    await ledger.post("a", "held", b"")
+    assert await settled(ledger) == (12, 0, 88)
+
+
+async def test_holds_of_a_living_instance_are_nobody_elses(opened: Any) -> None:
+    living, other = opened(lease_ms=300), opened(lease_ms=300)
+    await living.create_account("a", 100)
+    await living.hold(wish())
+    await asyncio.sleep(1.0)  # several leases and sweeps of both
+    third = opened(lease_ms=300)
+    for ledger in (other, third):
+        with pytest.raises(Refusal) as refused:
+            await ledger.hold(wish())
+        assert refused.value.reason is Reason.BATCH_IN_FLIGHT
+        await ledger.void("a", "b")
+        with pytest.raises(Refusal) as refused:
+            await ledger.post("a", "b", b"not mine")
+        assert refused.value.reason is Reason.HOLD_LOST
+    await living.post("a", "b", b"mine")
+    assert await other.hold(wish()) == Posted(b"mine")
+    assert await kinds(other) == ["grant", "hold", "post"]
+
+
+async def test_two_servers_on_one_file_never_overspend_and_charge_each_batch_once(opened: Any) -> None:
+    servers = [opened(), opened()]
+    await servers[0].create_account("a", 30)
+    outcomes: list[str] = []
+
+    async def answer(ledger: SqlLedger, batch_id: str) -> None:
+        try:
+            if isinstance(await ledger.hold(wish(batch_id, 1)), Posted):
+                outcomes.append("replayed")
+                return
+            await ledger.post("a", batch_id, b"")
+            outcomes.append("charged")
+        except Refusal as refusal:
+            outcomes.append(refusal.reason.name)
+
+    await asyncio.gather(*(answer(ledger, f"b{i}") for i in range(45) for ledger in servers))
+    assert outcomes.count("charged") == 30
+    assert set(outcomes) <= {"charged", "replayed", "BATCH_IN_FLIGHT", "BUDGET_EXHAUSTED"}
+    assert await settled(servers[1]) == (30, 0, 0)
+    posts = [e.batch_id for e in await servers[0].statement("a") if e.kind.value == "post"]
+    assert len(posts) == len(set(posts)) == 30
+
+
+async def test_closing_gives_back_what_is_held(path: Path, opened: Any) -> None:
+    first, second = opened(), opened()
+    await first.create_account("a", 100)
+    await first.hold(wish("mine"))
+    await second.hold(wish("other's"))
+    await first.close()
+    assert await settled(second) == (0, 5, 95)
+    assert (await kinds(second)).count("void") == 1
+    assert query(path, "SELECT instance_id FROM instances") == [(second.instance_id,)]
+
+
+async def test_a_closed_ledger_says_so(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 1)
+    await ledger.close()
+    for call in (ledger.account("a"), ledger.grant("a", 1), ledger.hold(wish())):
+        with pytest.raises(LedgerUnavailable, match="closed"):
+            await call
+
+
+async def test_the_dead_are_forgotten(path: Path, opened: Any) -> None:
+    python(CRASH, f"sqlite:///{path}", 1)
+    assert len(query(path, "SELECT 1 FROM instances")) == 1
+    ledger = opened()
+    assert query(path, "SELECT instance_id FROM instances") == [(ledger.instance_id,)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The wall clock runs ``clock[0]`` milliseconds ahead."""
+    ahead, true_now = [0], rules.now_ms
+    monkeypatch.setattr(rules, "now_ms", lambda: true_now() + ahead[0])
+    yield ahead
+
+
+async def test_a_clock_that_jumps_ahead_costs_an_answer_and_no_money(clock: list[int], opened: Any) -> None:
+    first = opened()
+    await first.create_account("a", 100)
+    await first.hold(wish())
+    await settled(first)
+    clock[0] = 3_600_000
+    second = opened()  # takes the first for dead
+    assert await settled(second) == (0, 0, 100)
+    with pytest.raises(Refusal) as refused:
+        await first.post("a", "b", b"too late")
+    assert refused.value.reason is Reason.HOLD_LOST
+    assert await first.hold(wish()) == Held()
+    await first.post("a", "b", b"answer")
+    assert await settled(second) == (5, 0, 95)
+
+
+async def test_a_clock_that_jumps_back_leaves_no_lease_in_the_far_future(
+    path: Path, clock: list[int], opened: Any
+) -> None:
+    clock[0] = 3_600_000
+    ledger = opened(lease_ms=10_000)
+    clock[0] = 0
+    await ledger.create_account("a", 100)
+
+    async def renewed() -> bool:
+        return bool(query(path, "SELECT lease_until_ms FROM instances")[0][0] <= rules.now_ms() + 10_000)
+
+    await until(renewed)
+
+
+# --- what is told when ---
+
+
+def fail_commits(ledger: SqlLedger) -> Any:
+    """Every commit of this ledger fails from now on, as a broken disk makes it; returns what ends that."""
+
+    def broken(_connection: Any) -> None:
+        raise sa.exc.OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    sa.event.listen(ledger._engine, "commit", broken)
+    return lambda: sa.event.remove(ledger._engine, "commit", broken)
+
+
+async def test_a_hold_that_the_disk_forgot_charges_nothing_and_can_be_held_again(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    mend = fail_commits(ledger)
+    assert await ledger.hold(wish()) == Held()  # told before the commit
+    with pytest.raises(LedgerUnavailable, match="disk I/O error"):
+        await ledger.void("a", "nothing")
+    mend()
+    with pytest.raises(Refusal) as refused:
+        await ledger.post("a", "b", b"answer")
+    assert refused.value.reason is Reason.HOLD_LOST
+    assert await settled(ledger) == (0, 0, 100)
+    assert await ledger.hold(wish()) == Held()
+    await ledger.post("a", "b", b"answer")
+    assert await settled(ledger) == (5, 0, 95)
+
+
+async def test_a_post_whose_commit_failed_charges_nothing_and_its_hold_stands(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    await settled(ledger)
+    mend = fail_commits(ledger)
+    with pytest.raises(LedgerUnavailable):
+        await ledger.post("a", "b", b"answer")
+    mend()
+    assert await settled(ledger) == (0, 5, 95)
+    await ledger.void("a", "b")
+    assert await settled(ledger) == (0, 0, 100)
+
+
+async def grouped(ledger: SqlLedger, *calls: Any) -> list[Any]:
+    """Runs ledger calls so that the writer takes them in one transaction."""
+    busy, go = threading.Event(), threading.Event()
+
+    def occupy(_transaction: Any) -> None:
+        busy.set()
+        go.wait(10)
+
+    occupied = asyncio.ensure_future(ledger._write(occupy))
+    await asyncio.to_thread(busy.wait, 10)
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.sleep(0.02)
+    go.set()
+    await occupied
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_kept_answer_is_not_told_before_its_post_is_durable(opened: Any) -> None:
+    # The post and a repeat of its batch in one group, whose commit fails: nobody may get the answer for nothing.
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    await settled(ledger)
+    busy, go = threading.Event(), threading.Event()
+
+    def occupy(_transaction: Any) -> None:
+        busy.set()
+        go.wait(10)
+
+    occupied = asyncio.ensure_future(ledger._write(occupy))
+    await asyncio.to_thread(busy.wait, 10)
+    posting = asyncio.ensure_future(ledger.post("a", "b", b"answer"))
+    repeat = asyncio.ensure_future(ledger.hold(wish()))
+    await asyncio.sleep(0.02)
+    commits = [0]
+
+    def second_commit_fails(_connection: Any) -> None:
+        commits[0] += 1
+        if commits[0] == 2:
+            raise sa.exc.OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    sa.event.listen(ledger._engine, "commit", second_commit_fails)
+    go.set()
+    await occupied
+    told = await asyncio.gather(posting, repeat, return_exceptions=True)
+    assert [type(outcome) for outcome in told] == [LedgerUnavailable, LedgerUnavailable]
+    assert await settled(ledger) == (0, 5, 95)
+
+
+async def test_steps_that_meet_in_one_group_see_each_other(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 10)
+    await ledger.hold(wish("x", 6))
+    told = await grouped(
+        ledger,
+        ledger.post("a", "x", b"answer"),
+        ledger.hold(wish("x", 6)),
+        ledger.hold(wish("y", 5)),
+        ledger.grant("a", 3),
+        ledger.hold(wish("y", 5)),
+        ledger.hold(wish("y", 5)),
+        ledger.void("a", "y"),
+        ledger.hold(wish("y", 7)),
+    )
+    assert told[1] == Posted(b"answer")
+    assert [outcome.reason.name for outcome in told if isinstance(outcome, Refusal)] == [
+        "BUDGET_EXHAUSTED",
+        "BATCH_IN_FLIGHT",
+    ]
+    assert told[4] == told[7] == Held()
+    assert await settled(ledger) == (6, 7, 0)
+    assert await kinds(ledger) == ["grant", "hold", "post", "grant", "hold", "void", "hold"]
+
+
+async def test_holds_do_not_wait_for_the_disk_and_posts_do(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    disk = threading.Event()
+    sa.event.listen(ledger._engine, "commit", lambda _connection: disk.wait(10))
+    assert await asyncio.wait_for(ledger.hold(wish()), 5) == Held()
+    posting = asyncio.ensure_future(ledger.post("a", "b", b"answer"))
+    done, _ = await asyncio.wait([posting], timeout=0.2)
+    assert not done
+    disk.set()
+    assert (await posting).posted == 5
+
+
+async def test_callers_who_have_left_change_nothing(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    busy, go = threading.Event(), threading.Event()
+
+    def occupy(_transaction: Any) -> None:
+        busy.set()
+        go.wait(10)
+
+    occupied = asyncio.ensure_future(ledger._write(occupy))
+    await asyncio.to_thread(busy.wait, 10)
+    leaver = asyncio.ensure_future(ledger.hold(wish()))
+    await asyncio.sleep(0.02)
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    go.set()
+    await occupied
+    assert await settled(ledger) == (0, 0, 100)
+
+
+async def test_a_step_that_breaks_the_store_is_undone_with_its_group_and_the_writer_lives_on(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+
+    def spoil(transaction: Any) -> None:
+        transaction.connection.exec_driver_sql("INSERT INTO nowhere VALUES (1)")
+
+    told = await grouped(ledger, ledger.grant("a", 5), ledger._write(spoil))
+    assert [type(outcome) for outcome in told] == [LedgerUnavailable, LedgerUnavailable]
+    assert await settled(ledger) == (0, 0, 100)
+    assert (await ledger.grant("a", 5)).granted == 105
+
+
+async def test_more_commands_than_the_queue_takes_are_refused_and_not_lost(
+    monkeypatch: pytest.MonkeyPatch, opened: Any
+) -> None:
+    monkeypatch.setattr(ledger_sql, "MAX_WAITING_COMMANDS", 4)
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    told = await grouped(ledger, *(ledger.hold(wish(f"b{i}", 1)) for i in range(6)))
+    assert told[:4] == [Held()] * 4
+    assert [type(outcome) for outcome in told[4:]] == [LedgerUnavailable] * 2
+    assert await settled(ledger) == (0, 4, 96)
+
+
+async def test_books_locked_by_another_program_are_unavailable_and_unchanged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, opened: Any
+) -> None:
+    monkeypatch.setattr(ledger_sql, "BUSY_TIMEOUT_SECONDS", 0.05)
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    with write_locked(path):
+        for call in (ledger.hold(wish()), ledger.grant("a", 1), ledger.post("a", "b", b"")):
+            with pytest.raises(LedgerUnavailable, match="locked"):
+                await call
+        assert (await ledger.account("a")).balance == 100  # reading goes on
+    assert await ledger.hold(wish()) == Held()
+
+
+# --- the file ---
+
+
+async def test_commits_are_on_the_disk_before_they_return(opened: Any) -> None:
+    ledger = opened()
+
+    def pragmas(transaction: Any) -> list[Any]:
+        run = transaction.connection.exec_driver_sql
+        return [run(f"PRAGMA {name}").scalar() for name in ("synchronous", "journal_mode", "foreign_keys")]
+
+    assert await ledger._write(pragmas) == [2, "wal", 1]  # 2: FULL
+
+
+async def test_only_the_owner_can_read_the_books(path: Path, opened: Any) -> None:
+    before = os.umask(0)
+    try:
+        ledger = opened()
+        await ledger.create_account("a", 100)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.glob("ledger.db*")}
+    assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
+
+
+@pytest.mark.parametrize("statement", ["UPDATE entries SET picture_count = 1", "DELETE FROM entries"])
+async def test_the_journal_refuses_to_be_rewritten(path: Path, opened: Any, statement: str) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    with pytest.raises(sqlite3.IntegrityError, match="the journal is append-only"):
+        query(path, statement)
+
+
+@pytest.mark.parametrize("change", ["held = -1", "posted = 101", "held = 60, posted = 60"])
+async def test_the_store_itself_refuses_to_overspend(path: Path, opened: Any, change: str) -> None:
+    await opened().create_account("a", 100)
+    with pytest.raises(sqlite3.IntegrityError, match="never_overspent"):
+        query(path, f"UPDATE accounts SET {change}")
+
+
+async def test_the_books_are_read_again_as_they_were_written(opened: Any) -> None:
+    ledger = opened()
+    _, key = new_key("a")
+    await ledger.create_account("a", 100, key)
+    await ledger.hold(wish())
+    await ledger.post("a", "b", b"\x00answer\xff")
+    entries, account = await ledger.statement("a"), await ledger.account("a")
+    await ledger.close()
+    again = opened()
+    assert await again.statement("a") == entries
+    assert await again.account("a") == account
+    assert await again.keys("a") == [key]
+    assert await again.hold(wish()) == Posted(b"\x00answer\xff")
+
+
+async def test_a_ledger_of_a_newer_program_is_refused(path: Path, opened: Any) -> None:
+    await opened().close()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE schema_version SET version = 2")
+    connection.commit()
+    connection.close()
+    with pytest.raises(LedgerError, match=r"expected a ledger of schema version 1 at .*, got 2; use the program"):
+        opened()
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, opened: Any) -> None:
+    path.write_bytes(b"my holiday pictures" * 100)
+    with pytest.raises(LedgerError, match="file is not a database"):
+        opened()
+    assert path.read_bytes() == b"my holiday pictures" * 100
+
+
+def test_a_database_of_something_else_is_refused_and_left_alone(path: Path, opened: Any) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE batches (id)")
+    connection.close()
+    with pytest.raises(LedgerError, match="found a database of something else"):
+        opened()
+    assert query(path, "SELECT name FROM sqlite_master") == [("batches",)]
+
+
+@pytest.mark.parametrize(
+    "url", ["ledger.db", "sqlite://", "sqlite:///:memory:", "postgresql://host/db", "memory:", ""]
+)
+def test_another_kind_of_url_is_refused_with_the_form_that_is_expected(url: str) -> None:
+    with pytest.raises(LedgerError, match="expected a ledger as sqlite:///FILE, got "):
+        SqlLedger.open(url)
+
+
+def test_a_missing_folder_or_file_is_named_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="expected a folder for the ledger, found no .*/nowhere"):
+        SqlLedger.open(f"sqlite:///{tmp_path}/nowhere/ledger.db")
+    with pytest.raises(LedgerError, match="found no file; 'account create' makes one"):
+        SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db", create=False)
+    with pytest.raises(LedgerUnavailable, match="unable to open"):
+        SqlLedger.open(f"sqlite:///{tmp_path}")  # a folder
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_programs_may_make_the_books_at_once(tmp_path: Path) -> None:
+    code = "asyncio.run(SqlLedger.open(sys.argv[1]).close())"
+    command = [sys.executable, "-c", PREAMBLE + code, f"sqlite:///{tmp_path}/ledger.db"]
+    programs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(program.communicate(timeout=60)[1], program.returncode) for program in programs] == [("", 0)] * 4
+
+
+READ_ONLY = """
+import ctypes
+if os.geteuid() == 0:  # root writes everywhere: give that up (PR_CAPBSET_DROP, CAP_DAC_OVERRIDE), and start anew
+    if len(sys.argv) == 2:
+        assert ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) == 0
+        os.execv(sys.executable, [sys.executable, "-c", *sys.orig_argv[2:], "again"])
+try:
+    ledger = SqlLedger.open(sys.argv[1])
+except LedgerUnavailable as error:
+    print(error)
+"""
+
+
+def test_books_that_may_only_be_read_are_refused_in_one_line(path: Path, opened: Any) -> None:
+    asyncio.run(opened().close())
+    path.chmod(0o400)
+    done = python(READ_ONLY, f"sqlite:///{path}")
+    assert done.stderr == ""
+    assert done.stdout == "the ledger's store failed: attempt to write a readonly database\n"
+
+
+FULL_DISK = """
+import resource
+async def main():
+    ledger = SqlLedger.open(sys.argv[1])
+    path = sys.argv[1].removeprefix("sqlite:///")
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish("b"))
+    await ledger.void("a", "nothing")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path + "-wal"), limits[1]))  # no file may grow
+    for call in (ledger.post("a", "b", b"answer"), ledger.grant("a", 1), ledger.void("a", "b")):
+        try:
+            await call
+        except LedgerUnavailable as error:
+            print("unavailable")
+    print(await standing(ledger))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    await ledger.post("a", "b", b"answer")
+    print(await standing(ledger))
+    await ledger.close()
+async def standing(ledger):
+    account = await ledger.account("a")
+    return account.granted, account.posted, account.held
+asyncio.run(main())
+"""
+
+
+async def test_a_full_disk_loses_nothing_and_charges_nothing(path: Path, opened: Any) -> None:
+    done = python(FULL_DISK, f"sqlite:///{path}")
+    assert (done.stdout.splitlines(), done.stderr) == (
+        ["unavailable"] * 3 + ["(100, 0, 5)", "(100, 5, 0)"],
+        "",
+    )
+    ledger = opened()
+    assert await ledger.hold(wish("b")) == Posted(b"answer")
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+# --- books that have grown ---
+
+
+async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    statements: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE")):
+            statements.append((statement, parameters[0] if isinstance(parameters, list) else parameters))
+
+    sa.event.listen(ledger._engine, "before_cursor_execute", note)
+    await ledger.hold(wish("c"))
+    await ledger.post("a", "b", b"")
+    await ledger.void("a", "c")
+    await ledger.hold(wish("b"))
+    await ledger.statement("a", after_sequence=1)
+    await ledger.statement("a", run_id="run")
+    await ledger.run_posted("a", "run")
+    await ledger.key("0" * 16)
+
+    def sweep_and_explain(transaction: Any) -> list[str]:
+        ledger._renew_and_sweep(transaction.connection)
+        ledger._retire(transaction.connection)
+        plans = []
+        for statement, parameters in list(statements):
+            rows = transaction.connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans += [row.detail for row in rows]
+        return plans
+
+    plans = await ledger._write(sweep_and_explain)
+    assert len(statements) >= 12 and any("holds_under_way" in plan for plan in plans)
+    full = [plan for plan in plans if plan.startswith("SCAN") and "holds_under_way" not in plan]
+    assert set(full) <= {"SCAN instances"}  # as many rows as there are servers

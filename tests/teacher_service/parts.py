@@ -217,9 +217,7 @@ async def serving(
     await ledger.create_account("device", budget, stored)
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    service = Service(
-        ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, text, clock
-    )
+    service = Service(ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, text, clock)
     try:
         yield service
     finally:
