@@ -55,7 +55,7 @@ def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.nd
     assert isinstance(student, Classifier)
     adapter = Adapter(student, memory, adapt)
     parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
-    return np.concatenate([adapter.predict(part)[1].argmax(1).numpy() for part in parts])
+    return np.concatenate([adapter.predict(part)[1].argmax(1) for part in parts])
 
 
 def _share(predicted_N: np.ndarray[Any, Any], expected_N: np.ndarray[Any, Any]) -> float:

@@ -12,10 +12,11 @@ from torch import nn
 from benchmarks.datasets import Labelled
 from edge_agent import augment
 from edge_agent.pixels import normalise
+from edge_agent.precision import training_precision
 from networks import registry
 from networks.modelfile import ModelFacts, save_model
 
-BATCH_COUNT = 128
+BATCH_COUNT = 64
 
 
 def train_teacher(
@@ -37,9 +38,11 @@ def train_teacher(
     model = registry.build(architecture, class_count=class_count, channels=channels)
     images_NCHW, labels_N = torch.from_numpy(data.images_NCHW), torch.from_numpy(data.labels_N)
     steps = epochs * (len(images_NCHW) // BATCH_COUNT)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=peak_learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_learning_rate, total_steps=steps)
-    model.train()
+    model.train().to(memory_format=torch.channels_last)
     order_N = torch.randperm(len(images_NCHW), generator=rng)
     for step in range(steps):
         at = step * BATCH_COUNT % (len(images_NCHW) // BATCH_COUNT * BATCH_COUNT)
@@ -47,7 +50,9 @@ def train_teacher(
             order_N = torch.randperm(len(images_NCHW), generator=rng)
         chosen_N = order_N[at : at + BATCH_COUNT]
         view_NCHW = augment.shift(normalise(images_NCHW[chosen_N]), largest_px=shift_px, rng=rng)
-        loss = nn.functional.cross_entropy(model(view_NCHW), labels_N[chosen_N])
+        with training_precision(torch.device("cpu")):
+            logits_NK = model(view_NCHW.to(memory_format=torch.channels_last))
+        loss = nn.functional.cross_entropy(logits_NK.float(), labels_N[chosen_N])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

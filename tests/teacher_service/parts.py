@@ -190,9 +190,14 @@ class Clock:
 
 @contextlib.asynccontextmanager
 async def serving(
-    ledger: Ledger | None = None, *, engine: GatedEngine | None = None, budget: int = 1000, **settings: Any
+    ledger: Ledger | None = None,
+    *,
+    engine: GatedEngine | None = None,
+    budget: int = 1000,
+    key: str | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Service]:
-    """A server on a free port with one account, "device"."""
+    """A server on a free port with one account, "device", made here unless the books have it (and its ``key``)."""
     ledger = ledger or MemoryLedger()
     engine = engine or GatedEngine()
     config = ServerConfig(model=Path("array:10,1,8,8"), **settings)
@@ -213,11 +218,12 @@ async def serving(
     port = server.add_insecure_port("127.0.0.1:0")
     batcher.start()
     await server.start()
-    text, stored = new_key("device")
-    await ledger.create_account("device", budget, stored)
+    if key is None:
+        key, stored = new_key("device")
+        await ledger.create_account("device", budget, stored)
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    service = Service(ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, text, clock)
+    service = Service(ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, key, clock)
     try:
         yield service
     finally:

@@ -19,15 +19,15 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
         self.calls: list[list[int]] = []
-        self.fail_with: BaseException | None = None
+        self.fail_on: dict[int, Exception] = {}  # by picture value
         self.shorten = 0
 
     def __call__(self, images_NCHW: np.ndarray) -> np.ndarray:
         values_N = images_NCHW[:, 0, 0, 0]
         self.calls.append(values_N.tolist())
         assert self.gate.wait(10)
-        if self.fail_with is not None:
-            raise self.fail_with
+        for value in self.fail_on.keys() & set(values_N.tolist()):
+            raise self.fail_on[value]
         return (2.0 * values_N.astype(np.float32))[: len(values_N) - self.shorten, None]
 
 
@@ -140,16 +140,14 @@ async def test_places_are_bounded_and_come_back() -> None:
 async def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_other(error: Exception) -> None:
     engine = Doubler()
     async with running(engine) as batcher:
+        engine.fail_on[2] = error
         first = await blocked(engine, batcher)
-        together = [await asked(batcher, 1), await asked(batcher, 2)]
+        waiting = [await asked(batcher, *values) for values in ((1,), (2, 3), (4, 5))]
         engine.gate.set()
-        await first
-        engine.fail_with = error
-        told = await asyncio.gather(*together, return_exceptions=True)
-        engine.fail_with = None
-        assert (await batcher.ask(images(3))).tolist() == [[6.0]]
-    assert told == [error, error] or told[0] is not error  # the second form: the race was lost, see below
-    assert {type(outcome) for outcome in told} == {type(error)}
+        told = await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert engine.calls == [[0], [1, 2, 3], [4, 5]]
+    assert told[1:3] == [error, error]
+    assert (told[0].tolist(), told[3].tolist()) == ([[0.0]], [[8.0], [10.0]])
 
 
 async def test_a_wrong_number_of_answers_is_a_failure_of_the_whole_batch() -> None:

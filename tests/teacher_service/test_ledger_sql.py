@@ -527,7 +527,7 @@ def test_another_kind_of_url_is_refused_with_the_form_that_is_expected(url: str)
 
 
 def test_a_missing_folder_or_file_is_named_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="expected a folder for the ledger, found no .*/nowhere"):
+    with pytest.raises(LedgerError, match=r"expected a folder for the ledger, found no .*/nowhere"):
         SqlLedger.open(f"sqlite:///{tmp_path}/nowhere/ledger.db")
     with pytest.raises(LedgerError, match="found no file; 'account create' makes one"):
         SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db", create=False)
