@@ -114,7 +114,7 @@ class Batcher:
                 if len(batch) > 1:
                     stacked_NCHW = np.concatenate([waiting.images_NCHW for waiting in batch])
                 self._on_batch(len(stacked_NCHW))
-                answers_NK = await loop.run_in_executor(self._engine_thread, self._answer, stacked_NCHW)
+                answers_NK = await loop.run_in_executor(self._engine_thread, self._compute, stacked_NCHW)
                 if len(answers_NK) != len(stacked_NCHW):
                     raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")
             except Exception as error:  # every caller is told; the owner lives on
@@ -131,6 +131,13 @@ class Batcher:
                 if not waiting.outcome.done():  # a caller may have been cancelled meanwhile
                     waiting.outcome.set_result(answers_NK[start:end])
                 start = end
+
+    def _compute(self, images_NCHW: UInt8Array) -> Float32Array:
+        try:
+            return self._answer(images_NCHW)
+        except (StopIteration, SystemExit, KeyboardInterrupt) as error:
+            # A future passes the first of these on to nobody, and the others would end the owner.
+            raise RuntimeError(f"the engine raised {error!r}") from error
 
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []

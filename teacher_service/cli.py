@@ -144,7 +144,7 @@ def _given_facts(
 )
 @click.option(
     "--grace-seconds",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, 86_400),
     default=20.0,
     show_default=True,
     help="After SIGTERM: how long batches under way may take.",
@@ -450,19 +450,26 @@ def _configure_logging() -> None:
     """Once, before the event loop: reconfiguring logging under a running grpc.aio server can deadlock it."""
     renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     level = logging.getLevelNamesMapping().get(os.environ.get("MEKD_LOG_LEVEL", "INFO").upper(), logging.INFO)
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
+        processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # A caller who vanishes while an answer is being written: no fault, and gRPC would print a traceback for each.
-    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
+    # What libraries log comes in the same form; without a handler gRPC would drop even a handler's own exception.
+    libraries = logging.StreamHandler(sys.stderr)
+    remove_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    libraries.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=[remove_meta, renderer], foreign_pre_chain=shared)
+    )
+    # A caller who vanishes while an answer is being written is no fault, and comes with a traceback.
+    libraries.addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
+    logging.basicConfig(level=logging.WARNING, handlers=[libraries])
 
 
 def _fail(line: str) -> NoReturn:

@@ -173,6 +173,8 @@ def apply_hold(
     Raises Refusal: BATCH_ID_REUSED (in every state, naming the field), BATCH_IN_FLIGHT, BUDGET_EXHAUSTED. A posted
     batch is the caller's to replay (``is_replay``), not to hold.
     """
+    if request.picture_count < 1:
+        raise LedgerError(f"expected a hold of at least 1 picture, got {request.picture_count}")
     check_same_batch(known, request)
     if known is not None and known.state is HoldState.HELD:
         raise Refusal.of(Reason.BATCH_IN_FLIGHT, batch_id=request.batch_id)

@@ -1,4 +1,4 @@
-"""The books in memory: the same rules without a store. For tests, and for a server whose budgets may be forgotten."""
+"""The books in memory: the same rules without a store. For tests: nobody else could make an account on them."""
 
 from collections.abc import Sequence
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +87,15 @@ StartServer = Callable[..., Server]
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
-    """``start_server(*flags, model=…, ledger=…, env=…)``: real ``teacher-serve`` processes, ended with the test."""
+    """``start_server(*flags, model=…, ledger=…, env=…, command=…)``: ``teacher-serve``, ended with the test."""
     servers: list[Server] = []
 
     def start(
-        *flags: str, model: str = "array:10,1,8,8", ledger: str = "", env: dict[str, str] | None = None
+        *flags: str,
+        model: str = "array:10,1,8,8",
+        ledger: str = "",
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = (program("teacher-serve"),),
     ) -> Server:
         ledger = ledger or f"sqlite:///{tmp_path}/ledger.db"
         log_file = tmp_path / f"teacher-serve-{len(servers)}.log"
@@ -100,7 +104,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
             given += [] if flag in flags else [flag, default]
         with log_file.open("w") as log:
             process = subprocess.Popen(
-                [program("teacher-serve"), *given, *flags],
+                [*command, *given, *flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

@@ -19,7 +19,7 @@ class Doubler:
         self.gate = threading.Event()
         self.gate.set()
         self.calls: list[list[int]] = []
-        self.fail_on: dict[int, Exception] = {}  # by picture value
+        self.fail_on: dict[int, BaseException] = {}  # by picture value
         self.shorten = 0
 
     def __call__(self, images_NCHW: np.ndarray) -> np.ndarray:
@@ -148,6 +148,18 @@ async def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_other(
     assert engine.calls == [[0], [1, 2, 3], [4, 5]]
     assert told[1:3] == [error, error]
     assert (told[0].tolist(), told[3].tolist()) == ([[0.0]], [[8.0], [10.0]])
+
+
+@pytest.mark.parametrize("error", [StopIteration(), SystemExit(3)])
+async def test_an_engine_that_raises_what_no_future_carries_is_a_failure_and_not_the_end(
+    error: BaseException,
+) -> None:
+    engine = Doubler()
+    engine.fail_on[1] = error
+    async with running(engine) as batcher:
+        with pytest.raises(RuntimeError, match=f"the engine raised {type(error).__name__}"):
+            await asyncio.wait_for(batcher.ask(images(1)), 5)
+        assert (await asyncio.wait_for(batcher.ask(images(2)), 5)).tolist() == [[4.0]]
 
 
 async def test_a_wrong_number_of_answers_is_a_failure_of_the_whole_batch() -> None:

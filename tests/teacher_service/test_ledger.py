@@ -243,6 +243,15 @@ async def test_an_exhausted_budget_says_what_there_is(books: Ledger) -> None:
     assert (await refused(books, wish("one", 1))).variables == {"requested": "1", "available": "0", "held": "8"}
 
 
+@pytest.mark.parametrize("count", [0, -3])
+async def test_nobody_gains_pictures_by_holding_less_than_one(books: Ledger, count: int) -> None:
+    await books.create_account("a", 10)
+    await books.hold(wish("held", 5))
+    with pytest.raises(LedgerError, match=f"expected a hold of at least 1 picture, got {count}"):
+        await books.hold(wish("odd", count))
+    assert await state(books) == (10, 0, 5, 5)
+
+
 async def test_a_burst_never_overspends(books: Ledger) -> None:
     await books.create_account("a", 20)
     outcomes = await asyncio.gather(

@@ -142,11 +142,11 @@ async def test_a_repeat_of_a_dead_servers_batch_need_not_wait_for_the_sweep(path
 
 
 async def test_holds_of_a_living_instance_are_nobody_elses(opened: Any) -> None:
-    living, other = opened(lease_ms=300), opened(lease_ms=300)
+    living, other = opened(lease_ms=900), opened(lease_ms=900)
     await living.create_account("a", 100)
     await living.hold(wish())
-    await asyncio.sleep(1.0)  # several leases and sweeps of both
-    third = opened(lease_ms=300)
+    await asyncio.sleep(2.0)  # two leases, and several sweeps of both
+    third = opened(lease_ms=900)
     for ledger in (other, third):
         with pytest.raises(Refusal) as refused:
             await ledger.hold(wish())
@@ -232,6 +232,36 @@ async def test_a_clock_that_jumps_ahead_costs_an_answer_and_no_money(clock: list
     assert await first.hold(wish()) == Held()
     await first.post("a", "b", b"answer")
     assert await settled(second) == (5, 0, 95)
+
+
+async def test_a_server_never_takes_itself_for_dead(clock: list[int], opened: Any) -> None:
+    ledger = opened(lease_ms=60_000)
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    await settled(ledger)
+    await asyncio.sleep(0.1)  # the writer waits for work, and will renew the lease only after it
+    clock[0] = 70_000
+    with pytest.raises(Refusal) as refused:
+        await ledger.hold(wish())
+    assert refused.value.reason is Reason.BATCH_IN_FLIGHT
+    await ledger.post("a", "b", b"answer")
+    assert await kinds(ledger) == ["grant", "hold", "post"]
+
+
+async def test_a_lease_that_cannot_be_renewed_stops_nobody(opened: Any) -> None:
+    ledger = opened(lease_ms=60)
+    await ledger.create_account("a", 100)
+    failures: list[str] = []
+
+    def broken(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "INTO instances" in statement:
+            failures.append(statement)
+            raise ValueError("no fault that anybody thought of")
+
+    sa.event.listen(ledger._engine, "before_cursor_execute", broken)
+    await until(lambda: len(failures) >= 2)
+    assert await asyncio.wait_for(ledger.hold(wish()), 5) == Held()
+    assert (await asyncio.wait_for(ledger.post("a", "b", b"answer"), 5)).posted == 5
 
 
 async def test_a_clock_that_jumps_back_leaves_no_lease_in_the_far_future(

@@ -7,6 +7,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -211,13 +211,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         pytest.skip("needs the openssl program")
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        + ["-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=mekd test"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"],
-        check=True,
-        capture_output=True,
-    )
+    command = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2".split()
+    command += ["-subj", "/CN=mekd test", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
     return cert, key
 
 
@@ -267,42 +263,51 @@ def test_a_signal_ends_an_idle_server_at_once_with_status_0(start_server: Any, n
         assert client.call.code() is grpc.StatusCode.OK
     events = [json.loads(line)["event"] for line in server.log().splitlines()]
     assert events == ["serving", "draining", "stopped"]
+    books = sqlite3.connect(server.ledger.removeprefix("sqlite:///"))
+    assert books.execute("SELECT * FROM instances").fetchall() == []  # it gave up its lease
+    books.close()
 
 
-def slow_batch(batch_id: str, count: int) -> wire.InferRequest:
-    """Pictures for SLOW, which takes milliseconds for each."""
-    images = codec.encode_images(np.zeros((count, 1, 64, 64), np.uint8))
-    return wire.InferRequest(batch=wire.Batch(batch_id=batch_id, images=images))
+# teacher-serve with an engine that takes its time for every call.
+SLOW_SERVER = """
+import sys, time
+from teacher_service.cli import serve
+from teacher_service.engine import ArrayEngine
+answer, seconds = ArrayEngine.answer, float(sys.argv.pop(1))
+ArrayEngine.answer = lambda self, images: (time.sleep(seconds), answer(self, images))[1]
+serve()
+"""
 
 
-SLOW = "array:1000,1,64,64"
+def slow(seconds: float) -> tuple[str, ...]:
+    return (sys.executable, "-c", SLOW_SERVER, str(seconds))
 
 
 def test_sigterm_finishes_and_books_what_is_under_way(start_server: Any) -> None:
-    server = start_server(model=SLOW)
+    server = start_server(command=slow(0.5))
     key = server.create_account()
     with connect(server.address) as channel:
         client = Client(channel, key)
         for index in range(6):
-            client.put(slow_batch(f"b{index}", 20))
+            client.send(f"b{index}", 5)
         assert next(client.call).HasField("result")
         server.process.send_signal(signal.SIGTERM)
         kinds = [response.WhichOneof("payload") for response in client.call]
         assert client.call.code() is grpc.StatusCode.OK
     assert sorted(kinds) == ["draining"] + ["result"] * 5
     assert server.process.wait(30) == 0
-    assert server.balances() == {"name": "device", "granted": 1000, "posted": 120, "held": 0, "balance": 880}
+    assert server.balances() == {"name": "device", "granted": 1000, "posted": 30, "held": 0, "balance": 970}
 
 
 def test_a_batch_that_outlasts_the_grace_is_given_back(start_server: Any) -> None:
-    server = start_server("--grace-seconds", "0.1", model=SLOW)
+    server = start_server("--grace-seconds", "0.1", command=slow(3.0))
     key = server.create_account()
     with connect(server.address) as channel:
         client = Client(channel, key)
-        client.put(slow_batch("slow", 500))
+        client.send("slow", 150)
         books = sqlite3.connect(server.ledger.removeprefix("sqlite:///"))
         deadline = time.monotonic() + 20
-        while books.execute("SELECT held FROM accounts").fetchone() != (500,):
+        while books.execute("SELECT held FROM accounts").fetchone() != (150,):
             assert time.monotonic() < deadline
         books.close()
         assert server.stop() == 0

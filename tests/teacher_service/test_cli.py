@@ -1,0 +1,234 @@
+"""The two programs: what they print, refuse and exit with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from teacher_service.cli import admin, serve
+from tests.conftest import program, teacher_admin
+
+KEY = re.compile(r"mekd_([0-9a-f]{16})_[0-9a-f]{64}")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/ledger.db"
+
+
+def run(name: str, *arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([program(name), *arguments], capture_output=True, text=True, timeout=60, **more)
+
+
+def refused(name: str, *arguments: str, **more: Any) -> str:
+    """The one line of a program that exits with 2."""
+    done = run(name, *arguments, **more)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def admin_says(ledger: str, *arguments: str, status: int = 0) -> str:
+    """What ``teacher-admin`` prints, run in this process."""
+    done = CliRunner().invoke(admin, ["--ledger", ledger, *arguments])
+    assert done.exit_code == status, done.output
+    assert status == 0 or (done.output.count("\n") == 1) == done.output.startswith("error: ")
+    return done.output
+
+
+# --- teacher-admin ---
+
+
+def test_the_key_of_a_new_account_is_alone_on_standard_output_and_the_file_is_its_owners(ledger: str) -> None:
+    done = run("teacher-admin", "--ledger", ledger, "account", "create", "device", "--budget", "50")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert KEY.fullmatch(done.stdout.removesuffix("\n"))
+    assert os.stat(ledger.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
+
+
+def test_an_account_lives_through_grant_show_list_and_statement(ledger: str) -> None:
+    admin_says(ledger, "account", "create", "device", "--budget", "50")
+    admin_says(ledger, "account", "create", "another", "--budget", "7")
+    said = admin_says(ledger, "account", "grant", "device", "8")
+    assert said == "name device  granted 58  posted 0  held 0  balance 58\n"
+    device = {"name": "device", "granted": 58, "posted": 0, "held": 0, "balance": 58}
+    assert json.loads(admin_says(ledger, "account", "show", "device", "--format", "json")) == device
+    rows = [json.loads(line) for line in admin_says(ledger, "account", "list", "--format", "json").splitlines()]
+    assert [row["name"] for row in rows] == ["another", "device"] and rows[1] == device
+    entries = [
+        json.loads(line) for line in admin_says(ledger, "statement", "device", "--format", "json").splitlines()
+    ]
+    assert [(entry["kind"], entry["pictures"], entry["debit_book"], entry["credit_book"]) for entry in entries] == [
+        ("grant", 50, "issuer", "available"),
+        ("grant", 8, "issuer", "available"),
+    ]
+    assert len(admin_says(ledger, "statement", "device").splitlines()) == 2
+
+
+def test_keys_are_added_listed_without_their_secret_and_revoked(ledger: str) -> None:
+    first = admin_says(ledger, "account", "create", "device", "--budget", "50").strip()
+    second = admin_says(ledger, "key", "create", "device").strip()
+    listed = admin_says(ledger, "key", "list", "device")
+    for key in (first, second):
+        _, key_id, secret = key.split("_")
+        assert f"{key_id}  customer  valid" in listed and secret not in listed
+    revoked_id = KEY.fullmatch(first)[1]  # type: ignore[index]
+    assert admin_says(ledger, "key", "revoke", revoked_id) == ""
+    listed = admin_says(ledger, "key", "list", "device").splitlines()
+    assert sorted(line.split("  ", 1)[1] for line in listed) == ["customer  revoked", "customer  valid"]
+    assert f"{revoked_id}  customer  revoked" in listed
+
+
+def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Path) -> None:
+    missing = admin_says(ledger, "account", "list", status=2)
+    assert missing == f"error: expected a ledger at {tmp_path}/ledger.db, found no file; 'account create' makes one\n"
+    assert list(tmp_path.iterdir()) == []
+    admin_says(ledger, "account", "create", "device", "--budget", "50")
+    for arguments, said in (
+        (("account", "create", "device", "--budget", "5"), "error: expected a new account name, got 'device'"),
+        (("account", "create", "Device", "--budget", "5"), "error: expected an account name of 1 to 63 characters"),
+        (("account", "create", "zero", "--budget", "0"), "error: expected a grant of 1 to"),
+        (("account", "grant", "device", "-5"), "No such option"),
+        (("account", "grant", "device", "--", "-5"), "error: expected a grant of 1 to"),
+        (("account", "grant", "device", "9007199254740992"), "error: expected a grant of 1 to 9007199254740942"),
+        (("account", "show", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
+        (("statement", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
+        (("key", "create", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
+        (("key", "revoke", "none"), "error: expected the id of a key on these books, got 'none'"),
+    ):
+        assert said in admin_says(ledger, *arguments, status=2)
+    assert json.loads(admin_says(ledger, "account", "list", "--format", "json"))["granted"] == 50
+
+
+@pytest.mark.parametrize("url", ["memory:", "ledger.db", "postgresql://host/db"])
+def test_another_kind_of_ledger_is_refused_with_the_form_that_is_expected(url: str, tmp_path: Path) -> None:
+    for name, arguments in (
+        ("teacher-admin", ("account", "create", "a", "--budget", "5")),
+        ("teacher-serve", ("--model", "array:10,1,8,8", "--listen", "127.0.0.1:0")),
+    ):
+        flags = ("--ledger", url)
+        given = (*flags, *arguments) if name == "teacher-admin" else (*arguments, *flags)
+        assert refused(name, *given, cwd=tmp_path) == f"error: expected a ledger as sqlite:///FILE, got {url!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_programs_take_the_ledger_from_the_environment(start_server: Any, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/from-environment.db"
+    environment = {"MEKD_LEDGER": url}
+    made = run(
+        "teacher-admin", "account", "create", "device", "--budget", "5", env=os.environ | environment, cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    process = subprocess.Popen(
+        [program("teacher-serve"), "--model", "array:10,1,8,8", "--listen", "127.0.0.1:0", "--metrics-port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | environment,
+        cwd=tmp_path,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline().startswith("serving on ")
+        assert [path.name for path in tmp_path.glob("*.db")] == ["from-environment.db"]
+        assert len(teacher_admin(url, "account", "list").splitlines()) == 1
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        process.stdout.close()
+
+
+def test_a_reader_who_closes_the_pipe_ends_the_statement_quietly(ledger: str) -> None:
+    teacher_admin(ledger, "account", "create", "device", "--budget", "50")
+    command = f"{program('teacher-admin')} --ledger {ledger} statement device | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+
+
+# --- teacher-serve ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "Missing option '--model'"),
+        (("--model", "x", "--max-batch-pictures", "0"), "0 is not in the range x>=1"),
+        (("--model", "x", "--max-queue-pictures", "-1"), "-1 is not in the range x>=1"),
+        (("--model", "x", "--grace-seconds", "-1"), "is not in the range 0<=x<=86400"),
+        (("--model", "x", "--metrics-port", "70000"), "70000 is not in the range 0<=x<=65535"),
+        (("--model", "x", "--answers", "loud"), "'loud' is not one of 'soft', 'hard'"),
+        (
+            ("--model", "x", "--input-shape", "3,32"),
+            "expected CHANNELS,HEIGHT,WIDTH, for example 3,32,32; got '3,32'",
+        ),
+        (("--model", "x", "--mean", "a,b"), "expected numbers with commas between, got 'a,b'"),
+        (("--check", "127.0.0.1:1", "--tls-ca", "/no/such.pem"), "--tls-ca /no/such.pem: No such file or directory"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_with_what_was_expected(flags: tuple[str, ...], said: str) -> None:
+    done = CliRunner().invoke(serve, list(flags))
+    assert done.exit_code == 2 and said in done.output
+
+
+@pytest.mark.parametrize("model", ["array:10", "array:a,b,c,d"])
+def test_an_array_that_is_none_is_one_line(model: str, tmp_path: Path) -> None:
+    said = refused("teacher-serve", "--model", model, cwd=tmp_path)
+    assert said.startswith("error: --model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH")
+    assert said.endswith(f"got {model!r}") and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_file_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    said = refused("teacher-serve", "--model", str(tmp_path / "none.pt"), "--ledger", f"sqlite:///{tmp_path}/l.db")
+    assert said.startswith("error: ") and "none.pt" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_tells_a_server_that_is_ready_from_one_that_is_not(start_server: Any) -> None:
+    server = start_server()
+    # A proxy in the environment is not asked about this machine.
+    nobody = {
+        "http_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "grpc_proxy": "http://127.0.0.1:9",
+    }
+    ready = run("teacher-serve", "--check", server.address, env=os.environ | nobody)
+    assert (ready.returncode, ready.stdout, ready.stderr) == (0, "", f"{server.address} is ready\n")
+    assert server.stop() == 0
+    started = time.monotonic()
+    gone = run("teacher-serve", "--check", server.address)
+    assert gone.returncode == 1 and f"{server.address} is not ready: UNAVAILABLE" in gone.stderr
+    assert time.monotonic() - started < 10
+
+
+LIBRARY_LOGS = """
+import logging, teacher_service.cli
+teacher_service.cli._configure_logging()
+log = logging.getLogger("grpc._cython.cygrpc")
+log.error("ExecuteBatchError raised in core by servicer method [/x]")
+log.info("idle talk")
+try:
+    {}["missing"]
+except KeyError:
+    log.exception("Unexpected [%s] raised by servicer method [%s]", "KeyError", "/x")
+"""
+
+
+def test_what_grpc_reports_is_logged_as_json_but_not_a_caller_who_vanished() -> None:
+    done = subprocess.run([sys.executable, "-c", LIBRARY_LOGS], capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    entry = json.loads(line)
+    assert entry["event"] == "Unexpected [KeyError] raised by servicer method [/x]" and entry["level"] == "error"
+    assert "KeyError: 'missing'" in entry["exception"] and entry["timestamp"]
+
+
+def test_help_names_every_flag_and_shows_commands_to_copy() -> None:
+    for name in ("teacher-serve", "teacher-admin"):
+        done = run(name, "--help")
+        assert done.returncode == 0 and "--ledger" in done.stdout and f"{name} " in done.stdout
