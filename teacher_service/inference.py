@@ -109,10 +109,7 @@ class MoneyPath:
             if held.answer is None:
                 raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id)
             kept = wire.Answer.FromString(held.answer)
-            account = await self._ledger.account(caller.account)
-            return wire.BatchResult(
-                batch_id=batch.batch_id, answer=kept, replayed=True, balance_count=account.balance
-            )
+            return _result(batch.batch_id, kept, held, replayed=True)
         try:
             probabilities_NK = await self._batcher.ask(images_NCHW, gone)
             answer = self._policy(probabilities_NK)
@@ -126,15 +123,15 @@ class MoneyPath:
         answer.charged_count = len(images_NCHW)
         answer.pixel_digest = codec.pixel_digest(images_NCHW)
         try:
-            account = await self._ledger.post(
+            posted = await self._ledger.post(
                 caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
             )
         except LedgerUnavailable:
             # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
             await self._release(caller.account, batch.batch_id)
             raise
-        self._metrics.balance(caller.account, account.balance)
-        return wire.BatchResult(batch_id=batch.batch_id, answer=answer, replayed=False, balance_count=account.balance)
+        self._metrics.balance(caller.account, posted.account.balance)
+        return _result(batch.batch_id, answer, posted, replayed=False)
 
     async def _release(self, account: str, batch_id: str) -> None:
         """Voids a hold of ours, however long the store is away: nobody else may while this server lives."""
@@ -318,6 +315,17 @@ def check_identifier(field: str, value: str) -> None:
     """Refuses (INVALID_REQUEST) what is no id."""
     if not IDENTIFIER.fullmatch(value):
         raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected=_IDENTIFIER_EXPECTED, got=repr(value[:80]))
+
+
+def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:
+    receipt = wire.Receipt(account=posted.receipt.account, sequence=posted.receipt.sequence, head=posted.receipt.head)
+    return wire.BatchResult(
+        batch_id=batch_id,
+        answer=answer,
+        replayed=replayed,
+        balance_count=posted.account.balance,
+        receipt=receipt,
+    )
 
 
 def _refused(batch: wire.Batch, refusal: Refusal) -> wire.InferResponse:

@@ -13,11 +13,12 @@ double-entry by construction: what one book is debited another is credited, and 
 
 import dataclasses
 import enum
+import hashlib
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 from protos.errors import Reason, Refusal
 
@@ -56,6 +57,7 @@ class Role(enum.StrEnum):
     """What a key may do."""
 
     CUSTOMER = enum.auto()
+    TEACHER = enum.auto()
     ADMIN = enum.auto()
 
 
@@ -68,15 +70,20 @@ BOOKS_DEBITED_CREDITED = {
 }
 
 
+GENESIS = bytes(32)
+"""The head of a chain before its first entry."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """The balances of an account, in pictures, and the number of its last journal entry."""
+    """The balances of an account, in pictures, and the end of its journal: last number and head of the chain."""
 
     name: str
     granted: int = 0
     posted: int = 0
     held: int = 0
     sequence: int = 0
+    head: bytes = GENESIS
 
     @property
     def balance(self) -> int:
@@ -99,7 +106,7 @@ class Hold:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One immutable line of an account's journal."""
+    """One immutable line of an account's journal, chained to the line before it (docs/ledger.md)."""
 
     account: str
     sequence: int
@@ -108,6 +115,10 @@ class Entry:
     batch_id: str
     run_id: str
     picture_count: int
+    digest: bytes
+    """What it is about: of a hold, the pictures' digest; of a post, SHA-256 of the answer as kept; else empty."""
+    head: bytes
+    """SHA-256 over the head before and this line."""
 
     @property
     def debit_book(self) -> str:
@@ -118,6 +129,24 @@ class Entry:
     def credit_book(self) -> str:
         """The book the pictures enter."""
         return BOOKS_DEBITED_CREDITED[self.kind][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a customer keeps of a post: with it, a journal rewritten or cut off can be told (``audit``)."""
+
+    account: str
+    batch_id: str
+    sequence: int
+    head: bytes
+
+
+class Step(NamedTuple):
+    """What one rule makes of an account and a batch: both as they are now, and the entries that say so."""
+
+    account: Account
+    hold: Hold | None
+    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,27 +176,28 @@ class Held:
     """The pictures are held; ask the engine."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Posted:
-    """This batch was answered and charged before: here is the answer as kept; None where it was pruned."""
+    """This batch is answered and charged: the answer as kept (None where it was pruned), receipt and books."""
 
     answer: bytes | None
+    receipt: Receipt
+    account: Account
 
 
-# --- pure rules: state in, state and entry out ------------------------------------------------------
+# --- pure rules: state in, state and entries out ----------------------------------------------------
 
 
-def apply_grant(account: Account, picture_count: int, now_ms: int) -> tuple[Account, Entry]:
+def apply_grant(account: Account, picture_count: int, now_ms: int) -> Step:
     """More pictures for an account. Raises LedgerError for a count that is not 1 to 2**53."""
-    if not 1 <= picture_count <= MAX_COUNT - account.granted:
-        raise LedgerError(f"expected a grant of 1 to {MAX_COUNT - account.granted} pictures, got {picture_count}")
-    after = _next(account, granted=account.granted + picture_count)
-    return after, _entry(after, EntryKind.GRANT, picture_count, now_ms)
+    most = MAX_COUNT - account.granted
+    if not 1 <= picture_count <= most:
+        raise LedgerError(f"expected a grant of 1 to {most} pictures, got {picture_count}")
+    after = dataclasses.replace(account, granted=account.granted + picture_count)
+    return _step(after, None, EntryKind.GRANT, picture_count, now_ms)
 
 
-def apply_hold(
-    account: Account, known: Hold | None, request: HoldRequest, instance_id: str, now_ms: int
-) -> tuple[Account, Hold, Entry]:
+def apply_hold(account: Account, known: Hold | None, request: HoldRequest, instance_id: str, now_ms: int) -> Step:
     """Holds a batch that is not under way and was not answered.
 
     Raises Refusal: BATCH_ID_REUSED (in every state, naming the field), BATCH_IN_FLIGHT, BUDGET_EXHAUSTED. A posted
@@ -185,7 +215,6 @@ def apply_hold(
             available=account.balance,
             held=account.held,
         )
-    after = _next(account, held=account.held + request.picture_count)
     hold = Hold(
         account=request.account,
         batch_id=request.batch_id,
@@ -195,7 +224,8 @@ def apply_hold(
         state=HoldState.HELD,
         instance_id=instance_id,
     )
-    return after, hold, _entry(after, EntryKind.HOLD, request.picture_count, now_ms, hold)
+    after = dataclasses.replace(account, held=account.held + request.picture_count)
+    return _step(after, hold, EntryKind.HOLD, request.picture_count, now_ms, request.digest)
 
 
 def check_same_batch(known: Hold | None, request: HoldRequest) -> None:
@@ -216,45 +246,69 @@ def is_replay(known: Hold | None) -> bool:
 
 
 def apply_post(
-    account: Account, hold: Hold | None, batch_id: str, instance_id: str, now_ms: int
-) -> tuple[Account, Hold, Entry]:
-    """Charges a held batch. Raises Refusal HOLD_LOST unless this instance still holds it."""
+    account: Account,
+    hold: Hold | None,
+    batch_id: str,
+    instance_id: str,
+    answer: bytes,
+    now_ms: int,
+    picture_count: int | None = None,
+) -> Step:
+    """Charges a held batch, or ``picture_count`` of it and gives the rest back in an entry of its own.
+
+    Raises Refusal HOLD_LOST unless this instance still holds it, LedgerError for a count above what is held.
+    """
     if hold is None or hold.state is not HoldState.HELD or hold.instance_id != instance_id:
         raise Refusal.of(Reason.HOLD_LOST, batch_id=batch_id)
-    after = _next(account, held=account.held - hold.picture_count, posted=account.posted + hold.picture_count)
+    charged = hold.picture_count if picture_count is None else picture_count
+    if not 1 <= charged <= hold.picture_count:
+        raise LedgerError(f"expected to post 1 to {hold.picture_count} pictures of batch {batch_id}, got {charged}")
+    after = dataclasses.replace(account, held=account.held - charged, posted=account.posted + charged)
     posted = dataclasses.replace(hold, state=HoldState.POSTED)
-    return after, posted, _entry(after, EntryKind.POST, hold.picture_count, now_ms, hold)
+    step = _step(after, posted, EntryKind.POST, charged, now_ms, hashlib.sha256(answer).digest())
+    rest = hold.picture_count - charged
+    if rest == 0:
+        return step
+    after = dataclasses.replace(step.account, held=step.account.held - rest)
+    given_back = _step(after, posted, EntryKind.VOID, rest, now_ms)
+    return given_back._replace(entries=step.entries + given_back.entries)
 
 
-def apply_release(account: Account, hold: Hold, state: HoldState, now_ms: int) -> tuple[Account, Hold, Entry]:
+def receipt_of(posted: Step) -> Receipt:
+    """The receipt of a post just made."""
+    entry = posted.entries[0]
+    return Receipt(account=entry.account, batch_id=entry.batch_id, sequence=entry.sequence, head=entry.head)
+
+
+def apply_release(account: Account, hold: Hold, state: HoldState, now_ms: int) -> Step:
     """Gives a held batch's pictures back, as VOIDED or EXPIRED."""
     kind = {HoldState.VOIDED: EntryKind.VOID, HoldState.EXPIRED: EntryKind.EXPIRE}[state]
-    after = _next(account, held=account.held - hold.picture_count)
-    return (
-        after,
-        dataclasses.replace(hold, state=state),
-        _entry(after, kind, hold.picture_count, now_ms, hold),
-    )
+    after = dataclasses.replace(account, held=account.held - hold.picture_count)
+    return _step(after, dataclasses.replace(hold, state=state), kind, hold.picture_count, now_ms)
 
 
-def _next(account: Account, **balances: int) -> Account:
-    changes: dict[str, Any] = {"sequence": account.sequence + 1, **balances}
-    after = dataclasses.replace(account, **changes)
+def _step(
+    account: Account, hold: Hold | None, kind: EntryKind, picture_count: int, now_ms: int, digest: bytes = b""
+) -> Step:
+    """Numbers and chains one entry; ``account`` has its new balances already."""
     # The promise of the books, checked at every step: never negative, never overspent.
-    assert after.held >= 0 and after.posted >= 0 and after.balance >= 0, after
-    return after
-
-
-def _entry(account: Account, kind: EntryKind, picture_count: int, now_ms: int, hold: Hold | None = None) -> Entry:
-    return Entry(
+    assert account.held >= 0 and account.posted >= 0 and account.balance >= 0, account
+    sequence = account.sequence + 1
+    batch_id, run_id = (hold.batch_id, hold.run_id) if hold is not None else ("", "")
+    line = f"{account.name}|{sequence}|{now_ms}|{kind}|{batch_id}|{run_id}|{picture_count}|{digest.hex()}"
+    head = hashlib.sha256(account.head + line.encode()).digest()
+    entry = Entry(
         account=account.name,
-        sequence=account.sequence,
+        sequence=sequence,
         create_time_ms=now_ms,
         kind=kind,
-        batch_id=hold.batch_id if hold else "",
-        run_id=hold.run_id if hold else "",
+        batch_id=batch_id,
+        run_id=run_id,
         picture_count=picture_count,
+        digest=digest,
+        head=head,
     )
+    return Step(dataclasses.replace(account, sequence=sequence, head=head), hold, (entry,))
 
 
 def check_account_name(name: str) -> None:
@@ -280,8 +334,8 @@ class Ledger(Protocol):
         A new hold may be told before it is durable, and so before a reader sees it; a kept answer never is.
         """
 
-    async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
-        """Charges a held batch and keeps its answer, durable on return. Refusal: HOLD_LOST."""
+    async def post(self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None) -> Posted:
+        """Charges a held batch, or a part of it, and keeps its answer, durable on return. Refusal: HOLD_LOST."""
 
     async def void(self, account: str, batch_id: str) -> None:
         """Gives this instance's hold back; nothing happens where there is none."""

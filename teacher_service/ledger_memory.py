@@ -14,6 +14,8 @@ from teacher_service.ledger import (
     Key,
     LedgerError,
     Posted,
+    Receipt,
+    Step,
 )
 
 INSTANCE = "memory"
@@ -26,6 +28,7 @@ class MemoryLedger:
         self._accounts: dict[str, Account] = {}
         self._holds: dict[tuple[str, str], Hold] = {}
         self._answers: dict[tuple[str, str], bytes] = {}
+        self._receipts: dict[tuple[str, str], Receipt] = {}
         self._entries: list[Entry] = []
         self._keys: dict[str, Key] = {}
 
@@ -35,20 +38,23 @@ class MemoryLedger:
         known = self._holds.get(key)
         if rules.is_replay(known):
             rules.check_same_batch(known, request)
-            return Posted(self._answers.get(key))
-        self._record(*rules.apply_hold(account, known, request, INSTANCE, rules.now_ms()))
+            return Posted(answer=self._answers[key], receipt=self._receipts[key], account=account)
+        self._record(rules.apply_hold(account, known, request, INSTANCE, rules.now_ms()))
         return Held()
 
-    async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
-        hold = self._holds.get((account, batch_id))
-        after = self._record(*rules.apply_post(self._account(account), hold, batch_id, INSTANCE, rules.now_ms()))
-        self._answers[account, batch_id] = answer
-        return after
+    async def post(self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None) -> Posted:
+        key = (account, batch_id)
+        step = rules.apply_post(
+            self._account(account), self._holds.get(key), batch_id, INSTANCE, answer, rules.now_ms(), picture_count
+        )
+        self._record(step)
+        self._answers[key], self._receipts[key] = answer, rules.receipt_of(step)
+        return Posted(answer=answer, receipt=self._receipts[key], account=step.account)
 
     async def void(self, account: str, batch_id: str) -> None:
         hold = self._holds.get((account, batch_id))
         if hold is not None and hold.state is HoldState.HELD:
-            self._record(*rules.apply_release(self._account(account), hold, HoldState.VOIDED, rules.now_ms()))
+            self._record(rules.apply_release(self._account(account), hold, HoldState.VOIDED, rules.now_ms()))
 
     async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
         rules.check_account_name(name)
@@ -116,13 +122,11 @@ class MemoryLedger:
         return self._accounts[name]
 
     def _grant(self, account: Account, picture_count: int) -> Account:
-        after, entry = rules.apply_grant(account, picture_count, rules.now_ms())
-        self._accounts[after.name] = after
-        self._entries.append(entry)
-        return after
+        return self._record(rules.apply_grant(account, picture_count, rules.now_ms()))
 
-    def _record(self, account: Account, hold: Hold, entry: Entry) -> Account:
-        self._accounts[account.name] = account
-        self._holds[hold.account, hold.batch_id] = hold
-        self._entries.append(entry)
-        return account
+    def _record(self, step: Step) -> Account:
+        self._accounts[step.account.name] = step.account
+        if step.hold is not None:
+            self._holds[step.hold.account, step.hold.batch_id] = step.hold
+        self._entries += step.entries
+        return step.account

@@ -1,10 +1,13 @@
-"""The books in SQL: SQLite, durable, one writer. The sole importer of SQLAlchemy.
+"""The books in SQL: SQLite (embedded) or PostgreSQL (several servers on one ledger), through SQLAlchemy Core.
 
 One thread writes. It takes whatever commands wait and applies them in one transaction (group commit), so a busy
 account costs one fsync per group and not per batch; the rules themselves are ``ledger``'s. A hold is told to its
 caller before the commit: one that a crash forgets has harmed nobody, and its post would be refused. A post, a grant
 and everything else is told only after the commit; so is the kept answer of a repeat, whose post may stand in the
 very same group.
+
+What serialises: SQLite's write lock; in PostgreSQL the account's row, locked for the transaction. Holds, answers and
+entries of an account are only touched under it.
 
 Each running server is an *instance* with a lease, renewed by the writer. A hold whose instance's lease has lapsed is
 expired, by whoever comes first: a starting server, the regular sweep, or a repeat of that very batch.
@@ -13,6 +16,7 @@ expired, by whoever comes first: a starting server, the regular sweep, or a repe
 import asyncio
 import contextlib
 import queue
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +26,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
-from sqlalchemy.engine import URL, Connection, Row, make_url
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, Connection, make_url
 
 from protos.errors import Refusal
 from teacher_service import ledger as rules
+from teacher_service import ledger_tables as tables
 from teacher_service.ledger import (
     Account,
     Entry,
@@ -39,225 +44,187 @@ from teacher_service.ledger import (
     LedgerError,
     LedgerUnavailable,
     Posted,
-    Role,
+    Receipt,
+    Step,
 )
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_REVISION = "0001"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
 MAX_GROUP_COMMANDS = 256
 MAX_WAITING_COMMANDS = 8192
 SWEEP_HOLDS = 1000  # at most so many holds are expired in one transaction
 BUSY_TIMEOUT_SECONDS = 5
+POSTGRES_TIMEOUTS = "-c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
+_SCHEMA_LOCK = 0x6D656B64  # "mekd", an advisory lock of PostgreSQL
 
-metadata = sa.MetaData()
-# sqlite_strict: SQLite then checks column types as PostgreSQL would.
-
-schema_table = sa.Table(
-    "schema_version", metadata, sa.Column("version", sa.Integer, nullable=False), sqlite_strict=True
-)
-accounts_table = sa.Table(
-    "accounts",
-    metadata,
-    sa.Column("name", sa.Text, primary_key=True),
-    sa.Column("granted", sa.Integer, nullable=False),
-    sa.Column("posted", sa.Integer, nullable=False),
-    sa.Column("held", sa.Integer, nullable=False),
-    sa.Column("sequence", sa.Integer, nullable=False),
-    # The same promise as in ledger._next, kept by the store as well.
-    sa.CheckConstraint("posted >= 0 AND held >= 0 AND posted + held <= granted", name="never_overspent"),
-    sqlite_strict=True,
-)
-holds_table = sa.Table(
-    "holds",
-    metadata,
-    sa.Column("account", sa.Text, sa.ForeignKey("accounts.name"), primary_key=True),
-    sa.Column("batch_id", sa.Text, primary_key=True),
-    sa.Column("run_id", sa.Text, nullable=False),
-    sa.Column("digest", sa.LargeBinary, nullable=False),
-    sa.Column("picture_count", sa.Integer, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("instance_id", sa.Text, nullable=False),
-    sqlite_strict=True,
-)
-sa.Index("holds_under_way", holds_table.c.instance_id, sqlite_where=holds_table.c.state == HoldState.HELD.value)
-answers_table = sa.Table(
-    "answers",
-    metadata,
-    sa.Column("account", sa.Text, primary_key=True),
-    sa.Column("batch_id", sa.Text, primary_key=True),
-    sa.Column("answer", sa.LargeBinary, nullable=False),
-    sqlite_strict=True,
-)
-entries_table = sa.Table(
-    "entries",
-    metadata,
-    sa.Column("account", sa.Text, sa.ForeignKey("accounts.name"), primary_key=True),
-    sa.Column("sequence", sa.Integer, primary_key=True),
-    sa.Column("create_time_ms", sa.Integer, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("batch_id", sa.Text, nullable=False),
-    sa.Column("run_id", sa.Text, nullable=False),
-    sa.Column("picture_count", sa.Integer, nullable=False),
-    sqlite_strict=True,
-)
-sa.Index("entries_by_run", entries_table.c.account, entries_table.c.run_id, entries_table.c.sequence)
-keys_table = sa.Table(
-    "keys",
-    metadata,
-    sa.Column("key_id", sa.Text, primary_key=True),
-    sa.Column("account", sa.Text, sa.ForeignKey("accounts.name"), nullable=False),
-    sa.Column("role", sa.Text, nullable=False),
-    sa.Column("secret_sha256", sa.LargeBinary, nullable=False),
-    sa.Column("revoked", sa.Integer, nullable=False),
-    sqlite_strict=True,
-)
-instances_table = sa.Table(
-    "instances",
-    metadata,
-    sa.Column("instance_id", sa.Text, primary_key=True),
-    sa.Column("lease_until_ms", sa.Integer, nullable=False),
-    sqlite_strict=True,
-)
-
-_TRIGGERS = [
-    f"CREATE TRIGGER IF NOT EXISTS entries_no_{verb.lower()} BEFORE {verb} ON entries "
-    f"BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END"
-    for verb in ("UPDATE", "DELETE")
-]
+Clock = Callable[[], int]
 
 
 @dataclass
 class _Command:
-    """One wish in the writer's queue. ``apply`` runs inside the group's transaction."""
+    """One wish in the writer's queue. ``apply`` runs inside the group's transaction.
+
+    ``account`` and ``batch_id``, where there are any, are read (and locked) with the whole group's, in one go.
+    """
 
     apply: Callable[["_Transaction"], Any]
     outcome: "Future[Any]"
+    account: str | None = None
+    batch_id: str | None = None
 
 
 class _Transaction:
-    """What one transaction has read and will write; reads once, writes in bulk at the end."""
+    """What one transaction has read and will write; reads in bulk at the start, writes in bulk at the end."""
 
-    def __init__(self, connection: Connection, instance_id: str) -> None:
+    def __init__(self, connection: Connection, instance_id: str, clock: Clock) -> None:
         self.connection = connection
         self.instance_id = instance_id
-        self.now_ms = rules.now_ms()
+        self.now_ms = clock()
+        self._postgres = connection.dialect.name == "postgresql"
         self._accounts: dict[str, Account] = {}
         self._holds: dict[tuple[str, str], Hold | None] = {}
+        self._answers: dict[tuple[str, str], Posted] = {}
         self._changed_accounts: set[str] = set()
         self._changed_holds: set[tuple[str, str]] = set()
-        self._entries: list[Entry] = []
-        self._answers: dict[tuple[str, str], bytes] = {}
+        self._new_entries: list[Entry] = []
+        self._new_answers: list[dict[str, Any]] = []
+
+    def read(self, group: Sequence[_Command]) -> None:
+        """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring."""
+        names = sorted({command.account for command in group if command.account is not None})
+        if names:
+            query = (
+                sa.select(tables.accounts).where(tables.accounts.c.name.in_(names)).order_by(tables.accounts.c.name)
+            )
+            for row in self.connection.execute(query.with_for_update()):
+                self._accounts[row.name] = tables.account_of(row)
+        keys = {(command.account, command.batch_id) for command in group if command.account and command.batch_id}
+        by_account: dict[str, list[str]] = {}
+        for account, batch_id in keys:
+            self._holds[str(account), str(batch_id)] = None
+            by_account.setdefault(str(account), []).append(str(batch_id))
+        for account, batch_ids in by_account.items():
+            where = (tables.holds.c.account == account, tables.holds.c.batch_id.in_(batch_ids))
+            for row in self.connection.execute(sa.select(tables.holds).where(*where)):
+                self._holds[row.account, row.batch_id] = tables.hold_of(row)
 
     def account(self, name: str) -> Account:
         if name not in self._accounts:
-            row = self.connection.execute(
-                sa.select(accounts_table).where(accounts_table.c.name == name)
-            ).one_or_none()
+            query = sa.select(tables.accounts).where(tables.accounts.c.name == name).with_for_update()
+            row = self.connection.execute(query).one_or_none()
             if row is None:
                 raise LedgerError(f"expected the name of an account on these books, got {name!r}")
-            self._accounts[name] = _account(row)
+            self._accounts[name] = tables.account_of(row)
         return self._accounts[name]
 
     def hold(self, account: str, batch_id: str) -> Hold | None:
-        key = (account, batch_id)
-        if key not in self._holds:
-            row = self.connection.execute(
-                sa.select(holds_table).where(holds_table.c.account == account, holds_table.c.batch_id == batch_id)
-            ).one_or_none()
-            self._holds[key] = _hold(row) if row else None
-        return self._holds[key]
+        return self._holds[account, batch_id]
 
-    def answer(self, account: str, batch_id: str) -> bytes | None:
-        if (account, batch_id) in self._answers:
-            return self._answers[account, batch_id]
-        found = self.connection.execute(
-            sa.select(answers_table.c.answer).where(
-                answers_table.c.account == account, answers_table.c.batch_id == batch_id
+    def posted(self, account: Account, batch_id: str) -> Posted:
+        """The answer of a posted batch with its receipt; no receipt's head is ever made up."""
+        key = (account.name, batch_id)
+        if key not in self._answers:
+            query = sa.select(tables.answers).where(
+                tables.answers.c.account == account.name, tables.answers.c.batch_id == batch_id
             )
-        ).scalar_one_or_none()
-        return bytes(found) if found is not None else None
+            row = self.connection.execute(query).one()
+            receipt = Receipt(account=account.name, batch_id=batch_id, sequence=row.sequence, head=bytes(row.head))
+            self._answers[key] = Posted(answer=bytes(row.answer), receipt=receipt, account=account)
+        return self._answers[key]
 
-    def record(self, account: Account, hold: Hold | None, entry: Entry) -> None:
-        self._accounts[account.name] = account
-        self._changed_accounts.add(account.name)
-        self._entries.append(entry)
-        if hold is not None:
-            self._holds[hold.account, hold.batch_id] = hold
-            self._changed_holds.add((hold.account, hold.batch_id))
+    def record(self, step: Step) -> Step:
+        """Keeps what a rule made, to be written at the end."""
+        self._accounts[step.account.name] = step.account
+        self._changed_accounts.add(step.account.name)
+        self._new_entries += step.entries
+        if step.hold is not None:
+            key = (step.hold.account, step.hold.batch_id)
+            self._holds[key] = step.hold
+            self._changed_holds.add(key)
+        return step
 
-    def keep_answer(self, account: str, batch_id: str, answer: bytes) -> None:
-        self._answers[account, batch_id] = answer
+    def keep_answer(self, posted: Posted) -> Posted:
+        receipt = posted.receipt
+        self._answers[receipt.account, receipt.batch_id] = posted
+        self._new_answers.append(
+            {
+                "account": receipt.account,
+                "batch_id": receipt.batch_id,
+                "answer": posted.answer,
+                "sequence": receipt.sequence,
+                "head": receipt.head,
+            }
+        )
+        return posted
 
     def add_account(self, account: Account) -> None:
-        inserted = self.connection.execute(
-            sqlite.insert(accounts_table).values(_account_values(account)).on_conflict_do_nothing()
-        )
-        if inserted.rowcount == 0:
+        insert = self.insert(tables.accounts).values(tables.account_values(account)).on_conflict_do_nothing()
+        if self.connection.execute(insert).rowcount == 0:
             raise LedgerError(f"expected a new account name, got {account.name!r}, which exists")
         self._accounts[account.name] = account
 
     def add_key(self, key: Key) -> None:
-        self.connection.execute(
-            sa.insert(keys_table).values(
-                key_id=key.key_id,
-                account=key.account,
-                role=key.role.value,
-                secret_sha256=key.secret_sha256,
-                revoked=int(key.revoked),
-            )
-        )
+        self.connection.execute(sa.insert(tables.keys).values(tables.key_values(key)))
 
     def is_dead(self, instance_id: str) -> bool:
         """Whether another instance's lease has lapsed (or was given up). Who asks is alive."""
         if instance_id == self.instance_id:
             return False
-        lease = self.connection.execute(
-            sa.select(instances_table.c.lease_until_ms).where(instances_table.c.instance_id == instance_id)
-        ).scalar_one_or_none()
-        return lease is None or lease < self.now_ms
+        query = sa.select(tables.instances.c.lease_until_ms).where(tables.instances.c.instance_id == instance_id)
+        lease = self.connection.execute(query).scalar_one_or_none()
+        return lease is None or lease < self.lease_clock_ms()
+
+    def lease_clock_ms(self) -> int:
+        """The clock that leases are measured with: PostgreSQL's own, so that servers need not agree on the time."""
+        if not self._postgres:
+            return self.now_ms
+        return int(
+            self.connection.execute(
+                sa.text("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)")
+            ).scalar_one()
+        )
+
+    def insert(self, table: sa.Table) -> Any:
+        """An INSERT that can say ON CONFLICT: both stores spell it the same, SQLAlchemy keeps them apart."""
+        return postgresql.insert(table) if self._postgres else sqlite.insert(table)
 
     def flush(self) -> None:
-        """Writes what was recorded. Holds before entries before balances: any order is atomic at the commit."""
-        if self._changed_holds:
-            upsert = sqlite.insert(holds_table)
-            changed = {
-                column: upsert.excluded[column]
-                for column in ("run_id", "digest", "picture_count", "state", "instance_id")
-            }
-            self.connection.execute(
-                upsert.on_conflict_do_update(index_elements=["account", "batch_id"], set_=changed),
-                [_hold_values(hold) for key in self._changed_holds if (hold := self._holds[key])],
-            )
-        if self._entries:
-            self.connection.execute(sa.insert(entries_table), [_entry_values(entry) for entry in self._entries])
-        if self._answers:
-            self.connection.execute(
-                sa.insert(answers_table),
-                [
-                    {"account": account, "batch_id": batch_id, "answer": answer}
-                    for (account, batch_id), answer in self._answers.items()
-                ],
-            )
+        """Writes what was recorded; any order is atomic at the commit."""
         if self._changed_accounts:
             # Never SET name, not even to itself: the store would look up every row that refers to the account.
-            numbers = ("granted", "posted", "held", "sequence")
-            changed_accounts = [_account_values(self._accounts[name]) for name in self._changed_accounts]
+            numbers = ("granted", "posted", "held", "sequence", "head")
+            rows = [tables.account_values(self._accounts[name]) for name in sorted(self._changed_accounts)]
+            update = sa.update(tables.accounts).where(tables.accounts.c.name == sa.bindparam("at"))
             self.connection.execute(
-                sa.update(accounts_table)
-                .where(accounts_table.c.name == sa.bindparam("at"))
-                .values({number: sa.bindparam(number) for number in numbers}),
-                [{"at": row["name"]} | {number: row[number] for number in numbers} for row in changed_accounts],
+                update.values({number: sa.bindparam(number) for number in numbers}),
+                [{"at": row["name"]} | {number: row[number] for number in numbers} for row in rows],
             )
+        if self._changed_holds:
+            upsert = self.insert(tables.holds)
+            changed = ("run_id", "digest", "picture_count", "state", "instance_id")
+            self.connection.execute(
+                upsert.on_conflict_do_update(
+                    index_elements=["account", "batch_id"], set_={name: upsert.excluded[name] for name in changed}
+                ),
+                [tables.hold_values(hold) for key in self._changed_holds if (hold := self._holds[key])],
+            )
+        if self._new_entries:
+            self.connection.execute(
+                sa.insert(tables.entries), [tables.entry_values(entry) for entry in self._new_entries]
+            )
+        if self._new_answers:
+            self.connection.execute(sa.insert(tables.answers), self._new_answers)
 
 
 class SqlLedger:
-    """``Ledger`` on SQLite. Open with ``SqlLedger.open``; close with ``await close()``."""
+    """``Ledger`` in a SQL store. Open with ``SqlLedger.open``; close with ``await close()``."""
 
-    def __init__(self, engine: sa.Engine, lease_ms: int) -> None:
+    def __init__(self, engine: sa.Engine, lease_ms: int, clock: Clock) -> None:
         self._engine = engine
         self._lease_ms = lease_ms
+        self._clock = clock
         self.instance_id = uuid.uuid4().hex
         self._commands: queue.Queue[_Command | None] = queue.Queue(MAX_WAITING_COMMANDS)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
@@ -265,22 +232,19 @@ class SqlLedger:
         self._closed = False
 
     @classmethod
-    def open(cls, url: str, *, create: bool = True, lease_ms: int = LEASE_MS) -> "SqlLedger":
-        """Opens the books at ``sqlite:///FILE`` and expires what dead servers left held.
+    def open(
+        cls, url: str, *, create: bool = True, lease_ms: int = LEASE_MS, clock: Clock = rules.now_ms
+    ) -> "SqlLedger":
+        """Opens the books at ``sqlite:///FILE`` or ``postgresql://…`` and expires what dead servers left held.
 
-        Raises LedgerError for another kind of URL, a missing file (unless ``create``), a file that is no ledger or
-        one made by a newer program.
+        An older schema is brought up to date first. Raises LedgerError for another kind of URL, a missing file
+        (unless ``create``), a store that is no ledger or one made by a newer program.
         """
-        location = _checked_url(url, create)
-        engine = sa.create_engine(
-            location, poolclass=sa.pool.QueuePool, pool_size=2, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
-        )
-        sa.event.listen(engine, "connect", _configure_connection)
-        sa.event.listen(engine, "begin", _begin)
-        opened = cls(engine, lease_ms)
+        engine = _engine(_checked_url(url, create))
+        opened = cls(engine, lease_ms, clock)
         try:
             with _store_errors(), engine.begin() as connection:
-                _create_schema(connection, url)
+                _bring_schema_up_to_date(connection, _without_password(url))
             with _store_errors(), engine.begin() as connection:
                 opened._renew_and_sweep(connection)
         except BaseException:
@@ -297,37 +261,42 @@ class SqlLedger:
             known = transaction.hold(request.account, request.batch_id)
             if known is not None and rules.is_replay(known):
                 rules.check_same_batch(known, request)
-                return Posted(transaction.answer(request.account, request.batch_id))
+                return transaction.posted(account, request.batch_id)
             if known is not None and known.state is HoldState.HELD and transaction.is_dead(known.instance_id):
-                account, known, entry = rules.apply_release(account, known, HoldState.EXPIRED, transaction.now_ms)
-                transaction.record(account, known, entry)
-            account, hold, entry = rules.apply_hold(
-                account, known, request, transaction.instance_id, transaction.now_ms
-            )
-            transaction.record(account, hold, entry)
+                step = transaction.record(rules.apply_release(account, known, HoldState.EXPIRED, transaction.now_ms))
+                account, known = step.account, step.hold
+            transaction.record(rules.apply_hold(account, known, request, transaction.instance_id, transaction.now_ms))
             return Held()
 
-        return await self._write(apply)
+        return await self._write(apply, request.account, request.batch_id)
 
-    async def post(self, account: str, batch_id: str, answer: bytes) -> Account:
-        def apply(transaction: _Transaction) -> Account:
-            before = transaction.account(account)
-            hold = transaction.hold(account, batch_id)
-            after, hold, entry = rules.apply_post(before, hold, batch_id, transaction.instance_id, transaction.now_ms)
-            transaction.record(after, hold, entry)
-            transaction.keep_answer(account, batch_id, answer)
-            return after
+    async def post(self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None) -> Posted:
+        def apply(transaction: _Transaction) -> Posted:
+            step = transaction.record(
+                rules.apply_post(
+                    transaction.account(account),
+                    transaction.hold(account, batch_id),
+                    batch_id,
+                    transaction.instance_id,
+                    answer,
+                    transaction.now_ms,
+                    picture_count,
+                )
+            )
+            return transaction.keep_answer(
+                Posted(answer=answer, receipt=rules.receipt_of(step), account=step.account)
+            )
 
-        return await self._write(apply)
+        return await self._write(apply, account, batch_id)
 
     async def void(self, account: str, batch_id: str) -> None:
         def apply(transaction: _Transaction) -> None:
             hold = transaction.hold(account, batch_id)
             if hold and hold.state is HoldState.HELD and hold.instance_id == transaction.instance_id:
                 owner = transaction.account(account)
-                transaction.record(*rules.apply_release(owner, hold, HoldState.VOIDED, transaction.now_ms))
+                transaction.record(rules.apply_release(owner, hold, HoldState.VOIDED, transaction.now_ms))
 
-        await self._write(apply)
+        await self._write(apply, account, batch_id)
 
     # --- accounts and keys ---
 
@@ -336,36 +305,32 @@ class SqlLedger:
 
         def apply(transaction: _Transaction) -> Account:
             # All or nothing: a refused grant leaves no account behind, and no account is without its key.
-            account, entry = rules.apply_grant(Account(name=name), granted, transaction.now_ms)
+            step = rules.apply_grant(Account(name=name), granted, transaction.now_ms)
             transaction.add_account(Account(name=name))
-            transaction.record(account, None, entry)
             if key is not None:
                 transaction.add_key(key)
-            return account
+            return transaction.record(step).account
 
         return await self._write(apply)
 
     async def grant(self, name: str, picture_count: int) -> Account:
         def apply(transaction: _Transaction) -> Account:
-            account, entry = rules.apply_grant(transaction.account(name), picture_count, transaction.now_ms)
-            transaction.record(account, None, entry)
-            return account
+            step = rules.apply_grant(transaction.account(name), picture_count, transaction.now_ms)
+            return transaction.record(step).account
 
-        return await self._write(apply)
+        return await self._write(apply, name)
 
     async def add_key(self, key: Key) -> None:
         def apply(transaction: _Transaction) -> None:
             transaction.account(key.account)
             transaction.add_key(key)
 
-        await self._write(apply)
+        await self._write(apply, key.account)
 
     async def revoke_key(self, key_id: str) -> None:
         def apply(transaction: _Transaction) -> None:
-            found = transaction.connection.execute(
-                sa.update(keys_table).where(keys_table.c.key_id == key_id).values(revoked=1)
-            )
-            if found.rowcount == 0:
+            update = sa.update(tables.keys).where(tables.keys.c.key_id == key_id).values(revoked=1)
+            if transaction.connection.execute(update).rowcount == 0:
                 raise LedgerError(f"expected the id of a key on these books, got {key_id!r}")
 
         await self._write(apply)
@@ -373,51 +338,53 @@ class SqlLedger:
     # --- reading ---
 
     async def account(self, name: str) -> Account:
+        query = sa.select(tables.accounts).where(tables.accounts.c.name == name)
+
         def read(connection: Connection) -> Account:
-            row = connection.execute(sa.select(accounts_table).where(accounts_table.c.name == name)).one_or_none()
+            row = connection.execute(query).one_or_none()
             if row is None:
                 raise LedgerError(f"expected the name of an account on these books, got {name!r}")
-            return _account(row)
+            return tables.account_of(row)
 
         return await self._read(read)
 
     async def accounts(self) -> Sequence[Account]:
-        query = sa.select(accounts_table).order_by(accounts_table.c.name)
-        return await self._read(lambda connection: [_account(row) for row in connection.execute(query)])
+        query = sa.select(tables.accounts).order_by(tables.accounts.c.name)
+        return await self._read(lambda connection: [tables.account_of(row) for row in connection.execute(query)])
 
     async def run_posted(self, account: str, run_id: str) -> int:
-        query = sa.select(sa.func.coalesce(sa.func.sum(entries_table.c.picture_count), 0)).where(
-            entries_table.c.account == account,
-            entries_table.c.run_id == run_id,
-            entries_table.c.kind == EntryKind.POST.value,
+        entries = tables.entries.c
+        query = sa.select(sa.func.coalesce(sa.func.sum(entries.picture_count), 0)).where(
+            entries.account == account, entries.run_id == run_id, entries.kind == EntryKind.POST.value
         )
         return await self._read(lambda connection: int(connection.execute(query).scalar_one()))
 
     async def statement(
         self, account: str, *, run_id: str = "", after_sequence: int = 0, limit: int = 1000
     ) -> Sequence[Entry]:
+        entries = tables.entries.c
         query = (
-            sa.select(entries_table)
-            .where(entries_table.c.account == account, entries_table.c.sequence > after_sequence)
-            .order_by(entries_table.c.sequence)
+            sa.select(tables.entries)
+            .where(entries.account == account, entries.sequence > after_sequence)
+            .order_by(entries.sequence)
             .limit(limit)
         )
         if run_id:
-            query = query.where(entries_table.c.run_id == run_id)
-        return await self._read(lambda connection: [_entry(row) for row in connection.execute(query)])
+            query = query.where(entries.run_id == run_id)
+        return await self._read(lambda connection: [tables.entry_of(row) for row in connection.execute(query)])
 
     async def key(self, key_id: str) -> Key | None:
-        query = sa.select(keys_table).where(keys_table.c.key_id == key_id)
+        query = sa.select(tables.keys).where(tables.keys.c.key_id == key_id)
 
         def read(connection: Connection) -> Key | None:
             row = connection.execute(query).one_or_none()
-            return _key(row) if row else None
+            return tables.key_of(row) if row else None
 
         return await self._read(read)
 
     async def keys(self, account: str) -> Sequence[Key]:
-        query = sa.select(keys_table).where(keys_table.c.account == account).order_by(keys_table.c.key_id)
-        return await self._read(lambda connection: [_key(row) for row in connection.execute(query)])
+        query = sa.select(tables.keys).where(tables.keys.c.account == account).order_by(tables.keys.c.key_id)
+        return await self._read(lambda connection: [tables.key_of(row) for row in connection.execute(query)])
 
     async def close(self) -> None:
         if self._closed:
@@ -430,12 +397,14 @@ class SqlLedger:
 
     # --- the two ways in: the writer thread, and a reader thread ---
 
-    async def _write(self, apply: Callable[[_Transaction], T]) -> T:
+    async def _write(
+        self, apply: Callable[[_Transaction], T], account: str | None = None, batch_id: str | None = None
+    ) -> T:
         outcome: Future[T] = Future()
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
         try:
-            self._commands.put_nowait(_Command(apply, outcome))
+            self._commands.put_nowait(_Command(apply, outcome, account, batch_id))
         except queue.Full:
             raise LedgerUnavailable(f"{MAX_WAITING_COMMANDS} commands wait for the ledger already") from None
         return await asyncio.wrap_future(outcome)
@@ -455,7 +424,7 @@ class SqlLedger:
 
     def _write_forever(self) -> None:
         renew_seconds = self._lease_ms / 3000
-        next_renewal_ms = rules.now_ms() + self._lease_ms // 3
+        next_renewal_ms = self._clock() + self._lease_ms // 3
         while True:
             group: list[_Command] = []
             stop = False
@@ -471,7 +440,7 @@ class SqlLedger:
                     stop = True
             if group:
                 self._commit(group)
-            now_ms = rules.now_ms()
+            now_ms = self._clock()
             # A clock that jumped back must not keep the lease from being renewed.
             if stop or now_ms >= next_renewal_ms or now_ms < next_renewal_ms - self._lease_ms:
                 # Whatever goes wrong here, the writer lives on, or every caller would wait for ever; posts are
@@ -487,7 +456,8 @@ class SqlLedger:
         told: list[tuple[_Command, Any]] = []
         try:
             with _store_errors(), self._engine.begin() as connection:
-                transaction = _Transaction(connection, self.instance_id)
+                transaction = _Transaction(connection, self.instance_id, self._clock)
+                transaction.read(group)
                 for command in group:
                     try:
                         value = command.apply(transaction)
@@ -509,9 +479,10 @@ class SqlLedger:
             command.outcome.set_result(value)
 
     def _renew_and_sweep(self, connection: Connection) -> None:
-        transaction = _Transaction(connection, self.instance_id)
-        renew = sqlite.insert(instances_table).values(
-            instance_id=self.instance_id, lease_until_ms=transaction.now_ms + self._lease_ms
+        transaction = _Transaction(connection, self.instance_id, self._clock)
+        now_ms = transaction.lease_clock_ms()
+        renew = transaction.insert(tables.instances).values(
+            instance_id=self.instance_id, lease_until_ms=now_ms + self._lease_ms
         )
         connection.execute(
             renew.on_conflict_do_update(
@@ -519,112 +490,47 @@ class SqlLedger:
             )
         )
         # A lapsed lease and none at all mean the same, so the dead need not be remembered.
-        connection.execute(sa.delete(instances_table).where(instances_table.c.lease_until_ms < transaction.now_ms))
-        living = sa.select(instances_table.c.instance_id)
-        self._release(transaction, holds_table.c.instance_id.not_in(living), HoldState.EXPIRED)
+        connection.execute(sa.delete(tables.instances).where(tables.instances.c.lease_until_ms < now_ms))
+        living = sa.select(tables.instances.c.instance_id)
+        self._release(transaction, tables.holds.c.instance_id.not_in(living), HoldState.EXPIRED)
 
     def _retire(self, connection: Connection) -> None:
         """A living server resolves its own holds; then its lease is given up."""
-        transaction = _Transaction(connection, self.instance_id)
-        self._release(transaction, holds_table.c.instance_id == self.instance_id, HoldState.VOIDED)
-        connection.execute(sa.delete(instances_table).where(instances_table.c.instance_id == self.instance_id))
+        transaction = _Transaction(connection, self.instance_id, self._clock)
+        self._release(transaction, tables.holds.c.instance_id == self.instance_id, HoldState.VOIDED)
+        connection.execute(sa.delete(tables.instances).where(tables.instances.c.instance_id == self.instance_id))
 
     @staticmethod
     def _release(transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState) -> None:
         held = sa.literal(HoldState.HELD.value, literal_execute=True)  # a constant, so that the partial index serves
-        query = sa.select(holds_table).where(holds_table.c.state == held, which).limit(SWEEP_HOLDS)
-        for row in transaction.connection.execute(query).all():
-            hold = _hold(row)
-            account = transaction.account(hold.account)
-            transaction.record(*rules.apply_release(account, hold, state, transaction.now_ms))
+        stale = sa.select(tables.holds).where(tables.holds.c.state == held, which)
+        found = transaction.connection.execute(stale.order_by(tables.holds.c.account).limit(SWEEP_HOLDS)).all()
+        for name in sorted({row.account for row in found}):
+            transaction.account(name)  # the lock first, in the order that every group takes it
+        # Read again under the lock: what another server has resolved meanwhile is no longer ours to release.
+        keys = [(row.account, row.batch_id) for row in found]
+        where = sa.tuple_(tables.holds.c.account, tables.holds.c.batch_id).in_(keys)
+        for row in transaction.connection.execute(stale.where(where)).all() if keys else ():
+            hold = tables.hold_of(row)
+            transaction.record(
+                rules.apply_release(transaction.account(hold.account), hold, state, transaction.now_ms)
+            )
         transaction.flush()
-
-
-# --- rows <-> values --------------------------------------------------------------------------------
-
-
-def _account(row: Row[Any]) -> Account:
-    return Account(name=row.name, granted=row.granted, posted=row.posted, held=row.held, sequence=row.sequence)
-
-
-def _account_values(account: Account) -> dict[str, Any]:
-    return {
-        "name": account.name,
-        "granted": account.granted,
-        "posted": account.posted,
-        "held": account.held,
-        "sequence": account.sequence,
-    }
-
-
-def _hold(row: Row[Any]) -> Hold:
-    return Hold(
-        account=row.account,
-        batch_id=row.batch_id,
-        run_id=row.run_id,
-        digest=bytes(row.digest),
-        picture_count=row.picture_count,
-        state=HoldState(row.state),
-        instance_id=row.instance_id,
-    )
-
-
-def _hold_values(hold: Hold) -> dict[str, Any]:
-    return {
-        "account": hold.account,
-        "batch_id": hold.batch_id,
-        "run_id": hold.run_id,
-        "digest": hold.digest,
-        "picture_count": hold.picture_count,
-        "state": hold.state.value,
-        "instance_id": hold.instance_id,
-    }
-
-
-def _entry(row: Row[Any]) -> Entry:
-    return Entry(
-        account=row.account,
-        sequence=row.sequence,
-        create_time_ms=row.create_time_ms,
-        kind=EntryKind(row.kind),
-        batch_id=row.batch_id,
-        run_id=row.run_id,
-        picture_count=row.picture_count,
-    )
-
-
-def _entry_values(entry: Entry) -> dict[str, Any]:
-    return {
-        "account": entry.account,
-        "sequence": entry.sequence,
-        "create_time_ms": entry.create_time_ms,
-        "kind": entry.kind.value,
-        "batch_id": entry.batch_id,
-        "run_id": entry.run_id,
-        "picture_count": entry.picture_count,
-    }
-
-
-def _key(row: Row[Any]) -> Key:
-    return Key(
-        key_id=row.key_id,
-        account=row.account,
-        role=Role(row.role),
-        secret_sha256=bytes(row.secret_sha256),
-        revoked=bool(row.revoked),
-    )
 
 
 # --- the store --------------------------------------------------------------------------------------
 
 
 def _checked_url(url: str, create: bool) -> URL:
+    expected = "expected a ledger as sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     try:
         location = make_url(url)
     except sa.exc.ArgumentError:
-        raise LedgerError(f"expected a ledger as sqlite:///FILE, got {url!r}") from None
+        raise LedgerError(f"{expected}, got {_without_password(url)!r}") from None
+    if location.get_backend_name() == "postgresql":
+        return location.set(drivername="postgresql+psycopg")
     if location.get_backend_name() != "sqlite" or not location.database or location.database == ":memory:":
-        raise LedgerError(f"expected a ledger as sqlite:///FILE, got {url!r}")
+        raise LedgerError(f"{expected}, got {_without_password(url)!r}")
     path = Path(location.database)
     with _store_errors():
         if not path.exists():
@@ -636,8 +542,21 @@ def _checked_url(url: str, create: bool) -> URL:
     return location.set(drivername="sqlite+pysqlite")
 
 
-def _configure_connection(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin where we say so (see _begin)
+def _engine(location: URL) -> sa.Engine:
+    if location.get_backend_name() == "postgresql":
+        connect_args = {"options": POSTGRES_TIMEOUTS, "connect_timeout": BUSY_TIMEOUT_SECONDS}
+        # A connection that died while it was idle is found out before it is used.
+        return sa.create_engine(location, pool_size=2, pool_pre_ping=True, connect_args=connect_args)
+    engine = sa.create_engine(
+        location, poolclass=sa.pool.QueuePool, pool_size=2, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
+    )
+    sa.event.listen(engine, "connect", _configure_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # transactions begin where we say so (see _begin_sqlite)
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
@@ -645,27 +564,38 @@ def _configure_connection(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _begin(connection: Connection) -> None:
+def _begin_sqlite(connection: Connection) -> None:
     # IMMEDIATE: a writer takes its lock at the start, so that what it reads is what it may change.
     read_only = connection.get_execution_options().get("read_only", False)
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
-def _create_schema(connection: Connection, url: str) -> None:
-    tables = set(sa.inspect(connection).get_table_names())
-    if tables and not tables >= {schema_table.name, accounts_table.name, entries_table.name}:
+def _bring_schema_up_to_date(connection: Connection, url: str) -> None:
+    if connection.dialect.name == "postgresql":  # two servers that start at once
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+    found = set(sa.inspect(connection).get_table_names())
+    revision = None
+    if "alembic_version" in found:
+        revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+        if revision == SCHEMA_REVISION:
+            return
+    elif found:
         raise LedgerError(f"expected a ledger at {url}, found a database of something else")
-    if not tables:
-        metadata.create_all(connection)
-        for trigger in _TRIGGERS:
-            connection.exec_driver_sql(trigger)
-        connection.execute(sa.insert(schema_table).values(version=SCHEMA_VERSION))
-    version = connection.execute(sa.select(schema_table.c.version)).scalar_one()
-    if version != SCHEMA_VERSION:
+    from teacher_service import migrations  # Alembic is slow to import, and seldom needed
+
+    if revision is not None and revision not in migrations.revisions():
         raise LedgerError(
-            f"expected a ledger of schema version {SCHEMA_VERSION} at {url}, got {version}; "
+            f"expected a ledger of schema {SCHEMA_REVISION} at {url}, got {revision}; "
             "use the program that made it, or a newer one"
         )
+    migrations.upgrade(connection)
+
+
+def _without_password(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return url if "@" not in url else "***"
 
 
 @contextlib.contextmanager
@@ -674,6 +604,10 @@ def _store_errors() -> Iterator[None]:
     try:
         yield
     except sa.exc.DatabaseError as error:
-        raise LedgerUnavailable(f"the ledger's store failed: {error.orig}") from error
+        raise LedgerUnavailable(f"the ledger's store failed: {_one_line(error.orig)}") from error
     except (sa.exc.SQLAlchemyError, OSError) as error:
-        raise LedgerUnavailable(f"the ledger's store failed: {error}") from error
+        raise LedgerUnavailable(f"the ledger's store failed: {_one_line(error)}") from error
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

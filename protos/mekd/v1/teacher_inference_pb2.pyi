@@ -120,16 +120,28 @@ class StreamDraining(_message.Message):
     def __init__(self, grace_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class BatchResult(_message.Message):
-    __slots__ = ("batch_id", "answer", "replayed", "balance_count")
+    __slots__ = ("batch_id", "answer", "replayed", "balance_count", "receipt")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     BALANCE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     batch_id: str
     answer: Answer
     replayed: bool
     balance_count: int
-    def __init__(self, batch_id: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., replayed: _Optional[bool] = ..., balance_count: _Optional[int] = ...) -> None: ...
+    receipt: Receipt
+    def __init__(self, batch_id: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., replayed: _Optional[bool] = ..., balance_count: _Optional[int] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("account", "sequence", "head")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    sequence: int
+    head: bytes
+    def __init__(self, account: _Optional[str] = ..., sequence: _Optional[int] = ..., head: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("probabilities", "class_indices", "model_digest", "charged_count", "pixel_digest")
