@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import structlog
 
-from teacher_service import auth
+from teacher_service import auth, ledger_cli
 from teacher_service.config import ServerConfig
 from teacher_service.ledger import Account, Ledger, LedgerError
 from teacher_service.ledger_sql import SqlLedger
@@ -393,6 +393,9 @@ def statement(ledger: str, name: str, run_id: str, form: str) -> None:
             after = page[-1].sequence
 
     _on_books(ledger, pages)
+
+
+admin.add_command(ledger_cli.ledger)
 
 
 @admin.group()
