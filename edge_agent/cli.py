@@ -155,6 +155,28 @@ def status(run_dir: str, form: str) -> None:
             click.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else value}")
 
 
+@main.command()
+@click.option("--run-dir", default="runs/mekd", show_default=True, metavar="DIR", help="The run folder.")
+def receipts(run_dir: str) -> None:
+    """Print the receipt of every paid answer, one JSON object a line, also while a run works.
+
+    With them 'teacher-admin ledger verify --receipts FILE' tells whether the books were rewritten or cut off.
+    """
+    from edge_agent.journal import Journal
+
+    path = Path(run_dir) / "journal.db"
+    if not path.is_file():
+        _fail(f"expected a run folder with a journal, found no {path}", 6)
+    try:
+        journal = Journal.open(path)
+        for batch_id, receipt in journal.receipts():
+            row = {"account": receipt.account, "batch_id": batch_id, "sequence": receipt.sequence}
+            click.echo(json.dumps(row | {"head": receipt.head.hex()}))
+        journal.close()
+    except Failure as failure:
+        _fail(str(failure), failure.exit_code)
+
+
 def _config(config_file: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunConfig:
     layers: list[dict[str, Any]] = []
     path = config_file or Path("run.toml")

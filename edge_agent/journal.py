@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
 
-FORMAT = 1
+FORMAT = 2
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -31,8 +31,19 @@ CREATE TABLE batches (
     received_bytes INTEGER NOT NULL DEFAULT 0,
     charged_count INTEGER NOT NULL DEFAULT 0,
     answer BLOB,
+    receipt_account TEXT,
+    receipt_sequence INTEGER,
+    receipt_head BLOB,
     PRIMARY KEY (phase, slot)
 ) STRICT;
+"""
+
+# Format 1 kept no receipts.
+_FROM_FORMAT_1 = """
+ALTER TABLE batches ADD COLUMN receipt_account TEXT;
+ALTER TABLE batches ADD COLUMN receipt_sequence INTEGER;
+ALTER TABLE batches ADD COLUMN receipt_head BLOB;
+UPDATE facts SET value = '2' WHERE name = 'format';
 """
 
 
@@ -46,6 +57,15 @@ class Batch:
     request: bytes
     latents: bytes
     answer: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Where a charge stands in the teacher's books: proof for an auditor. ``head``: of the account's hash chain."""
+
+    account: str
+    sequence: int
+    head: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +97,8 @@ class Journal:
             journal._path = path
             if journal.fact("format") is None:
                 journal.set_facts(format=FORMAT, run_id=uuid.uuid4().hex)
+            if journal.fact("format") == 1:
+                journal._upgrade()
         if journal.fact("format") != FORMAT:
             raise RunFolderProblem(
                 f"{path}: expected a journal of format {FORMAT}, got {journal.fact('format')}; give another --run-dir"
@@ -122,13 +144,16 @@ class Journal:
                 "UPDATE batches SET sent_bytes = sent_bytes + length(request) WHERE batch_id = ?", (batch_id,)
             )
 
-    def keep_answer(self, batch_id: str, *, answer: bytes, charged_count: int, received_bytes: int) -> None:
+    def keep_answer(
+        self, batch_id: str, *, answer: bytes, charged_count: int, received_bytes: int, receipt: Receipt | None = None
+    ) -> None:
         """Keeps what was paid for, durable on return. A second answer to the same batch changes nothing."""
+        proof = (receipt.account, receipt.sequence, receipt.head) if receipt is not None else (None, None, None)
         with self._transaction() as connection:
             connection.execute(
-                "UPDATE batches SET answer = ?, charged_count = ?, received_bytes = received_bytes + ? "
-                "WHERE batch_id = ? AND answer IS NULL",
-                (answer, charged_count, received_bytes, batch_id),
+                "UPDATE batches SET answer = ?, charged_count = ?, received_bytes = received_bytes + ?, "
+                "receipt_account = ?, receipt_sequence = ?, receipt_head = ? WHERE batch_id = ? AND answer IS NULL",
+                (answer, charged_count, received_bytes, *proof, batch_id),
             )
 
     def unanswered(self, phase: str) -> list[Batch]:
@@ -159,6 +184,15 @@ class Journal:
                 self._connection.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL")
             )
 
+    def receipts(self) -> Iterator[tuple[str, Receipt]]:
+        """Batch id and receipt of every answer that came with one, by their order in the teacher's books."""
+        with _store_problems(self._path):
+            for batch_id, account, sequence, head in self._connection.execute(
+                "SELECT batch_id, receipt_account, receipt_sequence, receipt_head FROM batches "
+                "WHERE receipt_head IS NOT NULL ORDER BY receipt_account, receipt_sequence"
+            ):
+                yield batch_id, Receipt(account=account, sequence=sequence, head=head)
+
     def open_ids(self) -> set[str]:
         """Ids planned and not answered."""
         with _store_problems(self._path):
@@ -173,6 +207,12 @@ class Journal:
     def close(self) -> None:
         """Closes the file."""
         self._connection.close()
+
+    def _upgrade(self) -> None:
+        with self._transaction() as connection:
+            if self.fact("format") == 1:  # and not upgraded by another program meanwhile
+                for statement in _FROM_FORMAT_1.strip().split("\n"):
+                    connection.execute(statement)
 
     def _insert(self, connection: sqlite3.Connection, phase: str, batch: Batch) -> None:
         connection.execute(

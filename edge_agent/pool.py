@@ -21,7 +21,7 @@ from edge_agent.deprivatize import draw_latents
 from edge_agent.distill import Pool
 from edge_agent.egress import EgressDoor
 from edge_agent.failures import BadInput, BudgetSpent
-from edge_agent.journal import Batch, Journal
+from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.pixels import quantise
 from edge_agent.teacher import Answered, Description, Teacher
 from networks.gan import Generator
@@ -165,6 +165,7 @@ def keep(journal: Journal, answered: Answered, description: Description) -> None
         answer=result.answer.SerializeToString(),
         charged_count=result.answer.charged_count,
         received_bytes=result.ByteSize(),
+        receipt=_receipt(result),
     )
     if result.answer.model_digest != description.model_digest:
         raise BadInput(
@@ -243,6 +244,13 @@ def _batch(slot: int, images_NCHW: codec.UInt8Array, latents: bytes) -> Batch:
         request=message.SerializeToString(deterministic=True),
         latents=latents,
     )
+
+
+def _receipt(result: wire.BatchResult) -> Receipt | None:
+    if not result.HasField("receipt"):
+        return None
+    found = result.receipt
+    return Receipt(account=found.account, sequence=found.sequence, head=found.head)
 
 
 def _decoded(answer: wire.Answer, picture_count: int, class_count: int) -> codec.Float32Array | codec.Int64Array:

@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     OVERLOADED = enum.auto()
     DRAINING = enum.auto()
     LEDGER_UNAVAILABLE = enum.auto()
+    LEDGER_REFUSED = enum.auto()
     STREAM_NOT_CONFIGURED = enum.auto()
     INVALID_REQUEST = enum.auto()
     INVALID_IMAGES = enum.auto()
@@ -66,6 +67,8 @@ TABLE: dict[Reason, Entry] = {
         "send the same batch again",
         2.0,
     ),
+    # What an operator asked of the books and they cannot do: no such account, a name taken, a grant that is no count.
+    Reason.LEDGER_REFUSED: Entry(code_pb2.FAILED_PRECONDITION, "{problem}"),
     Reason.STREAM_NOT_CONFIGURED: Entry(
         code_pb2.INVALID_ARGUMENT,
         "expected one config as the first message of the stream, got {got}",

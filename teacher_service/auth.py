@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -27,15 +27,34 @@ _KEY = re.compile(r"mekd_([0-9a-f]{16})_([0-9a-f]{64})")
 
 # Method -> roles that may call it; None: no credential needed. What is not listed here is denied.
 _EVERY_ROLE = frozenset(Role)
+_CUSTOMER, _TEACHER, _ADMIN = (frozenset({role}) for role in (Role.CUSTOMER, Role.TEACHER, Role.ADMIN))
 ALLOWED: dict[str, frozenset[Role] | None] = {
     "/mekd.v1.TeacherInference/Describe": _EVERY_ROLE,
-    "/mekd.v1.TeacherInference/Infer": _EVERY_ROLE,
+    "/mekd.v1.TeacherInference/Infer": _CUSTOMER,
+    # Of every role's own account; ``MAY_NAME_ACCOUNTS`` of any.
     "/mekd.v1.QuotaLedger/GetBalance": _EVERY_ROLE,
     "/mekd.v1.QuotaLedger/ListStatement": _EVERY_ROLE,
+    "/mekd.v1.QuotaLedger/StreamStatement": _EVERY_ROLE,
+    "/mekd.v1.QuotaLedger/WatchBalance": _EVERY_ROLE,
+    "/mekd.v1.QuotaLedger/Hold": _TEACHER,
+    "/mekd.v1.QuotaLedger/Post": _TEACHER,
+    "/mekd.v1.QuotaLedger/Void": _TEACHER,
+    "/mekd.v1.QuotaLedger/RenewLease": _TEACHER,
+    "/mekd.v1.QuotaLedger/EndLease": _TEACHER,
+    "/mekd.v1.QuotaLedger/LookupKey": _TEACHER | _ADMIN,
+    "/mekd.v1.QuotaLedger/GetAccount": _TEACHER | _ADMIN,
+    "/mekd.v1.QuotaLedger/ListAccounts": _ADMIN,
+    "/mekd.v1.QuotaLedger/CreateAccount": _ADMIN,
+    "/mekd.v1.QuotaLedger/Grant": _ADMIN,
+    "/mekd.v1.QuotaLedger/CreateKey": _ADMIN,
+    "/mekd.v1.QuotaLedger/ListKeys": _ADMIN,
+    "/mekd.v1.QuotaLedger/RevokeKey": _ADMIN,
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/Watch": None,
     "/grpc.health.v1.Health/List": None,
 }
+# A teacher reads what its own customers may ask it for.
+MAY_NAME_ACCOUNTS = _TEACHER | _ADMIN
 
 T = TypeVar("T")
 # gRPC calls a method, with its two serializers, a handler; at run time the class takes no parameters.
@@ -139,14 +158,35 @@ def refusals_as_status(handler: Callable[[Any, Any, Any], Awaitable[T]]) -> Call
     async def guarded(self: Any, request: Any, context: Any) -> T:
         try:
             return await handler(self, request, context)
-        except Refusal as refusal:
-            await abort(context, refusal)
-            raise
-        except LedgerError:
-            await abort(context, Refusal.of(Reason.LEDGER_UNAVAILABLE))
+        except (Refusal, LedgerError) as error:
+            await abort(context, _refusal_of(error))
             raise
 
     return guarded
+
+
+def refusals_as_stream_status(
+    handler: Callable[[Any, Any, Any], AsyncIterator[T]],
+) -> Callable[[Any, Any, Any], AsyncIterator[T]]:
+    """The same for a handler that streams its responses."""
+
+    @functools.wraps(handler)
+    async def guarded(self: Any, request: Any, context: Any) -> AsyncIterator[T]:
+        try:
+            async for response in handler(self, request, context):
+                yield response
+        except (Refusal, LedgerError) as error:
+            await abort(context, _refusal_of(error))
+
+    return guarded
+
+
+def _refusal_of(error: Refusal | LedgerError) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, LedgerUnavailable):
+        return Refusal.of(Reason.LEDGER_UNAVAILABLE)
+    return Refusal.of(Reason.LEDGER_REFUSED, problem=error)
 
 
 def _refuse_all(handler: "Handler", refusal: Refusal) -> "Handler":

@@ -12,16 +12,18 @@ from typing import Any, NoReturn, TypeVar
 import click
 import structlog
 
+from protos.errors import Refusal
 from teacher_service import auth, ledger_cli
-from teacher_service.config import ServerConfig
-from teacher_service.ledger import Account, Ledger, LedgerError
-from teacher_service.ledger_sql import SqlLedger
-from teacher_service.server import StartError, is_loopback
+from teacher_service.config import ServerConfig, is_loopback
+from teacher_service.ledger import OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
+from teacher_service.ledger_remote import RemoteLedger
+from teacher_service.server import StartError, open_ledger, serve_ledger
 from teacher_service.server import serve as run_server
 
 T = TypeVar("T")
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 HEALTH_TIMEOUT_SECONDS = 5.0
 DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
 
@@ -77,6 +79,36 @@ def _facts_options(command: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
+def _ledger_options(command: Callable[..., T]) -> Callable[..., T]:
+    """The flags that say where the books are, the same for both programs."""
+    for option in reversed(
+        (
+            click.option(
+                "--ledger",
+                default=DEFAULT_LEDGER,
+                show_default=True,
+                envvar="MEKD_LEDGER",
+                metavar="URL",
+                help="The books: sqlite:///FILE or postgresql://USER@HOST/DATABASE; or a server that has them, "
+                "grpc://HOST:PORT or grpcs://HOST:PORT, with its key in MEKD_LEDGER_KEY.",
+            ),
+            click.option(
+                "--ledger-ca",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Of grpcs://, the authority that signed the ledger server's certificate.",
+            ),
+            click.option(
+                "--ledger-insecure",
+                is_flag=True,
+                help="Allow grpc:// beyond loopback: key and answers travel in the clear.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 def _given_facts(
     arch: str | None,
     input_shape: tuple[int, ...] | None,
@@ -119,13 +151,11 @@ def _given_facts(
     show_default=True,
     help="Prometheus metrics on loopback, at /metrics; 0 picks a free port.",
 )
+@_ledger_options
 @click.option(
-    "--ledger",
-    default=DEFAULT_LEDGER,
-    show_default=True,
-    envvar="MEKD_LEDGER",
-    metavar="URL",
-    help="The books: sqlite:///FILE.",
+    "--ledger-only",
+    is_flag=True,
+    help="No model: serve the books alone, to teachers elsewhere with --ledger grpc://HOST:PORT and to teacher-admin.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
@@ -148,6 +178,14 @@ def _given_facts(
     default=20.0,
     show_default=True,
     help="After SIGTERM: how long batches under way may take.",
+)
+@click.option(
+    "--lease-seconds",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    help="How long the holds of a server that died stand before others give them back. Servers renew theirs three "
+    "times as often; agents wait 15 seconds for it.",
 )
 @click.option(
     "--max-batch-pictures",
@@ -184,6 +222,7 @@ def serve(
     output: str | None,
     check: str | None,
     tls_ca: Path | None,
+    ledger_only: bool,
     **settings: Any,
 ) -> None:
     """Serve a classifier's answers over gRPC, each charged once to a prepaid account.
@@ -195,25 +234,32 @@ def serve(
     teacher-admin account create my-device --budget 50000 > key
     teacher-serve --model teacher.pt
     teacher-serve --model rn56.pt --input-shape 3,32,32 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
+    teacher-serve --ledger-only --listen 127.0.0.1:50050
+    MEKD_LEDGER_KEY=… teacher-serve --model teacher.pt --ledger grpc://127.0.0.1:50050
     """
     if check is not None:
         sys.exit(_check(check, tls_ca))
-    if model is None:
+    if model is None and not ledger_only:
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
+    if model is not None and ledger_only:
+        raise click.UsageError("expected one of --model and --ledger-only, got both")
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)
-    config = ServerConfig(model=model, model_given=given, **settings)
+    config = ServerConfig(model=model, model_given=given, ledger_key=_ledger_key(), **settings)
     try:
-        asyncio.run(run_server(config, _engine(config)))
+        if model is None:
+            asyncio.run(serve_ledger(config))
+        else:
+            asyncio.run(run_server(config, _engine(config, model)))
     except (StartError, LedgerError) as error:
         _fail(str(error))
 
 
-def _engine(config: ServerConfig) -> Any:
+def _engine(config: ServerConfig, model: Path) -> Any:
     """The engine behind ``--model``. torch is imported here and only here, and not for ``array:``."""
     from teacher_service.engine import ArrayEngine, EngineError
 
-    kind, _, sizes = str(config.model).partition(":")
+    kind, _, sizes = str(model).partition(":")
     if kind == "array":
         try:
             class_count, channels, height, width, *seed = (int(size) for size in sizes.split(","))
@@ -221,12 +267,12 @@ def _engine(config: ServerConfig) -> Any:
                 class_count=class_count, channels=channels, height=height, width=width, seed=sum(seed[:1])
             )
         except ValueError:
-            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED], got {str(config.model)!r}")
+            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED], got {str(model)!r}")
     from networks.modelfile import ModelFileError, load_model
     from teacher_service.torch_engine import TorchEngine
 
     try:
-        return TorchEngine(load_model(config.model, given=config.model_given), device=config.device)
+        return TorchEngine(load_model(model, given=config.model_given), device=config.device)
     except (ModelFileError, EngineError) as error:
         _fail(str(error))
 
@@ -258,19 +304,13 @@ def _check(target: str, tls_ca: Path | None) -> int:
 
 
 @click.group("teacher-admin", context_settings=SETTINGS)
-@click.option(
-    "--ledger",
-    default=DEFAULT_LEDGER,
-    show_default=True,
-    envvar="MEKD_LEDGER",
-    metavar="URL",
-    help="The books: sqlite:///FILE.",
-)
+@_ledger_options
 @click.pass_context
-def admin(context: click.Context, ledger: str) -> None:
+def admin(context: click.Context, ledger: str, ledger_ca: Path | None, ledger_insecure: bool) -> None:
     """Accounts, budgets and keys on a ledger, and the facts of model files.
 
-    Works on the ledger itself, whether a server has it open or not.
+    Works on the ledger's store itself, whether a server has it open or not, or through a server: with
+    --ledger grpc://HOST:PORT and an admin's key, whose first is made on the store.
 
     \b
     teacher-admin account create my-device --budget 50000     # prints the key, once
@@ -278,6 +318,7 @@ def admin(context: click.Context, ledger: str) -> None:
     teacher-admin account grant my-device 10000
     teacher-admin statement my-device --run-id RUN
     teacher-admin key revoke KEY_ID
+    teacher-admin key create --role admin                     # then: MEKD_LEDGER_KEY=… teacher-admin --ledger grpc://…
     teacher-admin model describe rn56.pt --input-shape 3,32,32 --mean … --std …
     """
     context.obj = ledger
@@ -330,23 +371,69 @@ def account_grant(ledger: str, name: str, pictures: int) -> None:
     _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), "text")
 
 
+@account.command("watch")
+@click.argument("name")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.pass_obj
+def account_watch(ledger: str, name: str, form: str) -> None:
+    """Show an account now and whenever it has changed, at most once a second, until interrupted."""
+
+    async def show(books: Ledger) -> None:
+        async for found in books.watch(name) if isinstance(books, RemoteLedger) else watch(books, name):
+            _print_account(found, form)
+
+    try:
+        _on_books(ledger, show)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
 @admin.group()
 def key() -> None:
     """Make, list and revoke an account's keys."""
 
 
 @key.command("create")
-@click.argument("name")
+@click.argument("name", required=False)
+@click.option(
+    "--role",
+    type=click.Choice([role.value for role in Role]),
+    default=Role.CUSTOMER.value,
+    show_default=True,
+    help="customer: buy answers and see its own account. teacher: sell them, a server with --ledger grpc://. "
+    "admin: make accounts and keys, and grant.",
+)
 @click.pass_obj
-def key_create(ledger: str, name: str) -> None:
-    """Make one more key for account NAME; it goes to standard output, once."""
+def key_create(ledger: str, name: str | None, role: str) -> None:
+    """Make one more key for account NAME; it goes to standard output, once.
+
+    A teacher's or an admin's key needs no NAME: it belongs to the account "operators", which has no pictures and is
+    made where it is missing.
+    """
+    wanted = Role(role)
+    if name is None and wanted is Role.CUSTOMER:
+        raise click.UsageError("Missing argument 'NAME': a customer's key belongs to the customer's account.")
+    owner = name or OPERATORS
 
     async def make(books: Ledger) -> str:
-        text, stored = auth.new_key(name)
-        await books.add_key(stored)
+        text, stored = auth.new_key(owner, wanted)
+        if wanted is not Role.CUSTOMER and owner == OPERATORS and not await _has_account(books, owner):
+            await books.create_account(owner, None, stored)
+        else:
+            await books.add_key(stored)
         return text
 
-    click.echo(_on_books(ledger, make))
+    click.echo(_on_books(ledger, make, create=wanted is not Role.CUSTOMER))
+
+
+async def _has_account(books: Ledger, name: str) -> bool:
+    try:
+        await books.account(name)
+    except LedgerUnavailable:
+        raise
+    except LedgerError:
+        return False
+    return True
 
 
 @key.command("list")
@@ -422,8 +509,16 @@ def model_describe(file: Path, **facts: Any) -> None:
 
 
 def _on_books(url: str, work: Callable[[Ledger], Awaitable[T]], *, create: bool = False) -> T:
+    given = click.get_current_context().find_root().params
+
     async def run() -> T:
-        books = SqlLedger.open(url, create=create)
+        books = open_ledger(
+            url,
+            key=_ledger_key(),
+            tls_ca=given["ledger_ca"],
+            insecure=given["ledger_insecure"],
+            create=create,
+        )
         try:
             return await work(books)
         finally:
@@ -433,6 +528,13 @@ def _on_books(url: str, work: Callable[[Ledger], Awaitable[T]], *, create: bool 
         return asyncio.run(run())
     except LedgerError as error:
         _fail(str(error))
+    except Refusal as refusal:
+        _fail(refusal.message)
+
+
+def _ledger_key() -> str:
+    """The credential for a ledger elsewhere: from the environment alone, for every user can read a command line."""
+    return os.environ.get("MEKD_LEDGER_KEY", "").strip()
 
 
 def _print_account(found: Account, form: str) -> None:

@@ -1,5 +1,6 @@
 """One frozen config, built once at the entry; leaves get plain values. Every limit carries its unit in its name."""
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,12 +10,17 @@ from typing import Literal
 class ServerConfig:
     """What ``teacher-serve`` was asked to do."""
 
-    model: Path
+    model: Path | None = None
+    """None: no model, the ledger alone."""
     model_given: dict[str, object] = field(default_factory=dict)
     """Facts of the model from the command line; they complete the file's own (``networks.modelfile``)."""
     listen: str = "127.0.0.1:50051"
     metrics_port: int = 9464
     ledger: str = "sqlite:///mekd-ledger.db"
+    ledger_key: str = field(default="", repr=False)
+    """Of a ledger elsewhere: this teacher's credential there."""
+    ledger_ca: Path | None = None
+    ledger_insecure: bool = False
     device: str = "auto"
     answers: Literal["soft", "hard"] = "soft"
     tls_cert: Path | None = None
@@ -31,4 +37,14 @@ class ServerConfig:
     max_message_bytes: int = 64 * 2**20
     grace_seconds: float = 20.0
     """After SIGTERM: how long batches under way may take."""
+    lease_seconds: float = 10.0
+    """How long the holds of a server that died stand, at least; of SQLite and PostgreSQL."""
     metrics_max_accounts: int = 200
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address never leaves this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -8,7 +8,6 @@ caller who goes away is noticed by the batcher (which skips the departed) and no
 
 import asyncio
 import contextlib
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -26,14 +25,12 @@ from teacher_service.auth import Authenticator, Caller, abort
 from teacher_service.batcher import Batcher, CallerGone, QueueFull
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
-from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted
+from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
 from teacher_service.metrics import Metrics
 
 log = structlog.get_logger()
 
 VOID_RETRY_SECONDS = 1.0
-IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_IDENTIFIER_EXPECTED = "1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'"
 
 
 class MoneyPath:
@@ -309,12 +306,6 @@ class InferenceServicer(TeacherInferenceServicer):
             response = _refused(batch, Refusal.of(Reason.ENGINE_FAILED, incident=incident))
         if not stream.gone.left:
             stream.outgoing.put_nowait(response)
-
-
-def check_identifier(field: str, value: str) -> None:
-    """Refuses (INVALID_REQUEST) what is no id."""
-    if not IDENTIFIER.fullmatch(value):
-        raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected=_IDENTIFIER_EXPECTED, got=repr(value[:80]))
 
 
 def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:

@@ -11,18 +11,24 @@ double-entry by construction: what one book is debited another is credited, and 
     expire  held      -> available    the server that held has died
 """
 
+import asyncio
 import dataclasses
 import enum
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from protos.errors import Reason, Refusal
 
 ACCOUNT_NAME = re.compile(r"[a-z0-9-]{1,63}")
+IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IDENTIFIER_EXPECTED = "1 to 64 characters of A-Z, a-z, 0-9, '_' and '-'"
+OPERATORS = "operators"
+"""The account of teachers' and admins' keys, unless another is named; it needs no pictures."""
+WATCH_SECONDS = 1.0
 MAX_COUNT = 2**53  # sums stay exact in any reader, JSON's included
 
 
@@ -274,6 +280,29 @@ def apply_post(
     return given_back._replace(entries=step.entries + given_back.entries)
 
 
+def is_same_post(
+    hold: Hold | None, entry: Entry, instance_id: str, answer: bytes, picture_count: int | None = None
+) -> bool:
+    """Whether a post is the one already on the books as ``entry``: its outcome was lost, and it was sent again."""
+    return (
+        hold is not None
+        and hold.state is HoldState.POSTED
+        and hold.instance_id == instance_id
+        and entry.digest == hashlib.sha256(answer).digest()
+        and entry.picture_count == (hold.picture_count if picture_count is None else picture_count)
+    )
+
+
+def is_same_hold(known: Hold | None, request: HoldRequest, instance_id: str) -> bool:
+    """Whether this instance holds the very same already: the outcome was lost, and the wish was sent again."""
+    return (
+        known is not None
+        and known.state is HoldState.HELD
+        and (known.instance_id, known.picture_count) == (instance_id, request.picture_count)
+        and (known.digest, known.run_id) == (request.digest, request.run_id)
+    )
+
+
 def receipt_of(posted: Step) -> Receipt:
     """The receipt of a post just made."""
     entry = posted.entries[0]
@@ -317,6 +346,12 @@ def check_account_name(name: str) -> None:
         raise LedgerError(f"expected an account name of 1 to 63 characters of a-z, 0-9 and '-', got {name!r}")
 
 
+def check_identifier(field: str, value: str) -> None:
+    """Refuses (INVALID_REQUEST) what is no id of a batch, a run or an instance."""
+    if not IDENTIFIER.fullmatch(value):
+        raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected=_IDENTIFIER_EXPECTED, got=repr(value[:80]))
+
+
 def now_ms() -> int:
     """Wall-clock time in milliseconds since 1970: what journal and leases are written in."""
     return time.time_ns() // 1_000_000
@@ -326,22 +361,38 @@ def now_ms() -> int:
 
 
 class Ledger(Protocol):
-    """The books. Every method may raise LedgerUnavailable; then nothing was changed."""
+    """The books. Every method may raise LedgerUnavailable; then nothing was changed, or it cannot be known.
 
-    async def hold(self, request: HoldRequest) -> Held | Posted:
+    Whoever holds is an *instance*: the ledger itself (``instance_id`` empty), or a teacher elsewhere on whose behalf
+    it acts (``quota``). An instance that shows no life for a lease loses its holds.
+    """
+
+    async def hold(self, request: HoldRequest, *, instance_id: str = "") -> Held | Posted:
         """Holds a batch, or finds it answered before. Refusals as in ``apply_hold``.
 
-        A new hold may be told before it is durable, and so before a reader sees it; a kept answer never is.
+        A new hold may be told before it is durable, and so before a reader sees it; a kept answer never is. Another
+        instance may repeat its own hold, and renews its lease with it.
         """
 
-    async def post(self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None) -> Posted:
-        """Charges a held batch, or a part of it, and keeps its answer, durable on return. Refusal: HOLD_LOST."""
+    async def post(
+        self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
+    ) -> Posted:
+        """Charges a held batch, or a part of it, and keeps its answer, durable on return. Refusal: HOLD_LOST.
 
-    async def void(self, account: str, batch_id: str) -> None:
+        The same post of the same instance, made again, is answered as the first.
+        """
+
+    async def void(self, account: str, batch_id: str, *, instance_id: str = "") -> None:
         """Gives this instance's hold back; nothing happens where there is none."""
 
-    async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
-        """A new account and its first key, both or neither.
+    async def renew_lease(self, instance_id: str) -> int:
+        """Another instance lives: its holds stand for another lease, whose length in ms is returned."""
+
+    async def end_lease(self, instance_id: str) -> None:
+        """Another instance ends: voids whatever it holds."""
+
+    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+        """A new account and its first key, both or neither; without a grant where ``granted`` is None.
 
         LedgerError where the name is taken or no name, or the grant no count.
         """
@@ -364,7 +415,7 @@ class Ledger(Protocol):
         """Journal entries after ``after_sequence``, oldest first, at most ``limit``."""
 
     async def add_key(self, key: Key) -> None:
-        """Stores a credential. LedgerError where there is no such account."""
+        """Stores a credential; the same one again changes nothing. LedgerError where there is no such account."""
 
     async def key(self, key_id: str) -> Key | None:
         """The credential as stored, revoked or not; None where there is none."""
@@ -377,3 +428,17 @@ class Ledger(Protocol):
 
     async def close(self) -> None:
         """Gives back what this instance still holds and closes the store."""
+
+
+async def watch(ledger: Ledger, name: str) -> AsyncGenerator[Account]:
+    """The account now, then whenever it has changed. Raises as ``Ledger.account`` does.
+
+    It asks once a second: what changes an account may be another server on the same store.
+    """
+    told = None
+    while True:
+        found = await ledger.account(name)
+        if found != told:
+            told = found
+            yield found
+        await asyncio.sleep(WATCH_SECONDS)

@@ -1,6 +1,6 @@
 """The books in memory: the same rules without a store. For tests: nobody else could make an account on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from teacher_service import ledger as rules
 from teacher_service.ledger import (
@@ -19,12 +19,14 @@ from teacher_service.ledger import (
 )
 
 INSTANCE = "memory"
+LEASE_MS = 10_000
 
 
 class MemoryLedger:
     """``Ledger`` in dictionaries. Single-threaded: every method runs to its end without awaiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], int] = rules.now_ms) -> None:
+        self._clock = clock
         self._accounts: dict[str, Account] = {}
         self._holds: dict[tuple[str, str], Hold] = {}
         self._answers: dict[tuple[str, str], bytes] = {}
@@ -32,35 +34,54 @@ class MemoryLedger:
         self._entries: list[Entry] = []
         self._keys: dict[str, Key] = {}
 
-    async def hold(self, request: HoldRequest) -> Held | Posted:
+    async def hold(self, request: HoldRequest, *, instance_id: str = "") -> Held | Posted:
         account = self._account(request.account)
         key = (request.account, request.batch_id)
         known = self._holds.get(key)
         if rules.is_replay(known):
             rules.check_same_batch(known, request)
             return Posted(answer=self._answers[key], receipt=self._receipts[key], account=account)
-        self._record(rules.apply_hold(account, known, request, INSTANCE, rules.now_ms()))
+        if instance_id and rules.is_same_hold(known, request, instance_id):
+            return Held()
+        self._record(rules.apply_hold(account, known, request, instance_id or INSTANCE, self._clock()))
         return Held()
 
-    async def post(self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None) -> Posted:
-        key = (account, batch_id)
-        step = rules.apply_post(
-            self._account(account), self._holds.get(key), batch_id, INSTANCE, answer, rules.now_ms(), picture_count
-        )
+    async def post(
+        self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
+    ) -> Posted:
+        key, instance = (account, batch_id), instance_id or INSTANCE
+        owner, hold = self._account(account), self._holds.get(key)
+        if rules.is_replay(hold):
+            receipt = self._receipts[key]
+            (entry,) = (e for e in self._entries if (e.account, e.sequence) == (account, receipt.sequence))
+            if rules.is_same_post(hold, entry, instance, answer, picture_count):
+                return Posted(answer=answer, receipt=receipt, account=owner)
+        step = rules.apply_post(owner, hold, batch_id, instance, answer, self._clock(), picture_count)
         self._record(step)
         self._answers[key], self._receipts[key] = answer, rules.receipt_of(step)
         return Posted(answer=answer, receipt=self._receipts[key], account=step.account)
 
-    async def void(self, account: str, batch_id: str) -> None:
+    async def void(self, account: str, batch_id: str, *, instance_id: str = "") -> None:
         hold = self._holds.get((account, batch_id))
-        if hold is not None and hold.state is HoldState.HELD:
-            self._record(rules.apply_release(self._account(account), hold, HoldState.VOIDED, rules.now_ms()))
+        mine = hold is not None and hold.instance_id == (instance_id or INSTANCE)
+        if hold is not None and mine and hold.state is HoldState.HELD:
+            self._record(rules.apply_release(self._account(account), hold, HoldState.VOIDED, self._clock()))
 
-    async def create_account(self, name: str, granted: int, key: Key | None = None) -> Account:
+    async def renew_lease(self, instance_id: str) -> int:
+        return LEASE_MS  # nobody dies in memory: there is no sweep
+
+    async def end_lease(self, instance_id: str) -> None:
+        for hold in list(self._holds.values()):
+            await self.void(hold.account, hold.batch_id, instance_id=instance_id)
+
+    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
         rules.check_account_name(name)
         if name in self._accounts:
             raise LedgerError(f"expected a new account name, got {name!r}, which exists")
-        account = self._grant(Account(name=name), granted)
+        account = Account(name=name)
+        if granted is not None:
+            account = self._grant(account, granted)
+        self._accounts[name] = account
         if key is not None:
             self._keys[key.key_id] = key
         return account
@@ -92,7 +113,8 @@ class MemoryLedger:
 
     async def add_key(self, key: Key) -> None:
         self._account(key.account)
-        self._keys[key.key_id] = key
+        if self._keys.setdefault(key.key_id, key) != key:
+            raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
 
     async def key(self, key_id: str) -> Key | None:
         return self._keys.get(key_id)
@@ -122,7 +144,7 @@ class MemoryLedger:
         return self._accounts[name]
 
     def _grant(self, account: Account, picture_count: int) -> Account:
-        return self._record(rules.apply_grant(account, picture_count, rules.now_ms()))
+        return self._record(rules.apply_grant(account, picture_count, self._clock()))
 
     def _record(self, step: Step) -> Account:
         self._accounts[step.account.name] = step.account

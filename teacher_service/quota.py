@@ -1,25 +1,34 @@
-"""QuotaLedger: a customer's own balance and statement."""
+"""QuotaLedger: the books over gRPC, to customers, to teachers elsewhere and to admins.
 
+Who may call what stands in ``auth.ALLOWED``, and the interceptor keeps it. What is left to check here is whose
+account is meant: a customer's is its own.
+"""
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.duration_pb2 import Duration
 
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
 from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerServicer
-from teacher_service.auth import Authenticator, refusals_as_status
-from teacher_service.ledger import Entry, EntryKind, Ledger
+from teacher_service.auth import (
+    MAY_NAME_ACCOUNTS,
+    Authenticator,
+    Caller,
+    refusals_as_status,
+    refusals_as_stream_status,
+)
+from teacher_service.ledger import HoldRequest, Key, Ledger, Posted, check_identifier, watch
+from teacher_service.ledger_wire import account_message, entry_message, key_message, key_of, posted_message
 
 DEFAULT_PAGE_ENTRIES = 500
 MAX_PAGE_ENTRIES = 5000
+MAX_DIGEST_BYTES = 64
 
-_KINDS = {
-    EntryKind.GRANT: wire.ENTRY_KIND_GRANT,
-    EntryKind.HOLD: wire.ENTRY_KIND_HOLD,
-    EntryKind.POST: wire.ENTRY_KIND_POST,
-    EntryKind.VOID: wire.ENTRY_KIND_VOID,
-    EntryKind.EXPIRE: wire.ENTRY_KIND_EXPIRE,
-}
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class QuotaServicer(QuotaLedgerServicer):
@@ -29,12 +38,13 @@ class QuotaServicer(QuotaLedgerServicer):
         self._ledger = ledger
         self._authenticator = authenticator
 
+    # --- what every role may read ---
+
     @refusals_as_status
     async def GetBalance(self, request: wire.GetBalanceRequest, context: Any) -> wire.GetBalanceResponse:
-        """The caller's own account."""
-        caller = await self._authenticator.identify(context.invocation_metadata())
-        account = await self._ledger.account(caller.account)
-        run_posted = await self._ledger.run_posted(caller.account, request.run_id) if request.run_id else 0
+        """An account's balance, and what one run cost."""
+        account = await self._ledger.account(await self._account_meant(request.account, "GetBalance", context))
+        run_posted = await self._ledger.run_posted(account.name, request.run_id) if request.run_id else 0
         return wire.GetBalanceResponse(
             account=account.name,
             granted_count=account.granted,
@@ -46,32 +56,199 @@ class QuotaServicer(QuotaLedgerServicer):
 
     @refusals_as_status
     async def ListStatement(self, request: wire.ListStatementRequest, context: Any) -> wire.ListStatementResponse:
-        """The caller's own journal, one page."""
-        caller = await self._authenticator.identify(context.invocation_metadata())
-        for field, value in (("page_size", request.page_size), ("after_sequence", request.after_sequence)):
-            if value < 0:
-                raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected="0 or more", got=value)
+        """A journal, one page."""
+        name = await self._account_meant(request.account, "ListStatement", context)
+        _check_not_negative(page_size=request.page_size, after_sequence=request.after_sequence)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
         entries = await self._ledger.statement(
-            caller.account, run_id=request.run_id, after_sequence=request.after_sequence, limit=limit + 1
+            name, run_id=request.run_id, after_sequence=request.after_sequence, limit=limit + 1
         )
         page = entries[:limit]
         return wire.ListStatementResponse(
-            entries=[_message(entry) for entry in page],
+            entries=[entry_message(entry) for entry in page],
             next_after_sequence=page[-1].sequence if len(entries) > limit else 0,
         )
 
+    @refusals_as_stream_status
+    async def StreamStatement(
+        self, request: wire.StreamStatementRequest, context: Any
+    ) -> AsyncIterator[wire.StreamStatementResponse]:
+        """A journal up to its end as of now."""
+        name = await self._account_meant(request.account, "StreamStatement", context)
+        _check_not_negative(after_sequence=request.after_sequence)
+        last, after = (await self._ledger.account(name)).sequence, request.after_sequence
+        while after < last:
+            entries = await self._ledger.statement(
+                name, run_id=request.run_id, after_sequence=after, limit=DEFAULT_PAGE_ENTRIES
+            )
+            page = [entry_message(entry) for entry in entries if entry.sequence <= last]
+            if not page:
+                return
+            yield wire.StreamStatementResponse(entries=page)
+            after = page[-1].sequence
 
-def _message(entry: Entry) -> wire.StatementEntry:
-    created = Timestamp()
-    created.FromMilliseconds(entry.create_time_ms)
-    return wire.StatementEntry(
-        sequence=entry.sequence,
-        create_time=created,
-        kind=_KINDS[entry.kind],
-        batch_id=entry.batch_id,
-        run_id=entry.run_id,
-        picture_count=entry.picture_count,
-        debit_book=entry.debit_book,
-        credit_book=entry.credit_book,
-    )
+    @refusals_as_stream_status
+    async def WatchBalance(
+        self, request: wire.WatchBalanceRequest, context: Any
+    ) -> AsyncIterator[wire.WatchBalanceResponse]:
+        """The balance now and whenever it has changed; a key revoked meanwhile ends it."""
+        name = await self._account_meant(request.account, "WatchBalance", context)
+        async with contextlib.aclosing(watch(self._ledger, name)) as balances:
+            async for account in balances:
+                await self._account_meant(request.account, "WatchBalance", context)
+                yield wire.WatchBalanceResponse(account=account_message(account))
+
+    # --- the money path of a teacher elsewhere ---
+
+    @refusals_as_status
+    async def Hold(self, request: wire.HoldRequest, context: Any) -> wire.HoldResponse:
+        """Holds for an instance of the caller's."""
+        instance_id = await self._instance(request.instance_id, context)
+        check_identifier("batch_id", request.batch_id)
+        check_identifier("run_id", request.run_id)
+        if len(request.digest) > MAX_DIGEST_BYTES:
+            got = f"{len(request.digest)} bytes"
+            raise Refusal.of(
+                Reason.INVALID_REQUEST, field="digest", expected=f"at most {MAX_DIGEST_BYTES} bytes", got=got
+            )
+        wish = HoldRequest(
+            account=request.account,
+            batch_id=request.batch_id,
+            run_id=request.run_id,
+            digest=request.digest,
+            picture_count=request.picture_count,
+        )
+        found = await self._ledger.hold(wish, instance_id=instance_id)
+        if isinstance(found, Posted):
+            answered = wire.AnsweredBatch(posted=posted_message(found), answer=found.answer)
+            return wire.HoldResponse(answered=answered)
+        return wire.HoldResponse(held=wire.HeldBatch())
+
+    @refusals_as_status
+    async def Post(self, request: wire.PostRequest, context: Any) -> wire.PostResponse:
+        """Charges what an instance of the caller's holds."""
+        instance_id = await self._instance(request.instance_id, context)
+        check_identifier("batch_id", request.batch_id)
+        posted = await self._ledger.post(
+            request.account,
+            request.batch_id,
+            request.answer,
+            request.picture_count or None,
+            instance_id=instance_id,
+        )
+        return wire.PostResponse(posted=posted_message(posted))
+
+    @refusals_as_status
+    async def Void(self, request: wire.VoidRequest, context: Any) -> wire.VoidResponse:
+        """Gives back what an instance of the caller's holds."""
+        instance_id = await self._instance(request.instance_id, context)
+        await self._ledger.void(request.account, request.batch_id, instance_id=instance_id)
+        return wire.VoidResponse()
+
+    @refusals_as_status
+    async def RenewLease(self, request: wire.RenewLeaseRequest, context: Any) -> wire.RenewLeaseResponse:
+        """An instance of the caller's lives."""
+        lease_ms = await self._ledger.renew_lease(await self._instance(request.instance_id, context))
+        lease = Duration()
+        lease.FromMilliseconds(lease_ms)
+        return wire.RenewLeaseResponse(lease_duration=lease)
+
+    @refusals_as_status
+    async def EndLease(self, request: wire.EndLeaseRequest, context: Any) -> wire.EndLeaseResponse:
+        """An instance of the caller's ends."""
+        await self._ledger.end_lease(await self._instance(request.instance_id, context))
+        return wire.EndLeaseResponse()
+
+    @refusals_as_status
+    async def LookupKey(self, request: wire.LookupKeyRequest, context: Any) -> wire.LookupKeyResponse:
+        """A credential as stored."""
+        found = await self._ledger.key(request.key_id)
+        return wire.LookupKeyResponse(key=key_message(found) if found is not None else None)
+
+    # --- accounts and keys ---
+
+    @refusals_as_status
+    async def GetAccount(self, request: wire.GetAccountRequest, context: Any) -> wire.GetAccountResponse:
+        """One account."""
+        return wire.GetAccountResponse(account=account_message(await self._ledger.account(request.account)))
+
+    @refusals_as_status
+    async def ListAccounts(self, request: wire.ListAccountsRequest, context: Any) -> wire.ListAccountsResponse:
+        """Every account, one page."""
+        _check_not_negative(page_size=request.page_size)
+        limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
+        found = [account for account in await self._ledger.accounts() if account.name > request.after_name]
+        page = found[:limit]
+        return wire.ListAccountsResponse(
+            accounts=[account_message(account) for account in page],
+            next_after_name=page[-1].name if len(found) > limit else "",
+        )
+
+    @refusals_as_status
+    async def CreateAccount(self, request: wire.CreateAccountRequest, context: Any) -> wire.CreateAccountResponse:
+        """A new account."""
+        granted = request.picture_count if request.HasField("picture_count") else None
+        key = _checked_key(request.key) if request.HasField("key") else None
+        if key is not None and key.account != request.account:
+            raise Refusal.of(
+                Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
+            )
+        account = await self._ledger.create_account(request.account, granted, key)
+        return wire.CreateAccountResponse(account=account_message(account))
+
+    @refusals_as_status
+    async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
+        """More pictures."""
+        account = await self._ledger.grant(request.account, request.picture_count)
+        return wire.GrantResponse(account=account_message(account))
+
+    @refusals_as_status
+    async def CreateKey(self, request: wire.CreateKeyRequest, context: Any) -> wire.CreateKeyResponse:
+        """One more key of an account."""
+        await self._ledger.add_key(_checked_key(request.key))
+        return wire.CreateKeyResponse()
+
+    @refusals_as_status
+    async def ListKeys(self, request: wire.ListKeysRequest, context: Any) -> wire.ListKeysResponse:
+        """Every key of an account."""
+        return wire.ListKeysResponse(keys=[key_message(key) for key in await self._ledger.keys(request.account)])
+
+    @refusals_as_status
+    async def RevokeKey(self, request: wire.RevokeKeyRequest, context: Any) -> wire.RevokeKeyResponse:
+        """The end of a key."""
+        await self._ledger.revoke_key(request.key_id)
+        return wire.RevokeKeyResponse()
+
+    async def _caller(self, context: Any) -> Caller:
+        return await self._authenticator.identify(context.invocation_metadata())
+
+    async def _account_meant(self, named: str, method: str, context: Any) -> str:
+        """The account a request is about. Refusal PERMISSION_DENIED where a customer names another's."""
+        caller = await self._caller(context)
+        if named in ("", caller.account):
+            return caller.account
+        if caller.role not in MAY_NAME_ACCOUNTS:
+            raise Refusal.of(Reason.PERMISSION_DENIED, method=f"{method} of another account")
+        return named
+
+    async def _instance(self, instance_id: str, context: Any) -> str:
+        """An instance as the books know it: nobody acts for another account's teachers, or for this server."""
+        check_identifier("instance_id", instance_id)
+        return f"{(await self._caller(context)).account}/{instance_id}"
+
+
+def _check_not_negative(**fields: int) -> None:
+    for field, value in fields.items():
+        if value < 0:
+            raise Refusal.of(Reason.INVALID_REQUEST, field=field, expected="0 or more", got=value)
+
+
+def _checked_key(message: wire.StoredKey) -> Key:
+    key = key_of(message)
+    if not _KEY_ID.fullmatch(key.key_id):
+        got = repr(key.key_id[:80])
+        raise Refusal.of(Reason.INVALID_REQUEST, field="key.key_id", expected="16 digits of 0-9 and a-f", got=got)
+    if len(key.secret_sha256) != 32:
+        got = f"{len(key.secret_sha256)} bytes"
+        raise Refusal.of(Reason.INVALID_REQUEST, field="key.secret_digest", expected="32 bytes", got=got)
+    return key

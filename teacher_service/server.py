@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 import signal
 import socket
 import ssl
@@ -17,16 +16,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from protos.mekd.v1 import quota_ledger_pb2_grpc, teacher_inference_pb2_grpc
 from teacher_service.auth import Authenticator, AuthInterceptor
 from teacher_service.batcher import Batcher
-from teacher_service.config import ServerConfig
+from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.engine import Engine
 from teacher_service.inference import InferenceServicer, MoneyPath
-from teacher_service.ledger_sql import SqlLedger
+from teacher_service.ledger import Ledger
+from teacher_service.ledger_remote import SCHEMES, RemoteLedger
+from teacher_service.ledger_sql import LEASE_MS, SqlLedger
 from teacher_service.metrics import Metrics
 from teacher_service.quota import QuotaServicer
 
 log = structlog.get_logger()
 
-SERVICES = ("mekd.v1.TeacherInference", "mekd.v1.QuotaLedger")
+LEDGER_SERVICE = "mekd.v1.QuotaLedger"
+SERVICES = ("mekd.v1.TeacherInference", LEDGER_SERVICE)
 MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
 
 
@@ -37,7 +39,7 @@ class StartError(Exception):
 async def serve(config: ServerConfig, engine: Engine) -> None:
     """Serves until SIGINT or SIGTERM. Raises StartError and LedgerError before anything is served."""
     config = _fitting(config, engine)
-    ledger = SqlLedger.open(config.ledger)
+    ledger = await _open_ledger(config)
     batcher = Batcher(
         engine.answer,
         max_batch_pictures=config.max_engine_pictures,
@@ -56,9 +58,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
 
-    stop_asked = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop_asked.set)
+    stop_asked = _stop_asked()
     try:
         address = _bind(server, config)
         metrics_port = _serve_metrics(metrics, config)
@@ -79,6 +79,74 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         await batcher.stop()
         await ledger.close()
     log.info("stopped")
+
+
+async def serve_ledger(config: ServerConfig) -> None:
+    """Serves the books alone, to teachers elsewhere, until SIGINT or SIGTERM. Raises StartError and LedgerError."""
+    if config.ledger.startswith(SCHEMES):
+        raise StartError(f"--ledger-only: expected books of its own in --ledger, got {config.ledger}")
+    ledger = await _open_ledger(config)
+    authenticator = Authenticator(ledger)
+    readiness = health.aio.HealthServicer()
+    server = grpc.aio.server(
+        interceptors=(AuthInterceptor(authenticator),), options=_channel_options(config.max_message_bytes)
+    )
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
+    stop_asked = _stop_asked()
+    try:
+        address = _bind(server, config)
+        await server.start()
+        for name in ("", LEDGER_SERVICE):
+            await readiness.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("serving the ledger", address=address)
+        print(f"serving on {address}", flush=True)
+        await stop_asked.wait()
+        log.info("draining")
+        await readiness.enter_graceful_shutdown()
+    finally:
+        await server.stop(grace=1.0)
+        await ledger.close()
+    log.info("stopped")
+
+
+def open_ledger(
+    url: str,
+    *,
+    key: str = "",
+    tls_ca: Path | None = None,
+    insecure: bool = False,
+    create: bool = True,
+    lease_ms: int = LEASE_MS,
+) -> Ledger:
+    """The books at a URL, here or on another server. Raises LedgerError."""
+    if url.startswith(SCHEMES):
+        return RemoteLedger(url, key=key, tls_ca=tls_ca, insecure=insecure)
+    return SqlLedger.open(url, create=create, lease_ms=lease_ms)
+
+
+async def _open_ledger(config: ServerConfig) -> Ledger:
+    ledger = open_ledger(
+        config.ledger,
+        key=config.ledger_key,
+        tls_ca=config.ledger_ca,
+        insecure=config.ledger_insecure,
+        lease_ms=round(config.lease_seconds * 1000),
+    )
+    if isinstance(ledger, RemoteLedger):
+        try:
+            await ledger.begin()  # a wrong key or address is told now, and not to the first customer
+        except BaseException:
+            await ledger.close()
+            raise
+    return ledger
+
+
+def _stop_asked() -> asyncio.Event:
+    stop_asked = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop_asked.set)
+    return stop_asked
 
 
 def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
@@ -178,14 +246,6 @@ def _serve_metrics(metrics: Metrics, config: ServerConfig) -> int:
         raise StartError(
             f"--metrics-port {config.metrics_port}: {error.strerror}; give another (0 picks a free one)"
         ) from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address never leaves this machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read(path: Path, flag: str) -> bytes:

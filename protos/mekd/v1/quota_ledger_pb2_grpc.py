@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class QuotaLedgerStub:
-    """Missing associated documentation comment in .proto file."""
+    """Three roles: a customer reads its own account; a teacher (a server that sells answers) holds, posts and voids on any
+    account and reads what its customers may ask it for; an admin makes accounts and keys and grants.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -44,20 +46,205 @@ class QuotaLedgerStub:
                 request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementRequest.SerializeToString,
                 response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementResponse.FromString,
                 _registered_method=True)
+        self.StreamStatement = channel.unary_stream(
+                '/mekd.v1.QuotaLedger/StreamStatement',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementResponse.FromString,
+                _registered_method=True)
+        self.WatchBalance = channel.unary_stream(
+                '/mekd.v1.QuotaLedger/WatchBalance',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceResponse.FromString,
+                _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/Hold',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.FromString,
+                _registered_method=True)
+        self.Post = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/Post',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostResponse.FromString,
+                _registered_method=True)
+        self.Void = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/Void',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidResponse.FromString,
+                _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/RenewLease',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
+        self.EndLease = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/EndLease',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseResponse.FromString,
+                _registered_method=True)
+        self.LookupKey = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/LookupKey',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyResponse.FromString,
+                _registered_method=True)
+        self.GetAccount = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/GetAccount',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountResponse.FromString,
+                _registered_method=True)
+        self.ListAccounts = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/ListAccounts',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsResponse.FromString,
+                _registered_method=True)
+        self.CreateAccount = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/CreateAccount',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountResponse.FromString,
+                _registered_method=True)
+        self.Grant = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/Grant',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.FromString,
+                _registered_method=True)
+        self.CreateKey = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/CreateKey',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/ListKeys',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/RevokeKey',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
 
 
 class QuotaLedgerServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Three roles: a customer reads its own account; a teacher (a server that sells answers) holds, posts and voids on any
+    account and reads what its customers may ask it for; an admin makes accounts and keys and grants.
+    """
 
     def GetBalance(self, request, context):
-        """The caller's own account.
+        """Every role. The caller's own account; a teacher or an admin may name another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListStatement(self, request, context):
-        """The caller's own journal, oldest entry first, in pages.
+        """Every role. A journal, oldest entry first, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamStatement(self, request, context):
+        """Every role. The same journal as it stands when asked for, in as many messages as it takes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchBalance(self, request, context):
+        """Every role. The balance now, then whenever it has changed (at most once a second), until the caller ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """Teacher. Holds a batch's pictures, or finds the batch answered before. The same instance may send the same hold
+        again, after an outcome it never learnt: it holds then, once. It keeps its own callers apart by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Post(self, request, context):
+        """Teacher. Charges what this instance holds and keeps the answer, durable when it returns. The same post from the
+        same instance gets the same receipt, however often it is sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Void(self, request, context):
+        """Teacher. Gives back what this instance holds; nothing happens where it holds nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """Teacher. This instance lives: its holds stand for another lease. A hold renews the lease too; the holds of an
+        instance whose lease has lapsed are expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndLease(self, request, context):
+        """Teacher. This instance ends: whatever it still holds is voided.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LookupKey(self, request, context):
+        """Teacher, admin. A credential as it is stored: its digest, never its secret.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccount(self, request, context):
+        """Teacher, admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAccounts(self, request, context):
+        """Admin. Every account, by name, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateAccount(self, request, context):
+        """Admin. A new account with its first grant and key, all or nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Grant(self, request, context):
+        """Admin. More pictures for an account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateKey(self, request, context):
+        """Admin. The caller makes the secret and keeps it; only its digest travels. Sent again, it changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Admin. For good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +263,81 @@ def add_QuotaLedgerServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementRequest.FromString,
                     response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementResponse.SerializeToString,
             ),
+            'StreamStatement': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamStatement,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementResponse.SerializeToString,
+            ),
+            'WatchBalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBalance,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.SerializeToString,
+            ),
+            'Post': grpc.unary_unary_rpc_method_handler(
+                    servicer.Post,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostResponse.SerializeToString,
+            ),
+            'Void': grpc.unary_unary_rpc_method_handler(
+                    servicer.Void,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'EndLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndLease,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseResponse.SerializeToString,
+            ),
+            'LookupKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.LookupKey,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyResponse.SerializeToString,
+            ),
+            'GetAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccount,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountResponse.SerializeToString,
+            ),
+            'ListAccounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAccounts,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsResponse.SerializeToString,
+            ),
+            'CreateAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateAccount,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountResponse.SerializeToString,
+            ),
+            'Grant': grpc.unary_unary_rpc_method_handler(
+                    servicer.Grant,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.SerializeToString,
+            ),
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mekd.v1.QuotaLedger', rpc_method_handlers)
@@ -85,7 +347,9 @@ def add_QuotaLedgerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class QuotaLedger:
-    """Missing associated documentation comment in .proto file."""
+    """Three roles: a customer reads its own account; a teacher (a server that sells answers) holds, posts and voids on any
+    account and reads what its customers may ask it for; an admin makes accounts and keys and grants.
+    """
 
     @staticmethod
     def GetBalance(request,
@@ -131,6 +395,411 @@ class QuotaLedger:
             '/mekd.v1.QuotaLedger/ListStatement',
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementRequest.SerializeToString,
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListStatementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamStatement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/StreamStatement',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.StreamStatementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/WatchBalance',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.WatchBalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/Hold',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Post(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/Post',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Void(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/Void',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.VoidResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/RenewLease',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/EndLease',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.EndLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LookupKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/LookupKey',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/GetAccount',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GetAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAccounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/ListAccounts',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListAccountsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/CreateAccount',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Grant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/Grant',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/CreateKey',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/ListKeys',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/RevokeKey',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.RevokeKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

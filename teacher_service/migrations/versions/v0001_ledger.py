@@ -60,7 +60,7 @@ def upgrade() -> None:
         sa.Column("head", sa.LargeBinary, nullable=False),
         sqlite_strict=True,
     )
-    op.create_index("entries_by_run", "entries", ["account", "run_id", "sequence"])
+    op.create_index("entries_by_run", "entries", ["account", "run_id", "sequence", "kind", "picture_count"])
     op.create_index(
         "one_post_a_batch",
         "entries",

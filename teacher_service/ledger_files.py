@@ -1,0 +1,203 @@
+"""Backup and restore of a SQLite ledger: whole files, put in place in one step.
+
+A backup is taken while servers write; it is one consistent moment of the books. A restore takes the books back to
+that moment: what was posted after it is charged to nobody any more, though its answers were delivered. So a restore
+looks at what it would undo and refuses until told; the file that it replaces is kept beside the new one.
+"""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from teacher_service import audit
+
+BUSY_TIMEOUT_SECONDS = 5.0
+
+
+class FilesError(Exception):
+    """A backup or restore that was not done; one line: expected, got, what to do."""
+
+
+@dataclass
+class Undone:
+    """What a restore takes back: one line each; empty where the backup holds all there is."""
+
+    lines: list[str] = field(default_factory=list)
+    posted_pictures: int = 0
+
+
+def sqlite_path(url: str) -> Path:
+    """The file of a SQLite ledger. Raises FilesError for another kind."""
+    if not url.startswith("sqlite:///"):
+        raise FilesError("expected a ledger at sqlite:///FILE; for PostgreSQL use pg_dump and pg_restore")
+    return Path(url.removeprefix("sqlite:///"))
+
+
+def backup(ledger: Path, target: Path, *, force: bool = False) -> audit.Report:
+    """Copies the books of one moment to ``target``, verified, synced and then renamed; servers may go on writing."""
+    if not ledger.is_file():
+        raise FilesError(f"expected a ledger at {ledger}, found no file")
+    if target.exists() and not force:
+        raise FilesError(f"expected a new file, but {target} exists; give another, or --force")
+    partial = target.with_name(f"{target.name}.partial")
+    with _sqlite_errors(f"backup to {target}"), _removed_on_failure(partial):
+        _new_private_file(partial)
+        with contextlib.closing(_connect(ledger)) as source, contextlib.closing(_connect(partial)) as copy:
+            source.execute("PRAGMA query_only = ON")
+            source.execute("BEGIN")  # the moment; without it every commit of a server would start the copy anew
+            source.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            source.backup(copy)
+            # One file, readable wherever it is put; the writer turns WAL on again when it opens it.
+            copy.execute("PRAGMA journal_mode = DELETE")
+        report = audit.verify(f"sqlite:///{partial}")
+        if not report.agrees:
+            raise FilesError(
+                f"the copy's books do not agree ({report.findings[0]}); run 'ledger verify' on the ledger"
+            )
+        _sync(partial)
+        os.replace(partial, target)
+        _sync(target.parent)
+    return report
+
+
+def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.Report, Undone, Path | None]:
+    """Puts a backup in the place of the ledger.
+
+    Returns the audit of the backup, what was undone, and where the ledger that was there is kept now. Raises
+    FilesError for a backup that does not verify; for a ledger that any program has open; and, unless ``force``, for a
+    ledger that the backup would take something from, or that cannot be read.
+    """
+    if not source.is_file():
+        raise FilesError(f"expected a backup at {source}, found no file")
+    report = audit.verify(f"sqlite:///{source}")
+    if not report.agrees:
+        raise FilesError(f"the books of {source} do not agree: {report.findings[0]}")
+    partial = ledger.with_name(f"{ledger.name}.partial")
+    with _sqlite_errors(f"restore to {ledger}"), _removed_on_failure(partial):
+        _new_private_file(partial)
+        shutil.copyfile(source, partial)
+        _sync(partial)
+        undone, kept = Undone(), None
+        with contextlib.ExitStack() as locked:
+            if ledger.exists():
+                try:
+                    locked.enter_context(_exclusive(ledger))
+                    undone = undone_by(source, ledger)
+                except (audit.AuditError, sqlite3.DatabaseError) as error:
+                    if _is_busy(error):
+                        raise FilesError(
+                            f"{ledger} is in use; stop every server and program that has it open, then restore"
+                        ) from None
+                    undone.lines.append(f"{ledger} cannot be read ({error}), so what is lost cannot be told")
+                if undone.lines and not force:
+                    raise FilesError("; ".join(["the ledger has what the backup lacks", *undone.lines[:20]]))
+                kept = _keep_aside(ledger)
+            os.replace(partial, ledger)
+            _sync(ledger.parent)
+    return report, undone, kept
+
+
+def undone_by(source: Path, ledger: Path) -> Undone:
+    """What the books at ``ledger`` have and those at ``source`` lack."""
+    undone = Undone()
+    entry = "SELECT head FROM entries WHERE account = {} AND sequence = {}"
+    with audit.Store(f"sqlite:///{source}") as old, audit.Store(f"sqlite:///{ledger}") as new:
+        ends = "SELECT name, sequence, head FROM accounts ORDER BY name"
+        before = {name: (sequence, head) for name, sequence, head in old.rows(ends)}
+        for name, sequence, head in new.rows(ends):
+            kept, kept_head = before.get(name, (0, bytes(32)))
+            if (sequence, head) == (kept, kept_head) or list(old.rows(entry, (name, sequence))) == [(head,)]:
+                continue
+            ((batches, pictures),) = new.rows(
+                "SELECT count(*), coalesce(sum(picture_count), 0) FROM entries "
+                "WHERE account = {} AND sequence > {} AND kind = 'post'",
+                (name, kept),
+            )
+            undone.posted_pictures += pictures
+            if kept and list(new.rows(entry, (name, kept))) != [(kept_head,)]:
+                undone.lines.append(f"account {name}: the two journals part before entry {kept} of the backup")
+            else:
+                undone.lines.append(
+                    f"account {name}: {sequence - kept} entries after {kept}, with {batches} answers of {pictures} "
+                    "pictures that would be charged to nobody"
+                )
+        known = {key_id: revoked for key_id, revoked in old.rows("SELECT key_id, revoked FROM keys")}
+        for key_id, revoked in new.rows("SELECT key_id, revoked FROM keys ORDER BY key_id"):
+            if key_id not in known:
+                undone.lines.append(f"key {key_id}: made after the backup, would be gone")
+            elif revoked and not known[key_id]:
+                undone.lines.append(f"key {key_id}: revoked after the backup, would be valid again")
+    return undone
+
+
+@contextlib.contextmanager
+def _exclusive(ledger: Path) -> Iterator[None]:
+    """Holds a ledger that nobody else has open, for as long as the context lasts. Raises sqlite3.OperationalError."""
+    connection = _connect(ledger, timeout=0.5)
+    try:
+        # Leaving WAL needs to be alone, and brings everything into the one file.
+        connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+        connection.execute("BEGIN IMMEDIATE")  # others may still read: we do
+        yield
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
+
+
+def _keep_aside(ledger: Path) -> Path:
+    """Gives the ledger a second name, so that at every moment there is one under the first."""
+    name = f"{ledger.name}.before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    names = (ledger.with_name(name + ending) for ending in ("", *(f"-{number}" for number in range(2, 1000))))
+    kept = next(path for path in names if not path.exists())
+    for ending in ("-wal", "-shm"):  # only where it could not be read; they must not meet the new file
+        if (beside := ledger.with_name(ledger.name + ending)).exists():
+            beside.rename(kept.with_name(kept.name + ending))
+    os.link(ledger, kept)
+    return kept
+
+
+def _connect(path: Path, timeout: float = BUSY_TIMEOUT_SECONDS) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, timeout=timeout)
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _new_private_file(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600, exist_ok=False)
+
+
+def _is_busy(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _sqlite_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise FilesError(f"{doing}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for ending in ("", "-journal", "-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+        raise
