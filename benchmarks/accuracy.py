@@ -23,7 +23,6 @@ from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
 from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account
 from benchmarks.teachers import train_teacher
-from edge_agent.config import AdaptConfig
 from edge_agent.console import Console
 
 HERE = Path(__file__).parent
@@ -102,7 +101,7 @@ def measure(data: Path, seed: int, answers: str, run_dir: Path, config_file: Pat
     if status != 0:
         raise ServiceError(f"edge-agent ended with exit status {status}")
     posted = show_account(ledger, "benchmark")["posted"]
-    summary = add_test_figures(run_dir, teacher, test, AdaptConfig())
+    summary = add_test_figures(run_dir, teacher, test)
     if posted != summary["queries"]["charged"]:
         raise ServiceError(f"expected the ledger to have posted {summary['queries']['charged']}, got {posted}")
     return summary

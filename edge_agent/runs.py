@@ -43,9 +43,16 @@ class RunFolder:
     """One run's folder, locked while it is open. Raises RunFolderProblem where another process holds it."""
 
     def __init__(self, path: Path) -> None:
-        with disk_problems(f"the run folder {path}"):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / "lock").open("a+")
+        try:
+            with disk_problems(f"the run folder {path}"):
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = (path / "lock").open("a+")
+        except DiskProblem as problem:
+            if isinstance(problem.__cause__, FileExistsError | NotADirectoryError | PermissionError):
+                raise RunFolderProblem(
+                    f"{path}: expected a folder to write in ({problem.__cause__.strerror}); give another --run-dir"
+                ) from None
+            raise
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
