@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
-from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account
+from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
 from edge_agent.console import Console
 
@@ -62,6 +62,7 @@ def main(
     """Measure MNIST, ResNet32 to ResNet8, 50,000 counted queries."""
     run_dir = run_dir or Path(f"runs/accuracy/mnist-{answers}-{seed}")
     run_dir.mkdir(parents=True, exist_ok=True)
+    stop_on_sigterm()
     if max_minutes is not None:
         signal.signal(signal.SIGALRM, _out_of_time)
         signal.setitimer(signal.ITIMER_REAL, max_minutes * 60)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
-from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account
+from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
 from edge_agent.console import Console
 
@@ -35,6 +35,7 @@ TEACHER = {"architecture": "resnet20", "epochs": 40, "peak_learning_rate": 0.1, 
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Passed on to edge-agent.")
 def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[str, ...]) -> None:
     """Train a teacher, sell its answers, distil a student from them, and show what it came to."""
+    stop_on_sigterm()
     console = Console()
     started = time.monotonic()
     empty(run_dir)

@@ -36,7 +36,6 @@ from networks.modelfile import ModelFacts, ModelFileError, load_model, save_mode
 
 CHECKPOINT_SECONDS = 30.0
 MEMORY_LIMIT_BYTES = 4 * 2**20
-METRICS_EVERY_SECONDS = 5.0
 
 
 class RunFolder:
@@ -130,11 +129,6 @@ class RunFolder:
         if buffer.tell() > MEMORY_LIMIT_BYTES:
             raise ValueError(f"{name}: expected at most {MEMORY_LIMIT_BYTES} bytes, got {buffer.tell()}")
         self.write(name, buffer.getvalue())
-
-    def read_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        """What ``write_arrays`` wrote."""
-        with np.load(self.path / name, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
 
     def write_student(self, student: nn.Module, facts: ModelFacts) -> None:
         """Writes ``student.pt``."""
