@@ -12,16 +12,16 @@ MINIMUM_FREE_GB := 8
 demo: install
 	$(BIN)/python -m benchmarks.demo
 
-test: install lint types tests
+test: lint types tests
 
-lint:
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types:
+types: install
 	$(BIN)/mypy
 
-tests:
+tests: install
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 install: $(VENV)/.installed

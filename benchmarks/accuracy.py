@@ -21,9 +21,8 @@ import torch
 
 from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
-from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account
+from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
-from edge_agent.config import AdaptConfig
 from edge_agent.console import Console
 
 HERE = Path(__file__).parent
@@ -63,6 +62,7 @@ def main(
     """Measure MNIST, ResNet32 to ResNet8, 50,000 counted queries."""
     run_dir = run_dir or Path(f"runs/accuracy/mnist-{answers}-{seed}")
     run_dir.mkdir(parents=True, exist_ok=True)
+    stop_on_sigterm()
     if max_minutes is not None:
         signal.signal(signal.SIGALRM, _out_of_time)
         signal.setitimer(signal.ITIMER_REAL, max_minutes * 60)
@@ -102,7 +102,7 @@ def measure(data: Path, seed: int, answers: str, run_dir: Path, config_file: Pat
     if status != 0:
         raise ServiceError(f"edge-agent ended with exit status {status}")
     posted = show_account(ledger, "benchmark")["posted"]
-    summary = add_test_figures(run_dir, teacher, test, AdaptConfig())
+    summary = add_test_figures(run_dir, teacher, test)
     if posted != summary["queries"]["charged"]:
         raise ServiceError(f"expected the ledger to have posted {summary['queries']['charged']}, got {posted}")
     return summary

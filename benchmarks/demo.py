@@ -18,12 +18,12 @@ from rich.table import Table
 
 from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
-from benchmarks.services import create_account, run_agent, serving, show_account
+from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
-from edge_agent.config import AdaptConfig
 from edge_agent.console import Console
 
 BUDGET = 5000
+LOG = "teacher-serve.log"
 TEACHER = {"architecture": "resnet20", "epochs": 40, "peak_learning_rate": 0.1, "shift_px": 1}
 
 
@@ -35,10 +35,10 @@ TEACHER = {"architecture": "resnet20", "epochs": 40, "peak_learning_rate": 0.1, 
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Passed on to edge-agent.")
 def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[str, ...]) -> None:
     """Train a teacher, sell its answers, distil a student from them, and show what it came to."""
+    stop_on_sigterm()
     console = Console()
     started = time.monotonic()
-    shutil.rmtree(run_dir, ignore_errors=True)  # a demo starts from nothing
-    run_dir.mkdir(parents=True)
+    empty(run_dir)
     with tempfile.TemporaryDirectory(prefix="mekd-demo-") as folder:
         cloud = Path(folder)
         teacher = cloud / "teacher.pt"
@@ -46,7 +46,7 @@ def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[st
             train_teacher(datasets.digits("cloud"), path=teacher, seed=seed, progress=tell, **TEACHER)  # type: ignore[arg-type]
         ledger = f"sqlite:///{cloud / 'ledger.db'}"
         api_key = create_account(ledger, "demo", budget)
-        with serving(teacher, ledger, log=run_dir / "teacher-serve.log", more=("--answers", answers)) as address:
+        with serving(teacher, ledger, log=run_dir / LOG, more=("--answers", answers)) as address:
             console.say(f"cloud: teacher-serve on {address}, account 'demo' with {budget} pictures")
             arguments = ["--phase", "all", "--images", "digits", "--teacher", address, "--budget", str(budget)]
             arguments += ["--run-dir", str(run_dir), "--seed", str(seed)]
@@ -56,8 +56,16 @@ def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[st
             if status != 0:
                 sys.exit(status)
         account = show_account(ledger, "demo")
-        summary = add_test_figures(run_dir, teacher, datasets.digits("test"), AdaptConfig())
+        summary = add_test_figures(run_dir, teacher, datasets.digits("test"))
     show(summary, account, time.monotonic() - started, run_dir)
+
+
+def empty(run_dir: Path) -> None:
+    """Makes the folder, or empties a former demo's: it starts from nothing, but takes away nobody else's files."""
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / LOG).is_file():
+        raise ServiceError(f"--run-dir {run_dir}: expected a new folder or a former demo's, got one with other files")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
 
 
 def show(summary: dict[str, Any], account: dict[str, int], seconds: float, run_dir: Path) -> None:
@@ -93,4 +101,7 @@ def show(summary: dict[str, Any], account: dict[str, int], seconds: float, run_d
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ServiceError as error:
+        sys.exit(f"error: {error}")

@@ -4,6 +4,7 @@ Shape letters: N pictures, K classes.
 """
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.datasets import Labelled
 from edge_agent.adapt import Adapter, Memory
-from edge_agent.config import AdaptConfig
+from edge_agent.config import AdaptConfig, build_config
 from networks.classifiers import Classifier
 from networks.modelfile import load_model
 from teacher_service.torch_engine import TorchEngine
@@ -20,11 +21,13 @@ from teacher_service.torch_engine import TorchEngine
 BATCH_COUNT = 200
 
 
-def add_test_figures(run_dir: Path, teacher: Path, test: Labelled, adapt: AdaptConfig) -> dict[str, Any]:
+def add_test_figures(run_dir: Path, teacher: Path, test: Labelled) -> dict[str, Any]:
     """Fills ``accuracy.*`` and ``agreement`` into a run's summary.json, and returns the summary.
 
-    Test pictures go through local copies of the networks alone, never through a server.
+    Test pictures go through local copies of the networks alone, never through a server, and are adapted to with the
+    run's own settings.
     """
+    adapt = build_config(tomllib.loads((run_dir / "run.toml").read_text("utf-8"))).adapt
     teacher_N = _classes(teacher, test)
     student_N = _classes(run_dir / "student.pt", test)
     adapted_N = _adapted_classes(run_dir, test, adapt)

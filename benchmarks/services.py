@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,11 @@ STOP_SECONDS = 30.0
 
 class ServiceError(Exception):
     """A process did not do what it was started for."""
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends this process through its ``finally`` clauses, so that the server it started ends too."""
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
 
 
 def command(name: str) -> str:

@@ -59,7 +59,11 @@ def build_memory(student: Classifier, pool: Pool, *, config: AdaptConfig) -> Mem
     most = min(config.memory_count, config.memory_bytes // bytes_a_picture)
     answers_NK = pool.answers_as_probabilities(class_count).cpu()
     named_N = answers_NK.argmax(dim=1)
-    chosen = torch.cat([(named_N == k).nonzero()[: most // class_count, 0] for k in range(class_count)])
+    # With more classes than fit, one of each as long as there is room: those that the teacher named first.
+    share = max(1, most // class_count)
+    chosen = torch.cat([(named_N == k).nonzero()[:share, 0] for k in range(class_count)])
+    if len(chosen) > most:
+        chosen = chosen.sort().values[:most]
     features_MD = torch.cat([_features(student, part) for part in pool.images_NCHW[chosen].split(_BATCH_COUNT)])
     return Memory(
         features_MD=F.normalize(features_MD, dim=1).cpu().numpy(),

@@ -5,7 +5,9 @@ same inputs is not done again, changed training options train again on the answe
 generator or teacher needs a new folder.
 """
 
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +36,7 @@ from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 PHASES = ("deprivatize", "distill", "adapt")
 EVALUATION_PICTURES = 256
+SUMMARY_SECONDS = 2.0  # a summary asks for the balance, but waits no longer: its run may be ending on SIGTERM
 
 
 def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, console: Console) -> dict[str, Any]:
@@ -43,17 +46,20 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
     """
     with RunFolder(Path(config.run_dir)) as folder:
         agent = Agent(config, folder, api_key, console)
+        prepared = False
         try:
             agent.prepare()
+            prepared = True
             for phase in phases:
                 with folder.clock(phase):
                     getattr(agent, phase)()
             agent.reconcile()
         finally:
-            try:
-                summary = agent.write_summary()
-            except DiskProblem:
-                summary = {}
+            summary: dict[str, Any] = {}
+            # A command that was refused leaves the summary of the run that it is no part of.
+            if prepared or not folder.has("summary.json"):
+                with suppress(DiskProblem):
+                    summary = agent.write_summary()
             agent.close()
         return summary
 
@@ -69,7 +75,6 @@ class Agent:
         self._console = console
         self._device = choose_device(config.device)
         self._teacher: RemoteTeacher | None = None
-        self._balance: Balance | None = None
 
     # --- what the phases need ---
 
@@ -94,11 +99,18 @@ class Agent:
                         f"{self._folder.path} has paid answers for other {name}: it began with {known.get(name)!r}, "
                         f"now it is {value!r}; give another --run-dir, or the former value"
                     )
-        charged = self._journal.totals().charged_pictures
+        totals = self._journal.totals()
+        planned, charged = totals.planned_pictures, totals.charged_pictures
         if self._config.budget < charged:
             raise BadInput(
                 f"--budget: expected at least the {charged} pictures that {self._folder.path} was charged already, "
                 f"got {self._config.budget}"
+            )
+        # What is planned may have been sent, and so be paid for: it is asked about again, or nothing is.
+        if charged < self._config.budget < planned:
+            raise BadInput(
+                f"--budget: {self._folder.path} has asked about {planned} pictures and was answered {charged}; "
+                f"expected at least {planned}, or {charged} to train on those alone, got {self._config.budget}"
             )
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
@@ -135,8 +147,12 @@ class Agent:
     def _door(self) -> EgressDoor:
         """The egress door: it knows the local pictures at the size that is sent."""
         height, width = self._description.height, self._description.width
-        same = (height, width) == (self._side, self._side)
-        return EgressDoor((self._local if same else self._load(height, width)).images_NCHW)
+        local_NCHW = self._local.images_NCHW
+        if (height, width) == (self._side, self._side):
+            return EgressDoor(local_NCHW)
+        # A generator that copies does so at its own size: such a copy is resized as everything that is sent.
+        resized = (pools.resize(torch.from_numpy(image)[None], height, width)[0].numpy() for image in local_NCHW)
+        return EgressDoor(itertools.chain(self._load(height, width).images_NCHW, resized))
 
     def _load(self, height: int, width: int) -> LocalImages:
         try:
@@ -171,10 +187,11 @@ class Agent:
 
     def deprivatize(self) -> None:
         """Phase 1: local pictures in, ``generator.pt`` out. Asks the teacher nothing."""
-        inputs = digest_of({"identity": self._journal.fact("identity"), "classes": len(self._description.labels)})
+        inputs = self._generators_inputs()
         if self._folder.done("deprivatize", inputs) and self._folder.has("generator.pt"):
             self._console.say("deprivatize: done before")
             return
+        self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
             generator = train_generator(
                 torch.from_numpy(self._local.images_NCHW),
@@ -192,6 +209,12 @@ class Agent:
     def distill(self) -> None:
         """Phase 2: ``generator.pt`` and the budget in, paid answers and ``student.pt`` out."""
         generator = self._generator()
+        # Paid for with this one, a later deprivatize would put another in its place and make the answers worthless.
+        if not self._folder.done("deprivatize", self._generators_inputs()):
+            raise RunFolderProblem(
+                f"{self._folder.path}: generator.pt is unfinished, or of other settings or pictures than these; "
+                "run --phase deprivatize first"
+            )
         digest = self._folder.digest("generator.pt")
         asked_with = self._journal.fact("generator")
         if self._journal.slots(pools.PHASE) > 0 and asked_with not in (None, digest):
@@ -215,6 +238,7 @@ class Agent:
         if self._folder.done("distill", inputs) and self._folder.has("student.pt"):
             self._console.say("distill: done before")
             return
+        self._begin("distill", "adapt")
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)
@@ -230,6 +254,11 @@ class Agent:
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
             )
+        if not all(value.isfinite().all() for value in student.state_dict().values()):
+            raise BadInput(
+                f"the training of {self._config.student} ran away: its weights are no longer numbers. The answers "
+                f"are kept; train again with --set distill.learning_rate={self._config.distill.learning_rate / 10:g}"
+            )
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
         self._folder.write_student(student.cpu(), facts)
         self._journal.set_facts(agreement_synthetic=agreement)
@@ -243,6 +272,7 @@ class Agent:
         if self._folder.done("adapt", inputs) and self._folder.has("memory.npz"):
             self._console.say("adapt: done before")
             return
+        self._begin("adapt")
         student = self._folder.read_student()
         memory = build_memory(student, self._pool(self._generator()), config=self._config.adapt)
         self._folder.write_arrays("memory.npz", memory.to_arrays())
@@ -259,9 +289,14 @@ class Agent:
 
     def reconcile(self) -> None:
         """Compares the journal with the teacher's books, id by id. Raises RunFolderProblem naming the ids."""
-        if self._teacher is None:
+        ours = self._journal.charges()
+        compared = digest_of(ours)
+        # A run that was killed after its last answer still has to compare; one that has compared need not again.
+        if self._teacher is None and (
+            not ours or self._api_key is None or self._journal.fact("compared") == compared
+        ):
             return
-        ours, theirs = self._journal.charges(), self._teacher.posts(self._journal.run_id)
+        theirs = self._connected().posts(self._journal.run_id)
         open_ids = self._journal.open_ids()
         wrong = sorted(
             batch_id
@@ -274,8 +309,18 @@ class Agent:
                 f"this journal and the teacher's books disagree on {len(wrong)} batches: {', '.join(wrong[:20])}; "
                 f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}"
             )
+        self._journal.set_facts(compared=compared)
 
     # --- parts of phases ---
+
+    def _begin(self, *phases: str) -> None:
+        """Takes back that phases are done: their results are of other inputs from here on."""
+        self._journal.set_facts(**{f"done.{phase}": None for phase in phases})
+        if "distill" in phases:
+            self._journal.set_facts(agreement_synthetic=None)
+
+    def _generators_inputs(self) -> str:
+        return digest_of({"identity": self._journal.fact("identity"), "classes": len(self._description.labels)})
 
     def _generator(self) -> Generator:
         if not self._folder.has("generator.pt"):
@@ -299,14 +344,19 @@ class Agent:
             batch_pictures=self._config.batch_pictures,
             seed=self._config.seed,
         )
-        with self._console.bar("distill: ask", "pictures") as tell:
-            pools.fill_pool(
-                teacher,
-                self._journal,
-                outbox,
-                self._description,
-                progress=lambda answered: tell(answered, self._config.budget),
-            )
+        try:
+            with self._console.bar("distill: ask", "pictures") as tell:
+                pools.fill_pool(
+                    teacher,
+                    self._journal,
+                    outbox,
+                    self._description,
+                    progress=lambda answered: tell(answered, self._config.budget),
+                )
+        finally:
+            with suppress(DiskProblem):  # the reason why we are here is worth more
+                if self._journal.totals().charged_pictures > totals.charged_pictures:
+                    self._begin("distill", "adapt")
 
     def _pool(self, generator: Generator) -> Pool:
         return pools.load_pool(
@@ -334,11 +384,10 @@ class Agent:
 
     def write_summary(self) -> dict[str, Any]:
         """Writes ``summary.json`` and returns it; null where something is not known."""
-        if self._teacher is not None and self._balance is None:
-            try:
-                self._balance = self._teacher.balance(self._journal.run_id)
-            except Exception:  # a summary is written even where the teacher is away
-                self._balance = None
+        balance: Balance | None = None
+        if self._teacher is not None or self._journal.totals().planned_pictures > 0:
+            with suppress(Exception):  # a summary is written even where the teacher is away
+                balance = self._connected().balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
         by_phase = {phase: self._journal.totals(phase) for phase in PHASES}
         total = self._journal.totals()
         summary: dict[str, Any] = {
@@ -351,9 +400,9 @@ class Agent:
                 **{phase: totals.charged_pictures for phase, totals in by_phase.items()},
             },
             "ledger": {
-                "debited": self._balance.run_posted if self._balance else None,
-                "held": self._balance.held if self._balance else None,
-                "balance": self._balance.balance if self._balance else None,
+                "debited": balance.run_posted if balance else None,
+                "held": balance.held if balance else None,
+                "balance": balance.balance if balance else None,
             },
             "bytes": {
                 "sent": total.sent_bytes,

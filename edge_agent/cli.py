@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -55,7 +56,7 @@ def main() -> None:
     type=int,
     metavar="N",
     help="Most pictures to pay for in this run folder, over all phases and resumes. May be raised later.  "
-    "[default: 50000]",
+    "[default: what the folder was given before, else 50000]",
 )
 @click.option(
     "--run-dir",
@@ -187,11 +188,28 @@ def _config(config_file: Path | None, settings: tuple[str, ...], flags: dict[str
             raise ConfigError(f"--config {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: expected TOML: {error}") from None
+        # The run.toml of a run folder speaks of that folder, from wherever it is read and however it was moved.
+        if (path.parent / "journal.db").is_file():
+            layers[0]["run_dir"] = str(path.parent)
     try:
-        return build_config(*layers, flags, *(parse_setting(setting) for setting in settings))
+        given = [*layers, flags, *(parse_setting(setting) for setting in settings)]
+        config = build_config(*given)
+        # Money is never spent because a flag was left out: a budget is changed by giving another.
+        if not any("budget" in layer for layer in given):
+            config = replace(config, budget=_budget_of(Path(config.run_dir)) or config.budget)
+        return config
     except ConfigError as error:
         where = f"{path}: " if layers else ""
         raise ConfigError(f"{where}{error}") from None
+
+
+def _budget_of(run_dir: Path) -> int | None:
+    """The budget that a run folder was given before; None where there is none."""
+    try:
+        budget = tomllib.loads((run_dir / "run.toml").read_text("utf-8")).get("budget")
+    except (OSError, ValueError):
+        return None
+    return budget if type(budget) is int and budget > 0 else None
 
 
 def _api_key(key_file: Path | None) -> str | None:

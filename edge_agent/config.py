@@ -1,5 +1,6 @@
 """The settings of the three phases: frozen, keyword-only, built once at the entry; leaves get plain values."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -182,7 +183,9 @@ def _section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _check_ranges(config: RunConfig) -> None:
+    first, distill, adapt = config.deprivatize, config.distill, config.adapt
     for name, fine, expected in (
+        ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
         ("batch_pictures", config.batch_pictures >= 1, "1 or more"),
         ("local_pictures", config.local_pictures >= 0, "0 (all) or more"),
@@ -190,11 +193,41 @@ def _check_ranges(config: RunConfig) -> None:
         ("held_out_fraction", 0 <= config.held_out_fraction <= 0.5, "0 to 0.5"),
         ("wait_seconds", config.wait_seconds >= 0, "0 or more"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
-        ("deprivatize.steps", config.deprivatize.steps >= 1, "1 or more"),
-        ("distill.passes", config.distill.passes >= 1, "1 or more"),
+        ("deprivatize.steps", first.steps >= 1, "1 or more"),
+        ("deprivatize.batch_count", first.batch_count >= 2, "2 or more"),
+        ("deprivatize.generator_width", first.generator_width >= 1, "1 or more"),
+        ("deprivatize.discriminator_width", first.discriminator_width >= 1, "1 or more"),
+        ("deprivatize.noise_count", first.noise_count >= 0, "0 or more"),
+        ("deprivatize.generator_learning_rate", 0 < first.generator_learning_rate <= 1, "above 0, to 1"),
+        (
+            "deprivatize.discriminator_learning_rate",
+            0 < first.discriminator_learning_rate <= 1,
+            "above 0, to 1",
+        ),
+        ("deprivatize.ema_decay", 0 <= first.ema_decay < 1, "0 to below 1"),
+        ("deprivatize.recolour_strength", 0 <= first.recolour_strength <= 1, "0 to 1"),
+        ("deprivatize.shift_fraction", 0 <= first.shift_fraction <= 1, "0 to 1"),
+        ("deprivatize.cutout_fraction", 0 <= first.cutout_fraction <= 1, "0 to 1"),
+        ("distill.passes", distill.passes >= 1, "1 or more"),
+        ("distill.batch_count", distill.batch_count >= 2, "2 or more"),
+        ("distill.learning_rate", 0 < distill.learning_rate <= 10, "above 0, to 10"),
+        ("distill.warmup_fraction", 0 <= distill.warmup_fraction < 1, "0 to below 1"),
+        ("distill.momentum", 0 < distill.momentum < 1, "above 0, below 1"),
+        ("distill.weight_decay", 0 <= distill.weight_decay <= 1, "0 to 1"),
+        ("distill.ema_decay", 0 <= distill.ema_decay < 1, "0 to below 1"),
+        ("distill.temperature", 0 < distill.temperature <= 100, "above 0, to 100"),
+        ("distill.label_smoothing", 0 <= distill.label_smoothing <= 1, "0 to 1"),
+        ("distill.image_weight", 0 <= distill.image_weight < math.inf, "0 or more"),
+        ("distill.image_fraction", 0 <= distill.image_fraction <= 1, "0 to 1"),
+        ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
+        ("adapt.memory_count", adapt.memory_count >= 1, "1 or more"),
+        ("adapt.memory_bytes", 2**16 <= adapt.memory_bytes <= 4_000_000, "65536 to 4000000"),
+        ("adapt.neighbour_count", adapt.neighbour_count >= 0, "0 or more"),
+        ("adapt.strength", 0 <= adapt.strength < 2, "0 to below 2"),
+        ("adapt.iterations", adapt.iterations >= 0, "0 or more"),
     ):
         if not fine:
             value: Any = config
             for part in name.split("."):
                 value = getattr(value, part)
-            raise ConfigError(f"{name}: expected {expected}, got {value}")
+            raise ConfigError(f"{name}: expected {expected}, got {value!r}")

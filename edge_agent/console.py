@@ -20,7 +20,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """One line."""
-        self._rich.print(line, markup=False)
+        self._rich.print(line, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, unit: str) -> Iterator[Tell]:
@@ -56,7 +56,8 @@ class Console:
             nonlocal last
             if done == total or time.monotonic() - last >= LINE_EVERY_SECONDS:
                 last = time.monotonic()
-                self._rich.print(f"{what}: {done}/{total} {unit} {_text(figures)}".rstrip(), markup=False)
+                line_now = f"{what}: {done}/{total} {unit} {_text(figures)}".rstrip()
+                self._rich.print(line_now, markup=False, soft_wrap=True)
 
         return tell
 

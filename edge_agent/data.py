@@ -68,7 +68,7 @@ def load_local_images(
         pictures = _mnist(_root(source, data_root), pad=(height, width) == (32, 32))
     elif source == "cifar10":
         pictures = _cifar10(_root(source, data_root))
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):  # Path.is_dir raises where it may not look
         pictures = list(_files(Path(source)))
     else:
         raise DataError(f"expected digits, mnist, cifar10 or a folder of pictures, got {source!r}")

@@ -87,6 +87,8 @@ def train_student(
     generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
     answers_NK = pool.answers_as_probabilities(class_count).to(device)
+    if len(pool) == 1:  # batch norm cannot train on a single number a channel
+        images_NCHW, latents_NL, answers_NK = (torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK))
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -98,7 +100,7 @@ def train_student(
     # Dropout can only draw from the global generator, so everything else does too: one state to keep.
     rng = torch.manual_seed(seed)
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
-    steps_a_pass = max(1, len(pool) // config.batch_count)
+    steps_a_pass = max(1, len(images_NCHW) // config.batch_count)
     steps = config.passes * steps_a_pass
     image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
 
@@ -123,7 +125,7 @@ def train_student(
     while done < steps:
         place = done % steps_a_pass
         if place == 0:
-            order = torch.randperm(len(pool), generator=rng)
+            order = torch.randperm(len(images_NCHW), generator=rng)
         chosen = order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(done / steps, config.warmup_fraction)
 

@@ -5,6 +5,7 @@ to leave: it stops the run. What was sent after all is counted from the journal 
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,11 @@ class EgressDoor:
     """Knows the local pictures by hash alone.
 
     Args:
-        local_images_NCHW: every local picture, uint8, at the size that is sent.
+        local_images: every local picture (C, H, W), uint8, at the size that is sent.
     """
 
-    def __init__(self, local_images_NCHW: UInt8Array) -> None:
-        self._local = {_digest(image_CHW) for image_CHW in local_images_NCHW}
+    def __init__(self, local_images: Iterable[UInt8Array]) -> None:
+        self._local = {_digest(image_CHW) for image_CHW in local_images}
 
     def matches(self, batch: Batch) -> int:
         """How many pictures of a message are local ones, pixel for pixel."""

@@ -91,8 +91,11 @@ class Journal:
             connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if not tables:
                 connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            elif not tables >= {"facts", "batches"}:
+                raise RunFolderProblem(f"{path}: expected a journal, got another program's database")
             journal = cls(connection)
             journal._path = path
             if journal.fact("format") is None:
@@ -129,13 +132,16 @@ class Journal:
     def plan(self, phase: str, batch: Batch) -> None:
         """Makes a batch durable before it is sent. The position must be free."""
         with self._transaction() as connection:
-            self._insert(connection, phase, batch)
+            self._insert(connection, phase, batch, sent_bytes=len(batch.request))
 
     def replan(self, phase: str, refused_id: str, batch: Batch) -> None:
         """Puts another batch in the place of one that the teacher refused (and so never charged)."""
         with self._transaction() as connection:
-            connection.execute("DELETE FROM batches WHERE batch_id = ? AND answer IS NULL", (refused_id,))
-            self._insert(connection, phase, batch)
+            # What the refused one cost on the wire stays counted; the new one counts when it is sent.
+            gone = connection.execute(
+                "DELETE FROM batches WHERE batch_id = ? AND answer IS NULL RETURNING sent_bytes", (refused_id,)
+            ).fetchone()
+            self._insert(connection, phase, batch, sent_bytes=gone[0] if gone else 0)
 
     def count_repeat(self, batch_id: str) -> None:
         """Adds one more sending to a row's bytes."""
@@ -214,7 +220,7 @@ class Journal:
                 for statement in _FROM_FORMAT_1.strip().split("\n"):
                     connection.execute(statement)
 
-    def _insert(self, connection: sqlite3.Connection, phase: str, batch: Batch) -> None:
+    def _insert(self, connection: sqlite3.Connection, phase: str, batch: Batch, *, sent_bytes: int) -> None:
         connection.execute(
             "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -225,7 +231,7 @@ class Journal:
                 batch.picture_count,
                 batch.request,
                 batch.latents,
-                len(batch.request),
+                sent_bytes,
             ),
         )
 
@@ -253,8 +259,8 @@ class Journal:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with _store_problems(self._path):
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
             except BaseException:

@@ -129,16 +129,17 @@ def fill_pool(
     """
     answered = journal.totals(PHASE).charged_pictures
     progress(answered)
-    last_answer = time.monotonic()
+    waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
     spent: str | None = None
     for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
         if isinstance(settled, Answered):
             keep(journal, settled, description)
             answered += settled.batch.picture_count
-            last_answer = time.monotonic()
+            waiting_since = None
             progress(answered)
         elif settled.refusal.reason is Reason.BUDGET_EXHAUSTED:
-            waited = time.monotonic() - last_answer
+            waiting_since = waiting_since or time.monotonic()
+            waited = time.monotonic() - waiting_since
             available, held = (int(settled.refusal.variables[name]) for name in ("available", "held"))
             if available > 0:
                 outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
@@ -167,23 +168,12 @@ def keep(journal: Journal, answered: Answered, description: Description) -> None
         received_bytes=result.ByteSize(),
         receipt=_receipt(result),
     )
-    if result.answer.model_digest != description.model_digest:
-        raise BadInput(
-            f"this run began with the model {description.model_digest}, batch {batch.batch_id} was answered by "
-            f"{result.answer.model_digest}; give another --run-dir to distil the new one"
-        )
-    sent = wire.Batch.FromString(batch.request)
-    if result.answer.pixel_digest != codec.pixel_digest(codec.decode_images(sent.images)):
-        raise BadInput(f"the teacher looked at other pixels than were sent in batch {batch.batch_id}")
-    try:
-        _decoded(result.answer, batch.picture_count, len(description.labels))
-    except ValueError as error:
-        raise BadInput(f"the answer to batch {batch.batch_id} is not one: {error}") from None
+    _checked(batch, result.answer, description)
 
 
 def load_pool(journal: Journal, generator: Generator, description: Description, *, label_smoothing: float) -> Pool:
     """Every answered picture, at the generator's size. Where the policy changed on the way, indices become
-    probabilities smoothed by ``label_smoothing``. Raises BadInput for an empty pool.
+    probabilities smoothed by ``label_smoothing``. Raises BadInput for an empty pool or an answer that is none.
     """
     class_count = len(description.labels)
     latent_count = generator.arguments["class_count"] + generator.arguments["noise_count"]
@@ -193,12 +183,12 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
     answers: list[codec.Float32Array | codec.Int64Array] = []
     for batch in journal.answered(PHASE):
         assert batch.answer is not None
-        sent = wire.Batch.FromString(batch.request)
-        images_NCHW = torch.from_numpy(codec.decode_images(sent.images).copy())
-        images.append(resize(images_NCHW, side, side))
+        # Looked at once more: a run that stopped at such an answer is started again.
+        sent_NCHW, answer = _checked(batch, wire.Answer.FromString(batch.answer), description)
+        images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
         latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(-1, latent_count).copy()
         latents.append(torch.from_numpy(latents_NL))
-        answers.append(_decoded(wire.Answer.FromString(batch.answer), batch.picture_count, class_count))
+        answers.append(answer)
     if not images:
         raise BadInput("expected answers to train on, the journal has none; raise --budget")
     kinds = {answer.ndim for answer in answers}
@@ -253,10 +243,26 @@ def _receipt(result: wire.BatchResult) -> Receipt | None:
     return Receipt(account=found.account, sequence=found.sequence, head=found.head)
 
 
-def _decoded(answer: wire.Answer, picture_count: int, class_count: int) -> codec.Float32Array | codec.Int64Array:
-    if answer.charged_count != picture_count:
-        raise ValueError(f"expected {picture_count} pictures charged, got {answer.charged_count}")
-    return codec.decode_answer(answer, picture_count=picture_count, class_count=class_count)
+def _checked(
+    batch: Batch, answer: wire.Answer, description: Description
+) -> tuple[codec.UInt8Array, codec.Float32Array | codec.Int64Array]:
+    """The pictures that were sent and what was answered. Raises BadInput where the answer is not theirs."""
+    if answer.model_digest != description.model_digest:
+        raise BadInput(
+            f"this run began with the model {description.model_digest}, batch {batch.batch_id} was answered by "
+            f"{answer.model_digest}; give another --run-dir to distil the new one"
+        )
+    sent_NCHW = codec.decode_images(wire.Batch.FromString(batch.request).images)
+    if answer.pixel_digest != codec.pixel_digest(sent_NCHW):
+        raise BadInput(f"the teacher looked at other pixels than were sent in batch {batch.batch_id}")
+    try:
+        if answer.charged_count != batch.picture_count:
+            raise ValueError(f"expected {batch.picture_count} pictures charged, got {answer.charged_count}")
+        return sent_NCHW, codec.decode_answer(
+            answer, picture_count=batch.picture_count, class_count=len(description.labels)
+        )
+    except ValueError as error:
+        raise BadInput(f"the answer to batch {batch.batch_id} is not one: {error}") from None
 
 
 def _as_probabilities(

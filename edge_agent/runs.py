@@ -36,16 +36,22 @@ from networks.modelfile import ModelFacts, ModelFileError, load_model, save_mode
 
 CHECKPOINT_SECONDS = 30.0
 MEMORY_LIMIT_BYTES = 4 * 2**20
-METRICS_EVERY_SECONDS = 5.0
 
 
 class RunFolder:
     """One run's folder, locked while it is open. Raises RunFolderProblem where another process holds it."""
 
     def __init__(self, path: Path) -> None:
-        with disk_problems(f"the run folder {path}"):
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / "lock").open("a+")
+        try:
+            with disk_problems(f"the run folder {path}"):
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = (path / "lock").open("a+")
+        except DiskProblem as problem:
+            if isinstance(problem.__cause__, FileExistsError | NotADirectoryError | PermissionError):
+                raise RunFolderProblem(
+                    f"{path}: expected a folder to write in ({problem.__cause__.strerror}); give another --run-dir"
+                ) from None
+            raise
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -123,11 +129,6 @@ class RunFolder:
         if buffer.tell() > MEMORY_LIMIT_BYTES:
             raise ValueError(f"{name}: expected at most {MEMORY_LIMIT_BYTES} bytes, got {buffer.tell()}")
         self.write(name, buffer.getvalue())
-
-    def read_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
-        """What ``write_arrays`` wrote."""
-        with np.load(self.path / name, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
 
     def write_student(self, student: nn.Module, facts: ModelFacts) -> None:
         """Writes ``student.pt``."""

@@ -26,11 +26,13 @@ from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+MESSAGE_MARGIN_BYTES = 4096  # for all of a message but its pixels
 UNARY_TIMEOUT_SECONDS = 30.0
 SILENCE_SECONDS = 120.0  # a stream with batches outstanding that says nothing for so long is taken for dead
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 ENGINE_ATTEMPTS = 3
+LARGEST_WINDOW = 256  # batches: they are kept in memory, and the queues of a stream are bounded
 
 _CREDENTIAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 _PASSING = (
@@ -99,8 +101,8 @@ class Teacher(Protocol):
     def answers(self, run_id: str, model_digest: str, outbox: Outbox) -> Iterator[Answered | Refused]:
         """Sends what the outbox holds, and yields what comes of it, until it is empty and all is settled."""
 
-    def balance(self, run_id: str) -> Balance:
-        """The books."""
+    def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
+        """The books; waits `within_seconds` at most, where given."""
 
     def posts(self, run_id: str) -> dict[str, int]:
         """Batch id -> pictures, as the teacher's books have them for this run."""
@@ -148,17 +150,21 @@ class RemoteTeacher:
             raise BadInput(
                 f"the teacher at {self._address} takes no encoding that this agent knows; update the agent"
             )
+        # A larger message would be refused after it was planned, and planned it is sent again for ever.
+        message_bytes = min(answer.max_message_bytes or MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES) - MESSAGE_MARGIN_BYTES
+        fitting = message_bytes // max(1, answer.channels * answer.height * answer.width)
         return Description(
             model_digest=answer.model_digest,
             labels=tuple(answer.labels),
             channels=answer.channels,
             height=answer.height,
             width=answer.width,
-            max_batch_pictures=answer.max_batch_pictures,
+            max_batch_pictures=max(1, min(answer.max_batch_pictures, fitting)),
         )
 
-    def balance(self, run_id: str) -> Balance:
-        answer = self._unary(self._ledger.GetBalance, ledger_wire.GetBalanceRequest(run_id=run_id))
+    def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
+        request = ledger_wire.GetBalanceRequest(run_id=run_id)
+        answer = self._unary(self._ledger.GetBalance, request, within_seconds)
         return Balance(run_posted=answer.run_posted_count, held=answer.held_count, balance=answer.balance_count)
 
     def posts(self, run_id: str) -> dict[str, int]:
@@ -194,7 +200,7 @@ class RemoteTeacher:
                 stream.close()
 
     def _accepted(self, stream: "_Stream", model_digest: str) -> int:
-        """The window the server grants. Raises BadInput where it serves another model than this run's."""
+        """The window to keep. Raises BadInput where it serves another model than this run's."""
         stream.configure()
         response = stream.receive(UNARY_TIMEOUT_SECONDS)
         kind = response.WhichOneof("payload")
@@ -205,13 +211,14 @@ class RemoteTeacher:
                 f"this run began with the model {model_digest}, the teacher serves {response.accepted.model_digest}; "
                 "nothing was sent to it. Give another --run-dir to distil the new one"
             )
-        return max(1, int(response.accepted.window_batches))
+        return max(1, min(int(response.accepted.window_batches), LARGEST_WINDOW))
 
-    def _unary(self, call: Callable[..., Any], request: Any) -> Any:
-        patience = _Patience(self._wait_seconds)
+    def _unary(self, call: Callable[..., Any], request: Any, within_seconds: float | None = None) -> Any:
+        patience = _Patience(self._wait_seconds if within_seconds is None else within_seconds)
+        timeout_seconds = UNARY_TIMEOUT_SECONDS if within_seconds is None else within_seconds
         while True:
             try:
-                return call(request, metadata=self._metadata, timeout=UNARY_TIMEOUT_SECONDS)
+                return call(request, metadata=self._metadata, timeout=timeout_seconds)
             except grpc.RpcError as error:
                 self._raise_if_final(error)
                 pause = patience.pause(f"the teacher at {self._address} is away ({_brief(error)})")

@@ -66,6 +66,14 @@ _ARITHMETIC = {
     f"_operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge")
 }
+# Operators that begin with an underscore are torch's own parts: many trust their numbers and read or write outside
+# a tensor's memory. These are what exports of classifiers hold.
+_PRIVATE = re.compile(
+    r"_(adaptive_avg_pool|assert_|convolution|log_softmax|native_batch_norm_legit|native_multi_head_attention"
+    r"|prelu_kernel|safe_softmax|scaled_dot_product|softmax|to_copy|transformer_encoder_layer_fwd|unsafe_view"
+    r"|upsample_|weight_norm)\w*"
+)
+
 # The arguments that may be text. A file name is none of them.
 _TEXT_ARGUMENTS = {"approximate", "assert_msg", "equation", "mode", "padding", "rounding_mode"}
 
@@ -162,6 +170,7 @@ def read_archive(path: Path) -> ArchiveModel:
 def _tensors(read: Callable[[str], bytes], folder: str) -> dict[str, Tensor]:
     """Return the tensors of one folder by their names in the module."""
     tensors = {}
+    members: dict[str, bytearray] = {}  # read once, however many tensors lie in them
     for name, entry in json.loads(read(f"{folder}/{_CONFIGS[folder]}"))["config"].items():
         if entry["use_pickle"]:
             raise ArchiveError(f"{folder}: {name!r} is pickled, expected a raw tensor; {HOW_TO_EXPORT}")
@@ -174,7 +183,10 @@ def _tensors(read: Callable[[str], bytes], folder: str) -> dict[str, Tensor]:
         if math.prod(size) == 0:
             tensors[name] = torch.zeros(size, dtype=dtype)
             continue
-        stored = torch.frombuffer(bytearray(read(f"{folder}/{entry['path_name']}")), dtype=dtype)
+        member = entry["path_name"]
+        if member not in members:
+            members[member] = bytearray(read(f"{folder}/{member}"))
+        stored = torch.frombuffer(members[member], dtype=dtype)
         if math.prod(size) > stored.numel():
             raise ArchiveError(f"{folder}: {name!r} claims {size}, more than the {stored.numel()} numbers stored")
         # as_strided refuses what lies outside the bytes.
@@ -214,11 +226,17 @@ def _model(program: Any, weights: Mapping[str, Tensor]) -> ArchiveModel:
         answer=answer,
         largest_batch=_largest_batch(batch, program["range_constraints"]),
     ).eval()
+    before = [weight._version for weight in module.buffers()]
     for count in (1, 3):
         with torch.inference_mode():
             shape = tuple(module(torch.zeros(count, channels, height, width)).shape)
         if shape != (count, class_count):
             raise ArchiveError(f"expected answers {(count, class_count)}, got {shape}")
+    # Operators that change an argument without saying so, such as batch norm's.
+    if before != [weight._version for weight in module.buffers()]:
+        raise ArchiveError(
+            f"it changes its own weights when it is called, expected pure computation; {HOW_TO_EXPORT}"
+        )
     parts = [[node["target"], node["inputs"], node["outputs"]] for node in graph["nodes"]]
     text = json.dumps([parts, signature["input_specs"], signature["output_specs"]], sort_keys=True)
     return ArchiveModel(module, text.encode(), class_count, channels, height, width)
@@ -279,6 +297,7 @@ class _Step:
     arguments: dict[str, Any]
     results: list[Any]
     forget: tuple[str, ...] = ()  # values that no later step reads
+    writes: tuple[str, ...] = ()  # arguments that it changes in place
 
 
 def _step(node: Any) -> _Step:
@@ -295,9 +314,13 @@ def _step(node: Any) -> _Step:
     # What returns nothing is called for its effect on the world: checks are the only harmless ones.
     if not overload._schema.returns and not overload._schema.name.startswith("aten::_assert"):
         raise ArchiveError(f"operator {target!r} returns nothing, expected pure computation")
+    if found and found[1].startswith("_") and not _PRIVATE.fullmatch(found[1]):
+        raise ArchiveError(f"operator {target!r} is one of torch's inner parts, expected a public one")
     if arguments.get("train") is True or arguments.get("training") is True:
         raise ArchiveError(f"operator {target!r} is in training mode; {HOW_TO_EXPORT}")
-    return _Step(overload, arguments, results)
+    said = overload._schema.arguments
+    writes = tuple(argument.name for argument in said if argument.alias_info and argument.alias_info.is_write)
+    return _Step(overload, arguments, results, writes=writes)
 
 
 def _argument(name: str, argument: Any) -> Any:
@@ -388,11 +411,19 @@ class _Graph(nn.Module):
     def _run(self, images_NCHW: Tensor) -> Tensor:
         values: dict[str, Any] = {name: self.get_buffer(f"weight_{i}") for i, name in enumerate(self.weight_names)}
         values[self.images] = images_NCHW
+        # One customer's pictures must not show in another's answers. Views share the memory they look at.
+        weights = _memory_of(list(self.buffers()))
         for step in self.steps:
             named = {key: _value(item, values, images_NCHW.device) for key, item in step.arguments.items()}
+            if any(_memory_of(named.get(name)) & weights for name in step.writes):
+                raise ArchiveError(f"it changes its own weights: {step.call}; expected pure computation")
             result = step.call(**named)
             results = [result] if len(step.results) == 1 else result
             for name, item in zip(step.results, results or (), strict=True):
+                for part in item if isinstance(item, list | tuple) else [item]:
+                    # Sparse and quantised tensors hold indices that torch trusts.
+                    if isinstance(part, Tensor) and (part.layout != torch.strided or part.is_quantized):
+                        raise ArchiveError(f"expected dense tensors of plain numbers, got another from {step.call}")
                 values.update(zip(name, item, strict=True) if isinstance(name, list) else [(name, item)])
             for name in step.forget:
                 del values[name]
@@ -407,6 +438,13 @@ def _value(item: Any, values: Mapping[str, Any], device: torch.device) -> Any:
     if isinstance(item, list):
         return [_value(part, values, device) for part in item]
     return item
+
+
+def _memory_of(item: Any) -> set[int]:
+    """Return the addresses that tensors, in lists or alone, have their numbers at."""
+    if isinstance(item, list):
+        return set().union(*(_memory_of(part) for part in item))
+    return {item.untyped_storage().data_ptr()} - {0} if isinstance(item, Tensor) else set()
 
 
 def _references(items: list[Any]) -> list[str]:

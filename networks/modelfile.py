@@ -179,10 +179,9 @@ def _read_saved(path: Path) -> _Found:
     facts: dict[str, object] = {}
     describes_itself = isinstance(content, dict) and content.get("format") == _FORMAT
     if describes_itself:
-        if content.get("version") != _VERSION:
-            raise _refusal(
-                path, f"expected {_FORMAT} of version {_VERSION}, got {content.get('version')}; update mekd"
-            )
+        version = content.get("version")
+        if type(version) is not int or version != _VERSION:
+            raise _refusal(path, f"expected {_FORMAT} of version {_VERSION}, got {_text(version)}; update mekd")
         if not isinstance(content.get("facts"), dict):
             raise _refusal(path, "expected a checkpoint with its facts, got none; save it again")
         facts = {name: _checked(path, name, value) for name, value in content["facts"].items()}

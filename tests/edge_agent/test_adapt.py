@@ -129,3 +129,16 @@ def test_strength_at_which_propagation_need_not_settle_is_refused() -> None:
     memory = build_memory(student, pool(), config=CONFIG)
     with pytest.raises(ValueError, match="got 2"):
         Adapter(student, memory, AdaptConfig(strength=2.0))
+
+
+def test_memory_with_room_for_fewer_pictures_than_classes_remembers_those_named_first() -> None:
+    class_count = 1000
+    student = Flat()
+    student.linear = nn.Linear(student.linear.in_features, class_count)
+    named_N = torch.arange(class_count - 1, class_count - 41, -1).repeat(2)
+    images_NCHW = pictures(len(named_N))
+    many = Pool(images_NCHW=images_NCHW, latents_NL=torch.zeros(len(named_N), 3), class_indices_N=named_N)
+    memory = build_memory(student, many, config=AdaptConfig(memory_count=30))
+    assert memory.answers_MK.argmax(1).tolist() == named_N[:30].tolist()
+    default = build_memory(student, many, config=AdaptConfig())
+    assert len(default.features_MD) == 40

@@ -1,9 +1,11 @@
 """``edge-agent`` as typed: what goes wrong before any work is one line, with its exit code."""
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
-from edge_agent.cli import main
+from edge_agent.cli import _config, main
 
 
 @pytest.fixture
@@ -70,3 +72,37 @@ def test_status_of_no_run_is_exit_6(type_in):
 def test_help_names_exit_codes_and_an_example(type_in):
     text = type_in("run", "--help").stdout
     assert "3 the budget is spent" in text and "MEKD_API_KEY" in text and "--budget" in text
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_run_toml_of_a_run_folder_speaks_of_that_folder(tmp_path, monkeypatch, here):
+    """Else the run would begin again somewhere else, and pay again."""
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "journal.db").touch()
+    (folder / "run.toml").write_text('images = "digits"\nrun_dir = "runs/before"\n')
+    monkeypatch.chdir(folder if here else tmp_path)
+    config_file = None if here else Path("moved/run.toml")
+    assert Path(_config(config_file, (), {}).run_dir).resolve() == folder
+    assert _config(config_file, (), {"run_dir": "other"}).run_dir == "other"
+
+
+def test_run_toml_of_no_run_folder_names_the_folder_it_likes(tmp_path, monkeypatch):
+    (tmp_path / "run.toml").write_text('images = "digits"\nrun_dir = "runs/mine"\n')
+    monkeypatch.chdir(tmp_path)
+    assert _config(None, (), {}).run_dir == "runs/mine"
+
+
+def test_a_budget_that_is_left_out_is_the_one_the_folder_was_given(tmp_path, monkeypatch):
+    """Else a forgotten flag would buy pictures up to the default."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "mekd"
+    folder.mkdir(parents=True)
+    assert _config(None, (), {"images": "a"}).budget == 50_000
+    (folder / "run.toml").write_text('images = "a"\nbudget = 5000\n')
+    assert _config(None, (), {"images": "a"}).budget == 5000
+    assert _config(None, (), {"images": "a", "budget": 60_000}).budget == 60_000
+    assert _config(None, ("budget=70_000",), {"images": "a"}).budget == 70_000
+    assert _config(None, (), {"images": "a", "run_dir": "runs/other"}).budget == 50_000
+    (folder / "run.toml").write_text("no TOML")
+    assert _config(None, (), {"images": "a"}).budget == 50_000

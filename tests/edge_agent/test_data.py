@@ -335,3 +335,9 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_data_set_needs_a_data_root(source: str) -> None:
     with pytest.raises(DataError, match=f"{source}: expected a data root"):
         load(source)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "with\0zero"])
+def test_a_path_that_the_system_refuses_to_look_at_is_one_line(source: str) -> None:
+    with pytest.raises(DataError, match="expected digits, mnist, cifar10 or a folder"):
+        load_local_images(source, channels=1, height=8, width=8, data_root=None, limit=None, seed=0)

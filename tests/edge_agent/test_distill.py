@@ -12,6 +12,7 @@ from edge_agent import distill
 from edge_agent.config import DistillConfig
 from edge_agent.distill import Pool, train_student
 from edge_agent.pixels import normalise
+from networks import registry
 from networks.classifiers import Classifier
 from networks.gan import Generator
 
@@ -247,3 +248,27 @@ def test_pool_with_parts_of_different_length_is_refused() -> None:
     images_NCHW, classes_N = two_kinds(4, seed=0)
     with pytest.raises(ValueError, match=r"got \[4, 3, 4\]"):
         Pool(images_NCHW=images_NCHW, latents_NL=torch.zeros(3, 5), class_indices_N=classes_N)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_single_answer_trains_any_student(hard: bool) -> None:
+    """MobileNet ends in one pixel: batch norm refuses to train on one number a channel.
+
+    Seeded: two near-identical views can make the gradient overflow, which the agent reports as a training run away.
+    """
+    torch.manual_seed(0)
+    images_NCHW = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
+    answers: dict[str, Tensor] = (
+        {"class_indices_N": torch.tensor([1])} if hard else {"probabilities_NK": torch.tensor([[0.2, 0.8]])}
+    )
+    student = train_student(
+        registry.build("mobilenet", class_count=2, channels=1),
+        small_generator(),
+        Pool(images_NCHW=images_NCHW, latents_NL=torch.randn(1, 5), **answers),
+        config=DistillConfig(passes=1, image_weight=0.0),
+        seed=0,
+        device=CPU,
+        checkpoint=Keep(),
+        progress=silent,
+    )
+    assert all(value.isfinite().all() for value in student.state_dict().values())

@@ -178,3 +178,41 @@ def test_full_store_is_a_disk_problem_and_what_was_kept_stays(journal):
     with pytest.raises(DiskProblem, match="make room"):
         journal.plan("distill", big)
     assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]
+
+
+def test_another_programs_database_is_named_and_left_alone(tmp_path):
+    path = tmp_path / "journal.db"
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE notes (text TEXT)")
+    other.commit()
+    other.close()
+    with pytest.raises(RunFolderProblem, match="another program's database"):
+        Journal.open(path)
+
+
+def test_signal_right_after_a_transaction_began_leaves_the_journal_usable(journal):
+    """A signal's handler raises between any two lines, this one between BEGIN and whatever comes next."""
+
+    class Terminated(BaseException):
+        pass
+
+    class Signalled:
+        def __init__(self, connection):
+            self.connection = connection
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
+        def execute(self, statement, *values):
+            done = self.connection.execute(statement, *values)
+            if statement.startswith("BEGIN"):
+                raise Terminated
+            return done
+
+    connection = journal._connection
+    journal._connection = Signalled(connection)
+    with pytest.raises(Terminated):
+        journal.plan("distill", batch())
+    journal._connection = connection
+    journal.plan("distill", batch())
+    assert journal.totals().planned_pictures == 3

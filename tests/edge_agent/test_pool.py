@@ -259,3 +259,53 @@ def test_resize_leaves_a_fitting_picture_alone():
     assert resize(images_NCHW, 8, 8) is images_NCHW
     grey = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
     assert (resize(grey, 16, 24) == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"model_digest": "other"}, "answered by other"), ({"charged_count": 99}, "is not one")]
+)
+def test_answer_that_stopped_a_run_stops_the_next_one_too_and_is_never_trained_on(journal, generator, changes, said):
+    account = Account(1000)
+    original = account.result
+    account.result = lambda batch: original(batch, **changes)
+    with pytest.raises(BadInput):
+        fill(account, journal, outbox(journal, generator, budget=32))
+    account.result = original
+    fill(account, journal, outbox(journal, generator, budget=32))
+    with pytest.raises(BadInput, match=said):
+        load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+
+
+def test_bytes_of_a_refused_batch_stay_counted_and_those_of_the_smaller_one_count_once(journal, generator):
+    sent: list[int] = []
+
+    class Counting(Account):
+        def answers(self, run_id, model_digest, box):
+            class Noted:
+                def next_batch(self):
+                    batch = box.next_batch()
+                    sent.extend([] if batch is None else [len(batch.request)])
+                    return batch
+
+            return super().answers(run_id, model_digest, Noted())
+
+    with pytest.raises(BudgetSpent):
+        fill(Counting(20), journal, outbox(journal, generator, budget=100))
+    assert len(sent) > 2
+    assert journal.totals().sent_bytes == sum(sent)
+
+
+def test_waiting_for_held_pictures_begins_with_the_refusal_and_not_with_the_last_answer(
+    journal, generator, monkeypatch
+):
+    """A teacher that takes longer for an answer than a hold lives is no empty account."""
+    monkeypatch.setattr(pools, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(pools, "HOLD_EXPIRY_SECONDS", 0.5)
+
+    class Slow(Account):
+        def answers(self, run_id, model_digest, outbox):
+            time.sleep(0.7)
+            yield from super().answers(run_id, model_digest, outbox)
+
+    fill(Slow(0, held=100, held_for=2), journal, outbox(journal, generator, budget=32))
+    assert journal.totals().charged_pictures == 32

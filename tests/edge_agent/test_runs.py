@@ -115,3 +115,10 @@ def test_metrics_are_json_lines(tmp_path):
 
 def test_digest_does_not_hang_on_order_but_on_values():
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_path_that_cannot_be_a_folder_is_no_full_disk(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderProblem, match=r"expected a folder to write in[^\n]*--run-dir"):
+        RunFolder(tmp_path / name)

@@ -1,6 +1,7 @@
 """RemoteTeacher against a real gRPC server whose behaviour each test writes down."""
 
 import queue
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,8 @@ class Script(TeacherInferenceServicer):
         self.streams = deque()
         self.received: list[str] = []
         self.metadata: list[dict[str, str]] = []
+        self.window = WINDOW
+        self.description: dict[str, int] = {}
 
     def Describe(self, request, context):
         self.metadata.append(dict(context.invocation_metadata()))
@@ -40,13 +43,14 @@ class Script(TeacherInferenceServicer):
             width=8,
             encodings=codec.ENCODINGS,
             max_batch_pictures=64,
+            **self.description,
         )
 
     def Infer(self, requests, context):
         handler = self.streams.popleft() if len(self.streams) > 1 else self.streams[0]
         first = next(requests)
         assert first.WhichOneof("payload") == "config"
-        yield wire.InferResponse(accepted=wire.StreamAccepted(model_digest="m", window_batches=WINDOW))
+        yield wire.InferResponse(accepted=wire.StreamAccepted(model_digest="m", window_batches=self.window))
         yield from handler(self._noted(requests), context)
 
     def _noted(self, requests):
@@ -317,3 +321,24 @@ def test_address_that_is_none_is_one_line(address):
 )
 def test_loopback_is_told_from_the_rest(address, expected):
     assert is_loopback(address) is expected
+
+
+@pytest.mark.parametrize(("most_bytes", "pictures"), [(0, 64), (2**20, 64), (4096 + 640, 10), (100, 1)])
+def test_batches_are_no_larger_than_the_message_the_teacher_takes(teacher, script, most_bytes, pictures):
+    script.description = {"max_message_bytes": most_bytes}
+    assert teacher.describe().max_batch_pictures == pictures
+
+
+def test_window_larger_than_the_agents_memory_is_not_filled(teacher, script):
+    script.streams.append(answer_all)
+    script.window = 10**6
+    assert len(settled(teacher, ListOutbox(5000))) == 5000
+
+
+def test_balance_for_a_summary_does_not_wait_for_a_teacher_that_is_away():
+    teacher = RemoteTeacher("127.0.0.1:1", api_key="k", wait_seconds=600, check_egress=lambda batch: None)
+    started = time.monotonic()
+    with pytest.raises(TeacherAway):
+        teacher.balance("r", within_seconds=0.5)
+    assert time.monotonic() - started < 10
+    teacher.close()

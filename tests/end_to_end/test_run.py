@@ -124,7 +124,66 @@ def test_raised_budget_asks_for_the_rest_and_a_lowered_one_is_refused(world):
     lowered = world.agent(budget=60)
     assert lowered.returncode == 2
     assert "80" in lowered.stderr
+    assert world.summary()["queries"]["budget"] == 80, "a refused command is no part of the run"
     assert_books_agree(world)
+
+
+def test_summary_says_that_a_student_of_fewer_answers_is_not_done(world):
+    world.account(70)
+    world.start_server()
+    assert world.agent(budget=64).returncode == 0
+    assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
+    assert world.agent(budget=100).returncode == 3
+    assert world.summary()["queries"]["charged"] == 70
+    assert world.summary()["phases_done"] == ["deprivatize"]
+    assert world.summary()["agreement_synthetic"] is None
+    assert world.agent(budget=70).returncode == 0
+    assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
+
+
+def test_budget_below_what_may_be_paid_for_already_is_refused_and_what_was_answered_trains(world):
+    world.account(70)
+    world.start_server()
+    assert world.agent().returncode == 3
+    world.admin("account", "grant", "device", "500")
+    journal = sqlite3.connect(world.run_dir / "journal.db")
+    (planned,) = journal.execute("SELECT sum(picture_count) FROM batches").fetchone()
+    journal.close()
+    assert planned > 71
+    lowered = world.agent(budget=71)
+    assert lowered.returncode == 2, lowered.stderr
+    assert f"at least {planned}, or 70 to train" in lowered.stderr
+    assert world.agent(budget=70).returncode == 0
+    assert world.books()["posted"] == 70
+
+
+def test_agent_killed_while_it_trains_compares_the_books_when_it_goes_on(world):
+    world.account(1000)
+    world.start_server()
+    training = ("--set", "distill.passes=400")
+    process = world.start_agent(*training, budget=64)
+    world.wait_for_answers(process, 64)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    process.stderr.close()
+    assert world.agent(*training, budget=64).returncode == 0
+    assert world.summary()["ledger"] == {"debited": 64, "held": 0, "balance": 936}
+    assert_books_agree(world)
+
+
+def test_books_that_disagree_are_an_error_even_where_nothing_was_left_to_ask(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=32, phase="deprivatize").returncode == 0
+    assert world.agent(budget=32, phase="distill").returncode == 0
+    journal = sqlite3.connect(world.run_dir / "journal.db")
+    (batch_id,) = journal.execute("SELECT batch_id FROM batches ORDER BY slot").fetchone()
+    journal.execute("UPDATE batches SET batch_id = 'stranger' WHERE batch_id = ?", (batch_id,))
+    journal.commit()
+    journal.close()
+    wrong = world.agent(budget=32, phase="adapt")
+    assert wrong.returncode == 6, wrong.stderr
+    assert batch_id in wrong.stderr and "stranger" in wrong.stderr
 
 
 def test_changed_training_options_train_again_on_the_kept_answers(world):
@@ -144,6 +203,18 @@ def test_changed_generator_needs_a_new_folder(world):
     other = world.agent("--set", "deprivatize.steps=3", budget=64)
     assert other.returncode == 6
     assert "deprivatize.steps" in other.stderr and other.stderr.count("\n") <= 3
+
+
+def test_answers_are_never_bought_with_a_generator_of_other_settings(world):
+    """A later deprivatize would put another generator in its place, and the folder could not go on."""
+    world.account(1000)
+    world.start_server()
+    assert world.agent(phase="deprivatize").returncode == 0
+    early = world.agent("--set", "deprivatize.steps=3", phase="distill", budget=16)
+    assert early.returncode == 6, early.stderr
+    assert "--phase deprivatize first" in early.stderr
+    assert world.books()["posted"] == 0
+    assert world.agent("--set", "deprivatize.steps=3", budget=16).returncode == 0
 
 
 def test_another_model_stops_the_run_before_anything_is_sent(world):
@@ -199,6 +270,19 @@ def test_teacher_that_is_away_is_one_line_and_exit_4(world):
     away = world.agent("--wait-seconds", "1")
     assert away.returncode == 4
     assert world.address in away.stderr and "Traceback" not in away.stderr
+
+
+def test_sigterm_while_the_teacher_is_away_ends_the_run_at_once(world):
+    world.account(100)
+    process = world.start_agent("--wait-seconds", "600")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "is away" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors
+    assert (world.run_dir / "summary.json").is_file()
 
 
 def test_teacher_that_comes_late_is_waited_for(world):

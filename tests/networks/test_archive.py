@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.archive import ArchiveError, read_archive
+from networks.archive import ArchiveError, _tensors, read_archive
 from networks.registry import build
 
 Members = dict[str, bytes]
@@ -435,3 +435,98 @@ def test_a_file_that_is_no_zip_is_refused(tmp_path: Path) -> None:
     path.write_bytes(legacy.getvalue())
     with pytest.raises(ArchiveError, match="expected a zip"):
         read_archive(path)
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1, 5))
+        self.linear = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)) + self.seen
+
+
+def call_of(target: str, result: str, **arguments: Any) -> dict[str, Any]:
+    inputs = [{"name": name, "arg": argument, "kind": 1} for name, argument in arguments.items()]
+    return {"target": target, "inputs": inputs, "outputs": [{"as_tensor": {"name": result}}], "metadata": {}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"as_tensor": {"name": name}}
+
+
+@pytest.mark.parametrize("view", ["alias.default", "_unsafe_view.default", "unsafe_chunk.default", "data.default"])
+def test_a_graph_that_remembers_pictures_from_call_to_call_is_refused(view: str, tmp_path: Path) -> None:
+    def change(program: Any) -> None:
+        nodes = program["graph_module"]["graph"]["nodes"]
+        more = (
+            {"size": {"as_ints": [1, 5]}} if "view" in view else {"chunks": {"as_int": 1}} if "chunk" in view else {}
+        )
+        look = call_of(f"torch.ops.aten.{view}", "look", self=named("b_seen"), **more)
+        if "chunk" in view:
+            look["outputs"] = [{"as_tensors": [{"name": "look"}]}]
+        mean = call_of(
+            "torch.ops.aten.mean.dim",
+            "mean",
+            self=named("linear"),
+            dim={"as_ints": [0]},
+            keepdim={"as_bool": True},
+        )
+        keep = call_of("torch.ops.aten.add_.Tensor", "kept", self=named("look"), other=named("mean"))
+        nodes[-1:-1] = [mean, look, keep]
+
+    good = export(Remembering(), tmp_path / "good.pt2", torch.zeros(2, 3, 4, 4))
+    path = write(tmp_path / "bad.pt2", edit(members(good), "models/model.json", change))
+    with pytest.raises(ArchiveError, match="changes its own weights"):
+        read_archive(path)
+
+
+def test_an_operator_that_trusts_its_indices_is_refused_before_it_runs(tmp_path: Path) -> None:
+    """The indices lie far outside: torch would read and write beyond the tensor."""
+
+    def change(program: Any) -> None:
+        sparse = call_of(
+            "torch.ops.aten._sparse_coo_tensor_unsafe.default",
+            "sparse",
+            indices=named("b_seen"),
+            values=named("b_seen"),
+            size={"as_ints": [3, 5]},
+        )
+        program["graph_module"]["graph"]["nodes"].insert(0, sparse)
+
+    good = export(Remembering(), tmp_path / "good.pt2", torch.zeros(2, 3, 4, 4))
+    path = write(tmp_path / "bad.pt2", edit(members(good), "models/model.json", change))
+    with pytest.raises(ArchiveError, match=r"_sparse_coo_tensor_unsafe.*inner parts"):
+        read_archive(path)
+
+
+def test_a_sparse_tensor_is_refused_however_it_was_made(tmp_path: Path) -> None:
+    def change(program: Any) -> None:
+        program["graph_module"]["graph"]["nodes"].insert(
+            0, call_of("torch.ops.aten.to_sparse.default", "sparse", self=named("b_seen"))
+        )
+
+    good = export(Remembering(), tmp_path / "good.pt2", torch.zeros(2, 3, 4, 4))
+    path = write(tmp_path / "bad.pt2", edit(members(good), "models/model.json", change))
+    with pytest.raises(ArchiveError, match="expected dense tensors"):
+        read_archive(path)
+
+
+def test_tensors_in_one_member_share_its_memory(good: Path, tmp_path: Path) -> None:
+    """A small file that names a large member a thousand times must not fill the memory."""
+
+    def change(config: Any) -> None:
+        entry = next(iter(config["config"].values()))
+        config["config"].update({f"more{i}": entry for i in range(3)})
+
+    path = write(tmp_path / "n.pt2", edit(members(good), "data/weights/model_weights_config.json", change))
+    read: list[str] = []
+    with zipfile.ZipFile(path) as archive:
+
+        def noted(member: str) -> bytes:
+            read.append(member)
+            return archive.read(f"net/{member}")
+
+        _tensors(noted, "data/weights")
+    assert len(read) == len(set(read))

@@ -357,6 +357,10 @@ def test_another_zip_is_refused(tmp_path: Path) -> None:
         ({"a": torch.zeros(1).expand(10**12)}, "at 'a'"),
         ({"a": torch.zeros(3)}, "its weights fit none of resnet8,"),
         ({"format": "mekd-model", "version": 2, "facts": {}}, "expected mekd-model of version 1, got 2"),
+        (
+            {"format": "mekd-model", "version": torch.ones(2), "facts": {}},
+            "expected mekd-model of version 1, got tens",
+        ),
         ({"format": "mekd-model", "version": 1}, "expected a checkpoint with its facts"),
         ({"format": "mekd-model", "version": 1, "facts": {"mean": 3}}, "mean: expected a list of numbers"),
     ],

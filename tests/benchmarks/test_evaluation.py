@@ -1,0 +1,45 @@
+"""Test figures of a finished run: from its own files, with its own settings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.datasets import Labelled
+from benchmarks.evaluation import add_test_figures
+from edge_agent.agent import predict_classes
+from networks import registry
+from networks.modelfile import ModelFacts, save_model
+
+FACTS = ModelFacts(
+    architecture="resnet8",
+    labels=("a", "b", "c"),
+    channels=1,
+    height=8,
+    width=8,
+    mean=(0.5,),
+    std=(0.5,),
+    output="logits",
+)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.9])
+def test_adapted_predictions_are_made_with_the_runs_own_settings(strength: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = registry.build("resnet8", class_count=3, channels=1).eval()
+    torch.nn.init.normal_(student.linear.weight, std=0.01)  # unsure, so that neighbours decide
+    save_model(tmp_path / "student.pt", student, FACTS)
+    (tmp_path / "run.toml").write_text(f'images = "a"\n[adapt]\nstrength = {strength}\n')
+    (tmp_path / "summary.json").write_text(json.dumps({"accuracy": {}, "seed": 3}))
+    images_NCHW = np.random.default_rng(0).integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
+    labels_N = predict_classes(student, torch.from_numpy(images_NCHW)).numpy()
+    # Everything remembered is of a class that the student names the least.
+    rarest = int(np.bincount(labels_N, minlength=3).argmin())
+    features_MD = torch.nn.functional.normalize(student.features(torch.rand(40, 1, 8, 8)), dim=1).detach().numpy()
+    np.savez(tmp_path / "memory.npz", features_MD=features_MD, answers_MK=np.eye(3, dtype=np.float32)[[rarest] * 40])
+    summary = add_test_figures(tmp_path, tmp_path / "student.pt", Labelled(images_NCHW, labels_N))
+    assert summary["accuracy"]["student"] == summary["agreement"] == 1.0
+    assert (summary["accuracy"]["student_adapted"] == 1.0) == (strength == 0.0)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary

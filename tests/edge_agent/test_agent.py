@@ -1,0 +1,80 @@
+"""The agent's own decisions, without a teacher: what the door knows, and what is never written down."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edge_agent import agent as agents
+from edge_agent.agent import Agent
+from edge_agent.config import build_config
+from edge_agent.console import Console
+from edge_agent.failures import BadInput
+from edge_agent.journal import Batch
+from edge_agent.pool import resize
+from edge_agent.runs import RunFolder
+from edge_agent.teacher import Description
+from networks.gan import Generator
+from protos import codec
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+
+COUNT = 64
+
+
+@pytest.fixture
+def pictures_NHW(tmp_path: Path) -> np.ndarray:
+    made = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(made):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i:02}.png")
+    return made
+
+
+def description(height: int, width: int) -> Description:
+    return Description(
+        model_digest="m", labels=("a", "b"), channels=1, height=height, width=width, max_batch_pictures=64
+    )
+
+
+def agent(folder: RunFolder, tmp_path: Path, teacher: Description, **settings: object) -> Agent:
+    folder.journal.set_facts(teacher=asdict(teacher))
+    config = build_config({"images": str(tmp_path / "pictures"), "run_dir": str(folder.path), **settings})
+    return Agent(config, folder, None, Console(quiet=True))
+
+
+def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(tmp_path, pictures_NHW):
+    """A generator that has learnt a picture by heart makes it at its own size; it is sent resized."""
+    with RunFolder(tmp_path / "run") as folder:
+        door = agent(folder, tmp_path, description(20, 30), image_size=8)._door
+        copies_NCHW = resize(torch.from_numpy(pictures_NHW[:5, None]), 20, 30).numpy()
+        assert door.matches(wire.Batch(images=codec.encode_images(copies_NCHW))) == 5
+        others_NCHW = resize(torch.from_numpy(pictures_NHW[:5, None] ^ 1), 20, 30).numpy()
+        assert door.matches(wire.Batch(images=codec.encode_images(others_NCHW))) == 0
+
+
+def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, monkeypatch):
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(8, 8), budget=4)
+        generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+        folder.write_tensors("generator.pt", {"arguments": generator.arguments, "state_dict": generator.state_dict()})
+        images_NCHW = pictures_NHW[:4, None] ^ 1
+        folder.finish("deprivatize", made._generators_inputs())
+        request = wire.Batch(batch_id="a", images=codec.encode_images(images_NCHW)).SerializeToString()
+        latents = np.zeros((4, 5), "<f4").tobytes()
+        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=4, request=request, latents=latents))
+        answer = wire.Answer(model_digest="m", charged_count=4, pixel_digest=codec.pixel_digest(images_NCHW))
+        answer.class_indices.CopyFrom(codec.encode_class_indices(np.array([0, 1, 0, 1]), 2))
+        folder.journal.keep_answer("a", answer=answer.SerializeToString(), charged_count=4, received_bytes=1)
+
+        def ran_away(student, *parts, **options):
+            student.linear.weight.data.fill_(float("nan"))
+            return student
+
+        monkeypatch.setattr(agents, "train_student", ran_away)
+        with pytest.raises(BadInput, match=r"no longer numbers.*--set distill\.learning_rate=0\.01"):
+            made.distill()
+        assert not folder.has("student.pt")
+        assert made.write_summary()["phases_done"] == ["deprivatize"]
