@@ -305,6 +305,7 @@ class World:
         line = self._process.stdout.readline() if ready else b""
         if not line.startswith(b"serving on "):
             last = (self.folder / "server.log").read_text(errors="replace").strip().splitlines()[-1:]
+            self.kill_server()
             raise ServiceError(f"teacher-serve did not start: {' '.join(last)}")
 
     def kill_server(self) -> None:

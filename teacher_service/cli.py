@@ -155,7 +155,7 @@ def _given_facts(
 @click.option(
     "--ledger-only",
     is_flag=True,
-    help="No model: serve the books alone, to teachers elsewhere with --ledger grpc://HOST:PORT and to teacher-admin.",
+    help="No model: serve the books alone, to teachers elsewhere (--ledger grpc://HOST:PORT) and to teacher-admin.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(

@@ -4,8 +4,8 @@ Every call has a deadline, and whatever goes wrong on the way is LedgerUnavailab
 happened on the other side after all is settled by repeating, never by guessing:
 
 * A post is sent again until its outcome is known; the same post of the same instance gets the same receipt.
-* A hold whose outcome was never learnt is in *doubt*: a repeat of the batch adopts it, else it is voided as soon as the
-  ledger is back. Two callers with the same batch are told apart here, for the ledger takes the second hold of an
+* A hold whose outcome was never learnt is in *doubt*: a repeat of the batch adopts it, else it is voided as soon as
+  the ledger is back. Two callers with the same batch are told apart here, for the ledger takes the second hold of an
   instance for the first one, sent again.
 * This process is one instance with a lease, renewed in the background. When it dies, the ledger expires its holds.
 """
@@ -348,7 +348,7 @@ def _channel_opener(
         ("grpc.keepalive_timeout_ms", 10_000),
         # A ledger that comes back is found at once, not after a minute.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.min_reconnect_backoff_ms", 5_000),  # and as long may a connection take
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.enable_http_proxy", int(not loopback)),
     ]

@@ -25,7 +25,7 @@ from tests.postgres import Postgres, running
 # make every one of them many times slower. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The tests must not depend on a developer's own settings.
-for name in ("MEKD_API_KEY", "MEKD_LEDGER", "MEKD_LOG_LEVEL"):
+for name in ("MEKD_API_KEY", "MEKD_LEDGER", "MEKD_LEDGER_KEY", "MEKD_LOG_LEVEL"):
     os.environ.pop(name, None)
 
 START_SECONDS = 60.0
@@ -134,7 +134,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     ) -> Server:
         ledger = ledger or f"sqlite:///{tmp_path}/ledger.db"
         log_file = tmp_path / f"teacher-serve-{len(servers)}.log"
-        given = ["--model", model, "--ledger", ledger]
+        given = [*(("--model", model) if model else ()), "--ledger", ledger]
         for flag, default in (("--listen", "127.0.0.1:0"), ("--metrics-port", "0")):
             given += [] if flag in flags else [flag, default]
         with log_file.open("w") as log:

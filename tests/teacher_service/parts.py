@@ -255,7 +255,7 @@ class LedgerServer:
 
 @contextlib.asynccontextmanager
 async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[LedgerServer]:
-    """A ledger server; the accounts "operators" (teacher, admin) and "customer" (no pictures) are made where missing."""
+    """A ledger server; the accounts "operators" (teacher, admin) and "customer" are made where missing."""
     keys: dict[Role, str] = {}
     for role in Role:
         owner = "customer" if role is Role.CUSTOMER else OPERATORS
@@ -296,9 +296,9 @@ class TwoRoles:
 
 
 @contextlib.asynccontextmanager
-async def remote_ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
+async def remote_ledger(tmp_path: Path, **settings: Any) -> AsyncIterator[Ledger]:
     """SQLite books behind a real server, seen from elsewhere; everything lives in the loop that enters it."""
-    books = SqlLedger.open(f"sqlite:///{tmp_path}/served.db")
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/served.db", **settings)
     async with ledger_serving(books) as server:
         remote: Any = TwoRoles(server.connect(Role.TEACHER), server.connect(Role.ADMIN))
         try:
