@@ -414,16 +414,17 @@ def key_create(ledger: str, name: str | None, role: str) -> None:
     if name is None and wanted is Role.CUSTOMER:
         raise click.UsageError("Missing argument 'NAME': a customer's key belongs to the customer's account.")
     owner = name or OPERATORS
+    first = wanted is not Role.CUSTOMER and owner == OPERATORS  # maybe the first key of all
 
     async def make(books: Ledger) -> str:
         text, stored = auth.new_key(owner, wanted)
-        if wanted is not Role.CUSTOMER and owner == OPERATORS and not await _has_account(books, owner):
+        if first and not await _has_account(books, owner):
             await books.create_account(owner, None, stored)
         else:
             await books.add_key(stored)
         return text
 
-    click.echo(_on_books(ledger, make, create=wanted is not Role.CUSTOMER))
+    click.echo(_on_books(ledger, make, create=first))
 
 
 async def _has_account(books: Ledger, name: str) -> bool:

@@ -47,8 +47,8 @@ POST_SECONDS = 20.0  # how long a post whose outcome is unknown is sent again
 POST_PAUSE_SECONDS = 0.25
 CLOSE_SECONDS = 3.0
 DOUBT_SECONDS = 1.0
-FIRST_RENEWAL_SECONDS = 1.0
 RENEWAL_SECONDS = 3.0
+RETRY_RENEWAL_SECONDS = 0.25
 PAGE_ENTRIES = 1000
 SCHEMES = ("grpc://", "grpcs://")
 
@@ -84,6 +84,7 @@ class RemoteLedger:
         self._under_way: dict[_Batch, Hold] = {}
         self._doubts: dict[_Batch, None] = {}
         self._settling = asyncio.Lock()
+        self._renew_at = 0.0
         self._keeper: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -140,14 +141,12 @@ class RemoteLedger:
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
     ) -> Posted:
         _check_own(instance_id)
-        if picture_count == 0:  # on the wire it would mean all
-            raise LedgerError(f"expected to post at least 1 picture of batch {batch_id}, got 0")
         message = wire.PostRequest(
             account=account,
             batch_id=batch_id,
             instance_id=self.instance_id,
             answer=answer,
-            picture_count=_int64(picture_count or 0, "a post"),
+            picture_count=None if picture_count is None else _int64(picture_count, "a post"),
         )
         give_up = time.monotonic() + POST_SECONDS
         while True:
@@ -176,7 +175,9 @@ class RemoteLedger:
         _check_own(instance_id if instance_id != self.instance_id else "")
         message = wire.RenewLeaseRequest(instance_id=self.instance_id)
         renewed = await self._call("RenewLease", message, RENEWAL_SECONDS)
-        return int(renewed.lease_duration.ToMilliseconds())
+        lease_ms = int(renewed.lease_duration.ToMilliseconds())
+        self._renew_at = time.monotonic() + lease_ms / 3000
+        return lease_ms
 
     async def end_lease(self, instance_id: str) -> None:
         _check_own(instance_id if instance_id != self.instance_id else "")
@@ -221,7 +222,12 @@ class RemoteLedger:
         return account_of((await self._call("GetAccount", wire.GetAccountRequest(account=name))).account)
 
     async def run_posted(self, account: str, run_id: str) -> int:
-        found = await self._call("GetBalance", wire.GetBalanceRequest(account=account, run_id=run_id))
+        try:
+            found = await self._call("GetBalance", wire.GetBalanceRequest(account=account, run_id=run_id))
+        except LedgerUnavailable:
+            raise
+        except LedgerError:  # no such account: nothing was posted on it
+            return 0
         return int(found.run_posted_count)
 
     async def statement(
@@ -279,12 +285,13 @@ class RemoteLedger:
             self._opened = QuotaLedgerStub(self._channel)
         return self._opened
 
-    async def _call(self, method: str, message: Any, seconds: float = CALL_SECONDS) -> Any:
+    async def _call(self, method: str, message: Any, seconds: float | None = None) -> Any:
         """One call. Raises Refusal, LedgerError, LedgerUnavailable."""
         if self._closed and method != "EndLease":
             raise LedgerUnavailable("the ledger is closed")
         try:
-            return await getattr(self._stub(), method)(message, metadata=self._metadata, timeout=seconds)
+            call = getattr(self._stub(), method)
+            return await call(message, metadata=self._metadata, timeout=seconds or CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise self._failure(error) from None
 
@@ -316,18 +323,16 @@ class RemoteLedger:
             self._keeper = asyncio.create_task(self._keep(), name="ledger-lease")
 
     async def _keep(self) -> None:
-        renew_at = time.monotonic() + FIRST_RENEWAL_SECONDS
         while True:
-            await asyncio.sleep(min(DOUBT_SECONDS, max(0.05, renew_at - time.monotonic())))
             with contextlib.suppress(LedgerError, Refusal):
-                if time.monotonic() >= renew_at:
-                    lease_ms = await self.renew_lease(self.instance_id)
-                    renew_at = time.monotonic() + lease_ms / 3000
+                if time.monotonic() >= self._renew_at:
+                    await self.renew_lease(self.instance_id)
                 for batch in list(self._doubts):
                     async with self._settling:
                         if batch in self._doubts:
                             await self._void(*batch)
                             self._doubts.pop(batch, None)
+            await asyncio.sleep(min(DOUBT_SECONDS, max(RETRY_RENEWAL_SECONDS, self._renew_at - time.monotonic())))
 
 
 def _channel_opener(

@@ -133,7 +133,7 @@ class QuotaServicer(QuotaLedgerServicer):
             request.account,
             request.batch_id,
             request.answer,
-            request.picture_count or None,
+            request.picture_count if request.HasField("picture_count") else None,
             instance_id=instance_id,
         )
         return wire.PostResponse(posted=posted_message(posted))

@@ -87,6 +87,45 @@ def test_keys_are_added_listed_without_their_secret_and_revoked(ledger: str) -> 
     assert f"{revoked_id}  customer  revoked" in listed
 
 
+@pytest.mark.parametrize("role", ["admin", "teacher"])
+def test_the_first_key_of_an_operator_is_made_on_the_store(ledger: str, role: str) -> None:
+    text = admin_says(ledger, "key", "create", "--role", role).strip()
+    assert KEY.fullmatch(text)
+    assert os.stat(ledger.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
+    admin_says(ledger, "key", "create", "--role", "admin")
+    listed = admin_says(ledger, "key", "list", "operators").splitlines()
+    assert len(listed) == 2 and f"{text.split('_')[1]}  {role}  valid" in listed
+    assert admin_says(ledger, "account", "list") == "name operators  granted 0  posted 0  held 0  balance 0\n"
+    admin_says(ledger, "account", "create", "device", "--budget", "5")
+    admin_says(ledger, "key", "create", "device", "--role", role)
+    assert f"  {role}  valid" in admin_says(ledger, "key", "list", "device")
+
+
+def test_an_operators_key_for_an_account_that_is_not_there_is_refused(ledger: str) -> None:
+    admin_says(ledger, "account", "create", "device", "--budget", "5")
+    said = admin_says(ledger, "key", "create", "nobody", "--role", "admin", status=2)
+    assert "expected the name of an account on these books, got 'nobody'" in said
+    done = CliRunner().invoke(admin, ["--ledger", ledger, "key", "create"])
+    assert done.exit_code == 2 and "a customer's key belongs to the customer's account" in done.output
+
+
+def test_a_balance_is_watched_until_interrupted(ledger: str) -> None:
+    admin_says(ledger, "account", "create", "device", "--budget", "50")
+    command = [program("teacher-admin"), "--ledger", ledger, "account", "watch", "device", "--format", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        assert json.loads(process.stdout.readline())["balance"] == 50
+        teacher_admin(ledger, "account", "grant", "device", "5")
+        assert json.loads(process.stdout.readline())["balance"] == 55
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Path) -> None:
     missing = admin_says(ledger, "account", "list", status=2)
     assert missing == f"error: expected a ledger at {tmp_path}/ledger.db, found no file; 'account create' makes one\n"
@@ -161,6 +200,7 @@ def test_a_reader_who_closes_the_pipe_ends_the_statement_quietly(ledger: str) ->
     ("flags", "said"),
     [
         ((), "Missing option '--model'"),
+        (("--ledger-only", "--model", "x"), "expected one of --model and --ledger-only, got both"),
         (("--model", "x", "--max-batch-pictures", "0"), "0 is not in the range x>=1"),
         (("--model", "x", "--max-queue-pictures", "-1"), "-1 is not in the range x>=1"),
         (("--model", "x", "--grace-seconds", "-1"), "is not in the range 0<=x<=86400"),

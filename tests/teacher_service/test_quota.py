@@ -1,14 +1,18 @@
+import asyncio
 from typing import Any
 
 import grpc
 import pytest
 
-from protos.errors import Reason
+from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
+from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
+from teacher_service import ledger as rules
 from teacher_service import quota
-from teacher_service.ledger import HoldRequest
+from teacher_service.auth import CACHE_SECONDS, new_key
+from teacher_service.ledger import OPERATORS, HoldRequest, Role
 from teacher_service.ledger_memory import MemoryLedger
-from tests.teacher_service.parts import Service, pictures, refusal_of, serving
+from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving
 
 
 async def balance(service: Service, run_id: str = "", key: str | None = None) -> wire.GetBalanceResponse:
@@ -131,3 +135,200 @@ async def test_books_that_cannot_be_read_are_said_to_be_unavailable() -> None:
             await balance(service)
         refusal = refusal_of(ended.value)
         assert refusal.reason is Reason.LEDGER_UNAVAILABLE and refusal.retry_seconds == 2.0
+
+
+# --- the three roles ---
+
+# Written out, not derived from the table in auth: who may call what.
+MAY_CALL = {
+    "GetBalance": "customer teacher admin",
+    "ListStatement": "customer teacher admin",
+    "StreamStatement": "customer teacher admin",
+    "WatchBalance": "customer teacher admin",
+    "Hold": "teacher",
+    "Post": "teacher",
+    "Void": "teacher",
+    "RenewLease": "teacher",
+    "EndLease": "teacher",
+    "LookupKey": "teacher admin",
+    "GetAccount": "teacher admin",
+    "ListAccounts": "admin",
+    "CreateAccount": "admin",
+    "Grant": "admin",
+    "CreateKey": "admin",
+    "ListKeys": "admin",
+    "RevokeKey": "admin",
+}
+
+
+async def outcome(server: LedgerServer, method: str, key: str | None, /, **fields: Any) -> Refusal | None:
+    """The refusal of one call; None where it was answered."""
+    options = [("grpc.enable_http_proxy", 0)]
+    async with grpc.aio.insecure_channel(server.url.removeprefix("grpc://"), options) as channel:
+        metadata = (("authorization", f"Bearer {key}"),) if key else None
+        call = getattr(QuotaLedgerStub(channel), method)(
+            getattr(wire, f"{method}Request")(**fields), metadata=metadata
+        )
+        try:
+            if hasattr(call, "__aiter__"):
+                async for _ in call:
+                    break
+                call.cancel()
+            else:
+                await call
+        except grpc.aio.AioRpcError as error:
+            return refusal_of(error)
+    return None
+
+
+def test_the_table_of_this_test_names_every_method() -> None:
+    service = wire.DESCRIPTOR.services_by_name["QuotaLedger"]
+    assert set(MAY_CALL) == {method.name for method in service.methods}
+
+
+@pytest.mark.parametrize("method", MAY_CALL)
+async def test_every_method_is_for_its_roles_alone(method: str) -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        assert (await outcome(server, method, None)).reason is Reason.UNAUTHENTICATED  # type: ignore[union-attr]
+        for role in Role:
+            refusal = await outcome(server, method, server.keys[role])
+            denied = refusal is not None and refusal.reason is Reason.PERMISSION_DENIED
+            assert denied is (role.value not in MAY_CALL[method].split()), (method, role, refusal)
+
+
+@pytest.mark.parametrize("method", ["GetBalance", "ListStatement", "StreamStatement", "WatchBalance"])
+async def test_a_customer_may_name_its_own_account_and_no_other(method: str) -> None:
+    books = MemoryLedger()
+    await books.create_account("other", 7)
+    async with ledger_serving(books) as server:
+        assert await outcome(server, method, server.keys[Role.CUSTOMER], account="customer") is None
+        for account in ("other", "nobody", OPERATORS):
+            refusal = await outcome(server, method, server.keys[Role.CUSTOMER], account=account)
+            assert refusal == Refusal.of(Reason.PERMISSION_DENIED, method=f"{method} of another account")
+        for role in (Role.TEACHER, Role.ADMIN):
+            assert await outcome(server, method, server.keys[role], account="other") is None
+
+
+STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "secret_digest": bytes(32)}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "field"),
+    [
+        ("Hold", {"batch_id": "b", "run_id": "r"}, "instance_id"),
+        ("Hold", {"batch_id": "b|c", "run_id": "r", "instance_id": "i"}, "batch_id"),
+        ("Hold", {"batch_id": "b", "run_id": "", "instance_id": "i"}, "run_id"),
+        ("Hold", {"batch_id": "b", "run_id": "r", "instance_id": "i", "digest": bytes(65)}, "digest"),
+        ("Post", {"batch_id": "b", "instance_id": "a/b"}, "instance_id"),
+        ("Void", {"batch_id": "b"}, "instance_id"),
+        ("CreateKey", {"key": STORED | {"role": 0}}, "key.role"),
+        ("CreateKey", {"key": STORED | {"role": 9}}, "key.role"),
+        ("CreateKey", {"key": STORED | {"key_id": "0" * 15}}, "key.key_id"),
+        ("CreateKey", {"key": STORED | {"secret_digest": b"short"}}, "key.secret_digest"),
+        ("CreateAccount", {"account": "another", "key": STORED}, "key.account"),
+        ("ListAccounts", {"page_size": -1}, "page_size"),
+        ("StreamStatement", {"after_sequence": -1}, "after_sequence"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused_by_the_name_of_its_field(
+    method: str, fields: dict[str, Any], field: str
+) -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        role = Role.TEACHER if "teacher" in MAY_CALL[method] else Role.ADMIN
+        refusal = await outcome(server, method, server.keys[role], **fields)
+        assert refusal is not None and refusal.reason is Reason.INVALID_REQUEST
+        assert refusal.variables["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("Grant", {"account": "nobody", "picture_count": 5}),
+        ("Grant", {"account": "customer", "picture_count": -5}),
+        ("CreateAccount", {"account": "customer"}),
+        ("CreateAccount", {"account": "No Name"}),
+        ("CreateAccount", {"account": "new", "picture_count": 0}),
+        ("CreateKey", {"key": STORED}),
+        ("RevokeKey", {"key_id": "0" * 16}),
+    ],
+)
+async def test_what_the_books_cannot_do_is_told_to_the_operator_and_changes_nothing(
+    method: str, fields: dict[str, Any]
+) -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        before = await server.ledger.accounts()
+        refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
+        assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and "expected" in refusal.message
+        assert refusal.retry_seconds is None and await server.ledger.accounts() == before
+
+
+# --- streams ---
+
+
+@pytest.mark.parametrize(("run_id", "after"), [("", 0), ("r2", 0), ("", 7), ("", 10), ("", 99)])
+async def test_a_streamed_statement_is_the_paged_one(
+    monkeypatch: pytest.MonkeyPatch, run_id: str, after: int
+) -> None:
+    monkeypatch.setattr(quota, "DEFAULT_PAGE_ENTRIES", 3)
+    async with serving(budget=100) as service:
+        await two_runs(service)
+        request = wire.StreamStatementRequest(run_id=run_id, after_sequence=after)
+        told = [message async for message in service.quota.StreamStatement(request, metadata=service.metadata())]
+        assert all(1 <= len(message.entries) <= 3 for message in told)
+        whole = await page(service, run_id=run_id, after_sequence=after, page_size=1000)
+        assert [entry for message in told for entry in message.entries] == list(whole.entries)
+
+
+async def test_a_streamed_statement_ends_though_the_journal_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "DEFAULT_PAGE_ENTRIES", 1)
+
+    class Growing(MemoryLedger):
+        async def statement(self, account: str, **asked: Any) -> Any:
+            await self.grant(account, 1)
+            return await super().statement(account, **asked)
+
+    async with serving(Growing(), budget=100) as service:
+        await service.ledger.grant("device", 1)
+        call = service.quota.StreamStatement(wire.StreamStatementRequest(), metadata=service.metadata())
+        assert [entry.sequence async for message in call for entry in message.entries] == [1, 2]
+
+
+async def test_a_customer_watches_its_balance_while_it_buys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "WATCH_SECONDS", 0.01)
+    async with serving(budget=100) as service:
+        watching = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata())
+        first = (await watching.read()).account
+        assert (first.name, first.balance_count, first.posted_count) == ("device", 100, 0)
+        stream = await service.stream()
+        await stream.send("b", pictures(7))
+        await stream.result()
+        while (told := (await asyncio.wait_for(watching.read(), 5)).account).posted_count == 0:
+            assert told.held_count == 7
+        assert (told.balance_count, told.posted_count, told.held_count) == (93, 7, 0)
+        assert told.head == (await service.ledger.account("device")).head
+        watching.cancel()
+
+
+async def test_a_revoked_key_ends_a_watch_before_it_tells_anything_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "WATCH_SECONDS", 0.01)
+    async with serving(budget=100) as service:
+        text, stored = new_key("device")
+        await service.ledger.add_key(stored)
+        watching = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(text))
+        await watching.read()
+        await service.ledger.revoke_key(stored.key_id)
+        service.clock.seconds += CACHE_SECONDS
+        await service.ledger.grant("device", 1)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(watching.read(), 5)
+        assert refusal_of(ended.value).reason is Reason.UNAUTHENTICATED
+
+
+async def test_a_key_that_sells_or_administers_buys_nothing() -> None:
+    async with serving() as service:
+        for role in (Role.TEACHER, Role.ADMIN):
+            text, stored = new_key("device", role)
+            await service.ledger.add_key(stored)
+            stream = service.open(text)
+            refusal = await stream.ended_by()
+            assert refusal.reason is Reason.PERMISSION_DENIED

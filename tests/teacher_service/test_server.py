@@ -231,6 +231,21 @@ def test_tls_serves_who_trusts_its_certificate_and_nobody_else(
         assert subprocess.run(check, capture_output=True, timeout=60).returncode == expected
 
 
+def test_a_ledger_elsewhere_is_reached_over_tls(
+    start_server: Any, certificate: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = map(str, certificate)
+    store = f"sqlite:///{tmp_path}/books.db"
+    monkeypatch.setenv("MEKD_LEDGER_KEY", teacher_admin(store, "key", "create", "--role", "admin").strip())
+    ledger = start_server("--ledger-only", "--tls-cert", cert, "--tls-key", key, model="", ledger=store)
+    assert teacher_admin(f"grpcs://{ledger.address}", "--ledger-ca", cert, "account", "list").startswith("name oper")
+    for url, *flags in ((f"grpcs://{ledger.address}",), (f"grpc://{ledger.address}",)):
+        command = [program("teacher-admin"), "--ledger", url, *flags, "account", "list"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: the ledger at "), done.stderr
+    assert ledger.stop() == 0
+
+
 def test_certificates_that_cannot_be_used_are_one_clear_line(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     cert, key = map(str, certificate)
     junk = tmp_path / "junk.pem"
