@@ -23,7 +23,6 @@ import os
 import platform
 import random
 import select
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -44,7 +43,7 @@ import numpy as np
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from benchmarks.postgres import running
-from benchmarks.services import ServiceError, command
+from benchmarks.services import ServiceError, command, lasting_address
 from edge_agent import teacher as agent_teacher
 from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.teacher import Answered, RemoteTeacher
@@ -265,9 +264,7 @@ class World:
     def __init__(self, folder: Path, ledger: str = "") -> None:
         self.folder = folder
         self.ledger = ledger or f"sqlite:///{folder}/ledger.db"
-        with socket.socket() as probe:  # a port of its own, kept over restarts
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = lasting_address()
         self.keys = asyncio.run(self._accounts())
         self.journals = [folder / f"journal-{n}.db" for n in range(CLIENTS)]
         self.answered = [0] * CLIENTS

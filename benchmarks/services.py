@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,26 @@ def stop_on_sigterm() -> None:
 def command(name: str) -> str:
     """The installed program beside this interpreter."""
     return str(Path(sys.executable).with_name(name))
+
+
+def lasting_address() -> str:
+    """127.0.0.1:PORT for a server that will be killed and started again there.
+
+    Below the range from which Linux and macOS take ports for outgoing connections and for port 0: from
+    within it, another program, or the agent's own attempt to reconnect, may take the port while the server
+    is away (a socket on loopback can even connect to itself).
+
+    Raises:
+        ServiceError: after 100 ports that are all in use.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return f"127.0.0.1:{port}"
+    raise ServiceError("expected a free port on 127.0.0.1 from 10000 to 31999, found none in 100 attempts")
 
 
 def create_account(ledger: str, name: str, budget: int) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks.services import lasting_address
 
 MODEL = "array:4,1,8,8"
 START_SECONDS = 60
@@ -30,9 +31,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ledger = f"sqlite:///{folder / 'ledger.db'}"
-        with socket.socket() as probe:  # a port of its own, kept over restarts of the server
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = lasting_address()
         self.pictures = folder / "pictures"
         self.pictures.mkdir()
         rng = np.random.default_rng(0)
@@ -40,6 +39,7 @@ class World:
             pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(self.pictures / f"{i:03}.png")
         self.server: subprocess.Popen[str] | None = None
+        self.agents: list[subprocess.Popen[str]] = []
         self.run_dir = folder / "run"
 
     def admin(self, *arguments: str) -> str:
@@ -104,7 +104,7 @@ class World:
         return os.environ | {"MEKD_API_KEY": self.key} | changes
 
     def start_agent(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        agent = subprocess.Popen(
             self.agent_command(*arguments, **options),
             env=self.environment(),
             cwd=self.folder,
@@ -112,6 +112,8 @@ class World:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.agents.append(agent)
+        return agent
 
     def agent(
         self, *arguments: str, environment: dict[str, str] | None = None, **options: Any
@@ -153,3 +155,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     yield made
     if made.server is not None:
         made.stop_server(signal.SIGKILL)
+    for agent in made.agents:  # a test that failed midway leaves one running
+        agent.kill()
+        agent.wait()
+        assert agent.stderr is not None
+        agent.stderr.close()
