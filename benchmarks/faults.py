@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import datetime
 import json
-import os
 import platform
 import random
 import select
@@ -38,9 +37,6 @@ from typing import Any
 
 import click
 import numpy as np
-
-# PostgreSQL is started as another user, which takes a fork; gRPC, if asked before it is loaded, has nothing to say.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from benchmarks.postgres import running
 from benchmarks.services import ServiceError, command, lasting_address

@@ -5,13 +5,17 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 START_SECONDS = 30.0
+# Becomes another user, then the program. subprocess's own user= would fork this process instead of starting a
+# fresh one, and a fork of a process with gRPC's threads now and then crashes before it gets to the program.
+BECOME = "import os, sys; os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))"
+BECOME += "; os.execv(sys.argv[3], sys.argv[3:])"
 
 
 def programs() -> Path | None:
@@ -37,10 +41,10 @@ class Postgres:
     def __init__(self, folder: Path, bin_folder: Path) -> None:
         self.folder = folder
         self._bin = bin_folder
-        self._demote: dict[str, Any] = {}
+        self._prefix: list[str] = []
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             user = _unprivileged()
-            self._demote = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            self._prefix = [sys.executable, "-ISc", BECOME, str(user.pw_uid), str(user.pw_gid)]
             os.chown(folder, user.pw_uid, user.pw_gid)
         self._run(
             "initdb", "--auth=trust", "--username=mekd", "--encoding=UTF8", "--no-locale", "-D", str(folder / "data")
@@ -76,12 +80,11 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(
-            [str(self._bin / program), *arguments],
+            [*self._prefix, str(self._bin / program), *arguments],
             stdout=subprocess.PIPE if program != "pg_ctl" else subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             cwd=self.folder,
             timeout=120,
-            **self._demote,
         )
         assert done.returncode == 0, f"{program}: {(done.stdout or b'').decode()}"
 
