@@ -1,10 +1,10 @@
 """The whole job with real processes: what is charged, what is kept, what a user reads when something is wrong."""
 
-import resource
 import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -311,21 +311,18 @@ def test_folder_in_use_is_exit_6(world):
 def test_full_disk_is_exit_7_and_nothing_is_lost(world):
     world.account(1000)
     world.start_server()
-    limit = 60_000
-
-    def little_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+    little_room = (
+        "import os, resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     assert world.agent(phase="deprivatize").returncode == 0
     full = subprocess.run(
-        world.agent_command(phase="distill", budget=2000),
+        [sys.executable, "-c", little_room, *world.agent_command(phase="distill", budget=2000)],
         env=world.environment(),
         cwd=world.folder,
         capture_output=True,
         text=True,
         timeout=120,
-        preexec_fn=little_room,
     )
     assert full.returncode == 7, full.stderr
     assert "Traceback" not in full.stderr
