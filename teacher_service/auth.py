@@ -12,13 +12,14 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
 from protos.errors import Reason, Refusal
 from teacher_service.ledger import Key, Ledger, LedgerError, LedgerUnavailable, Role
+from teacher_service.terms import Terms
 
 CACHE_SECONDS = 5.0
 CACHE_KEYS = 4096
@@ -68,6 +69,12 @@ class Caller:
 
     account: str
     role: Role
+    terms: Terms = field(default_factory=Terms)
+
+
+async def caller_of(authenticator: "Authenticator", context: Any) -> Caller:
+    """Who makes a call: what every handler asks, so that there is one answer to it. Refusal as of ``identify``."""
+    return await authenticator.identify(context.invocation_metadata())
 
 
 def new_key(account: str, role: Role = Role.CUSTOMER) -> tuple[str, Key]:

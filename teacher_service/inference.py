@@ -1,19 +1,10 @@
-"""TeacherInference: the money path of every batch, and the stream that carries batches.
-
-    authenticate -> check size and limits -> take a place in the queue -> decode -> HOLD -> engine -> POST -> send
-
-Money is touched here and nowhere else, in that order. Each batch runs in a task of its own that is never cancelled: a
-caller who goes away is noticed by the batcher (which skips the departed) and not by interrupting a post.
-"""
+"""TeacherInference: the stream that carries batches, each answered by the money path in a task of its own."""
 
 import asyncio
-import contextlib
-import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
@@ -21,154 +12,14 @@ from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceServicer
-from teacher_service.auth import Authenticator, Caller, abort
-from teacher_service.batcher import Batcher, CallerGone, QueueFull
+from teacher_service import policy
+from teacher_service.auth import Authenticator, Caller, abort, caller_of
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
-from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
-from teacher_service.metrics import Metrics
+from teacher_service.ledger import check_identifier
+from teacher_service.money_path import Gone, MoneyPath
 
 log = structlog.get_logger()
-
-VOID_RETRY_SECONDS = 1.0
-
-
-class MoneyPath:
-    """A batch in, an answer out, charged exactly once: what every protocol front shares."""
-
-    def __init__(
-        self, *, engine: Engine, ledger: Ledger, batcher: Batcher, metrics: Metrics, config: ServerConfig
-    ) -> None:
-        self._engine = engine
-        self._ledger = ledger
-        self._batcher = batcher
-        self._metrics = metrics
-        self._config = config
-        self.answer_kind = (
-            wire.ANSWER_KIND_PROBABILITIES if config.answers == "soft" else wire.ANSWER_KIND_CLASS_INDICES
-        )
-        self.draining = False
-        self._releasing: set[asyncio.Task[None]] = set()
-
-    async def answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
-        """The paid answer of one batch. Raises Refusal; then nothing was charged."""
-        started = time.perf_counter()
-        outcome = "failed"
-        try:
-            result = await self._answer(caller, run_id, batch, gone)
-            outcome = "replayed" if result.replayed else "charged"
-            return result
-        except Refusal as refusal:
-            departed = refusal.reason is Reason.DRAINING and gone() and not self.draining
-            outcome = "departed" if departed else refusal.reason.name.lower()
-            raise
-        finally:
-            self._metrics.batch_done(
-                protocol="mekd",
-                account=caller.account,
-                outcome=outcome,
-                pictures=max(0, min(batch.images.picture_count, self._config.max_batch_pictures)),
-                seconds=time.perf_counter() - started,
-            )
-
-    async def _answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
-        if self.draining:
-            raise Refusal.of(Reason.DRAINING)
-        check_identifier("batch.batch_id", batch.batch_id)
-        codec.check_images(
-            batch.images,
-            channels=self._engine.channels,
-            height=self._engine.height,
-            width=self._engine.width,
-            max_batch_pictures=self._config.max_batch_pictures,
-        )
-        try:
-            with self._batcher.place(batch.images.picture_count):
-                return await self._held_answer(caller, run_id, batch, gone)
-        except QueueFull:
-            raise Refusal.of(Reason.OVERLOADED, limit=self._config.max_queue_pictures) from None
-        except LedgerUnavailable as error:
-            log.error("ledger unavailable", error=str(error))
-            raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
-
-    async def _held_answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
-        images_NCHW = codec.decode_images(batch.images)
-        held = await self._ledger.hold(
-            HoldRequest(
-                account=caller.account,
-                batch_id=batch.batch_id,
-                run_id=run_id,
-                digest=codec.request_digest(batch.images),
-                picture_count=len(images_NCHW),
-            )
-        )
-        if isinstance(held, Posted):
-            if held.answer is None:
-                raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id)
-            kept = wire.Answer.FromString(held.answer)
-            return _result(batch.batch_id, kept, held, replayed=True)
-        try:
-            probabilities_NK = await self._batcher.ask(images_NCHW, gone)
-            answer = self._policy(probabilities_NK)
-        except Exception as error:
-            await self._release(caller.account, batch.batch_id)
-            if isinstance(error, CallerGone):
-                raise Refusal.of(Reason.DRAINING) from None  # heard by nobody, unless the server is stopping
-            incident = uuid.uuid4().hex[:8]
-            log.error("engine failed", incident=incident, account=caller.account, exc_info=error)
-            raise Refusal.of(Reason.ENGINE_FAILED, incident=incident) from None
-        answer.charged_count = len(images_NCHW)
-        answer.pixel_digest = codec.pixel_digest(images_NCHW)
-        try:
-            posted = await self._ledger.post(
-                caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
-            )
-        except LedgerUnavailable:
-            # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
-            await self._release(caller.account, batch.batch_id)
-            raise
-        self._metrics.balance(caller.account, posted.account.balance)
-        return _result(batch.batch_id, answer, posted, replayed=False)
-
-    async def _release(self, account: str, batch_id: str) -> None:
-        """Voids a hold of ours, however long the store is away: nobody else may while this server lives."""
-        try:
-            await self._ledger.void(account, batch_id)
-        except LedgerUnavailable:
-            task = asyncio.create_task(self._release_later(account, batch_id), name="void-later")
-            self._releasing.add(task)
-            task.add_done_callback(self._releasing.discard)
-
-    async def _release_later(self, account: str, batch_id: str) -> None:
-        while True:
-            await asyncio.sleep(VOID_RETRY_SECONDS)
-            with contextlib.suppress(LedgerUnavailable):
-                return await self._ledger.void(account, batch_id)
-
-    def stop(self) -> None:
-        """Ends what still tries to void; closing the ledger gives those holds back."""
-        for task in self._releasing:
-            task.cancel()
-
-    def _policy(self, probabilities_NK: codec.Float32Array) -> wire.Answer:
-        """What is sold: the answer as it will be kept and sent."""
-        answer = wire.Answer(model_digest=self._engine.model_digest)
-        if self.answer_kind == wire.ANSWER_KIND_PROBABILITIES:
-            answer.probabilities.CopyFrom(codec.encode_probabilities(probabilities_NK))
-        else:
-            indices_N = probabilities_NK.argmax(axis=1).astype(np.int64)
-            answer.class_indices.CopyFrom(codec.encode_class_indices(indices_N, probabilities_NK.shape[1]))
-        return answer
-
-
-class Gone:
-    """Whether a caller has left; called by the batcher before it computes."""
-
-    def __init__(self) -> None:
-        self.left = False
-
-    def __call__(self) -> bool:
-        return self.left
 
 
 class _Stream:
@@ -196,14 +47,15 @@ class InferenceServicer(TeacherInferenceServicer):
         self._batches: set[asyncio.Task[None]] = set()
 
     async def Describe(self, request: wire.DescribeRequest, context: Any) -> wire.DescribeResponse:
-        """What the teacher is and accepts."""
+        """What the teacher is and accepts, and what this caller is sold."""
+        terms = self._money_path.terms_of(await caller_of(self._authenticator, context))
         return wire.DescribeResponse(
             model_digest=self._engine.model_digest,
             labels=self._engine.labels,
             channels=self._engine.channels,
             height=self._engine.height,
             width=self._engine.width,
-            answer_kind=self._money_path.answer_kind,
+            answer_kind=policy.answer_kind(terms),
             encodings=codec.ENCODINGS,
             max_batch_pictures=self._config.max_batch_pictures,
             max_message_bytes=self._config.max_message_bytes,
@@ -246,7 +98,6 @@ class InferenceServicer(TeacherInferenceServicer):
         """Reads batches while the window has room, and starts a task for each; ends with the end mark."""
         batches: set[asyncio.Task[None]] = set()
         try:
-            metadata = context.invocation_metadata()
             run_id = await self._accept(requests, stream)
             while True:
                 await stream.window.acquire()
@@ -258,7 +109,7 @@ class InferenceServicer(TeacherInferenceServicer):
                     raise Refusal.of(
                         Reason.INVALID_REQUEST, field="payload", expected="a batch after the config", got=got
                     )
-                caller = await self._authenticator.identify(metadata)
+                caller = await caller_of(self._authenticator, context)
                 task = asyncio.create_task(self._answer(caller, run_id, request.batch, stream), name="batch")
                 for tasks in (batches, self._batches):
                     tasks.add(task)
@@ -306,17 +157,6 @@ class InferenceServicer(TeacherInferenceServicer):
             response = _refused(batch, Refusal.of(Reason.ENGINE_FAILED, incident=incident))
         if not stream.gone.left:
             stream.outgoing.put_nowait(response)
-
-
-def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:
-    receipt = wire.Receipt(account=posted.receipt.account, sequence=posted.receipt.sequence, head=posted.receipt.head)
-    return wire.BatchResult(
-        batch_id=batch_id,
-        answer=answer,
-        replayed=replayed,
-        balance_count=posted.account.balance,
-        receipt=receipt,
-    )
 
 
 def _refused(batch: wire.Batch, refusal: Refusal) -> wire.InferResponse:

@@ -18,11 +18,12 @@ from teacher_service.auth import Authenticator, AuthInterceptor
 from teacher_service.batcher import Batcher
 from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.engine import Engine
-from teacher_service.inference import InferenceServicer, MoneyPath
+from teacher_service.inference import InferenceServicer
 from teacher_service.ledger import Ledger
 from teacher_service.ledger_remote import SCHEMES, RemoteLedger
 from teacher_service.ledger_sql import LEASE_MS, SqlLedger
 from teacher_service.metrics import Metrics
+from teacher_service.money_path import MoneyPath
 from teacher_service.quota import QuotaServicer
 
 log = structlog.get_logger()

@@ -22,12 +22,13 @@ from teacher_service.auth import Authenticator, AuthInterceptor, new_key
 from teacher_service.batcher import Batcher
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
-from teacher_service.inference import InferenceServicer, MoneyPath
+from teacher_service.inference import InferenceServicer
 from teacher_service.ledger import OPERATORS, Account, Ledger, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.metrics import Metrics
+from teacher_service.money_path import MoneyPath
 from teacher_service.quota import QuotaServicer
 
 TIMEOUT_SECONDS = 15.0

@@ -13,7 +13,7 @@ import pytest
 from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
-from teacher_service import inference, ledger_sql
+from teacher_service import ledger_sql, money_path
 from teacher_service.auth import CACHE_SECONDS
 from teacher_service.engine import ArrayEngine, EngineError
 from teacher_service.ledger import Held, HoldRequest, Posted
@@ -543,7 +543,7 @@ async def test_a_reader_who_does_not_read_cannot_keep_a_drain_from_being_cut_sho
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_sql, "BUSY_TIMEOUT_SECONDS", 0.05)
-    monkeypatch.setattr(inference, "VOID_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(money_path, "VOID_RETRY_SECONDS", 0.05)
 
 
 async def test_books_that_cannot_be_written_answer_nothing(tmp_path: Path, brisk: None) -> None:

@@ -26,47 +26,49 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/mekd/v1/teacher_inference.proto\x12\x07mekd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x8d\x02\n\x10\x44\x65scribeResponse\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x10\n\x08\x63hannels\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\x12(\n\x0b\x61nswer_kind\x18\x06 \x01(\x0e\x32\x13.mekd.v1.AnswerKind\x12)\n\tencodings\x18\x07 \x03(\x0e\x32\x16.mekd.v1.ImageEncoding\x12\x1a\n\x12max_batch_pictures\x18\x08 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\t \x01(\x03\x12\x16\n\x0ewindow_batches\x18\n \x01(\x05\"c\n\x0cInferRequest\x12\'\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.mekd.v1.StreamConfigH\x00\x12\x1f\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x0e.mekd.v1.BatchH\x00\x42\t\n\x07payload\"\x1e\n\x0cStreamConfig\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x01(\x0b\x32\x13.mekd.v1.ImageBatch\"\x8f\x01\n\nImageBatch\x12(\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x16.mekd.v1.ImageEncoding\x12\x15\n\rpicture_count\x18\x02 \x01(\x05\x12\x10\n\x08\x63hannels\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\"\xc6\x01\n\rInferResponse\x12+\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x17.mekd.v1.StreamAcceptedH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.mekd.v1.BatchResultH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.mekd.v1.BatchRefusalH\x00\x12+\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x17.mekd.v1.StreamDrainingH\x00\x42\t\n\x07payload\">\n\x0eStreamAccepted\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x16\n\x0ewindow_batches\x18\x02 \x01(\x05\"C\n\x0eStreamDraining\x12\x31\n\x0egrace_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8c\x01\n\x0b\x42\x61tchResult\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x1f\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x0f.mekd.v1.Answer\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12\x15\n\rbalance_count\x18\x04 \x01(\x03\x12!\n\x07receipt\x18\x05 \x01(\x0b\x32\x10.mekd.v1.Receipt\":\n\x07Receipt\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0c\n\x04head\x18\x03 \x01(\x0c\"\xb7\x01\n\x06\x41nswer\x12/\n\rprobabilities\x18\x01 \x01(\x0b\x32\x16.mekd.v1.ProbabilitiesH\x00\x12.\n\rclass_indices\x18\x02 \x01(\x0b\x32\x15.mekd.v1.ClassIndicesH\x00\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x15\n\rcharged_count\x18\x04 \x01(\x03\x12\x14\n\x0cpixel_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcome\"4\n\rProbabilities\x12\x13\n\x0b\x63lass_count\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"3\n\x0c\x43lassIndices\x12\x13\n\x0b\x63lass_count\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x03(\x05\"D\n\x0c\x42\x61tchRefusal\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status*M\n\rImageEncoding\x12\x1e\n\x1aIMAGE_ENCODING_UNSPECIFIED\x10\x00\x12\x1c\n\x18IMAGE_ENCODING_RAW_UINT8\x10\x01*g\n\nAnswerKind\x12\x1b\n\x17\x41NSWER_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41NSWER_KIND_PROBABILITIES\x10\x01\x12\x1d\n\x19\x41NSWER_KIND_CLASS_INDICES\x10\x02\x32\x8f\x01\n\x10TeacherInference\x12?\n\x08\x44\x65scribe\x12\x18.mekd.v1.DescribeRequest\x1a\x19.mekd.v1.DescribeResponse\x12:\n\x05Infer\x12\x15.mekd.v1.InferRequest\x1a\x16.mekd.v1.InferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/mekd/v1/teacher_inference.proto\x12\x07mekd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xc0\x02\n\x10\x44\x65scribeResponse\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x10\n\x08\x63hannels\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\x12(\n\x0b\x61nswer_kind\x18\x06 \x01(\x0e\x32\x13.mekd.v1.AnswerKind\x12)\n\tencodings\x18\x07 \x03(\x0e\x32\x16.mekd.v1.ImageEncoding\x12\x1a\n\x12max_batch_pictures\x18\x08 \x01(\x05\x12\x19\n\x11max_message_bytes\x18\t \x01(\x03\x12\x16\n\x0ewindow_batches\x18\n \x01(\x05\x12\r\n\x05top_k\x18\x0b \x01(\x05\x12\x15\n\x08\x64\x65\x63imals\x18\x0c \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_decimals\"c\n\x0cInferRequest\x12\'\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x15.mekd.v1.StreamConfigH\x00\x12\x1f\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x0e.mekd.v1.BatchH\x00\x42\t\n\x07payload\"\x1e\n\x0cStreamConfig\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12#\n\x06images\x18\x02 \x01(\x0b\x32\x13.mekd.v1.ImageBatch\"\x8f\x01\n\nImageBatch\x12(\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x16.mekd.v1.ImageEncoding\x12\x15\n\rpicture_count\x18\x02 \x01(\x05\x12\x10\n\x08\x63hannels\x18\x03 \x01(\x05\x12\x0e\n\x06height\x18\x04 \x01(\x05\x12\r\n\x05width\x18\x05 \x01(\x05\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\"\xc6\x01\n\rInferResponse\x12+\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x17.mekd.v1.StreamAcceptedH\x00\x12&\n\x06result\x18\x02 \x01(\x0b\x32\x14.mekd.v1.BatchResultH\x00\x12(\n\x07refusal\x18\x03 \x01(\x0b\x32\x15.mekd.v1.BatchRefusalH\x00\x12+\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x17.mekd.v1.StreamDrainingH\x00\x42\t\n\x07payload\">\n\x0eStreamAccepted\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\x16\n\x0ewindow_batches\x18\x02 \x01(\x05\"C\n\x0eStreamDraining\x12\x31\n\x0egrace_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8c\x01\n\x0b\x42\x61tchResult\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\x1f\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x0f.mekd.v1.Answer\x12\x10\n\x08replayed\x18\x03 \x01(\x08\x12\x15\n\rbalance_count\x18\x04 \x01(\x03\x12!\n\x07receipt\x18\x05 \x01(\x0b\x32\x10.mekd.v1.Receipt\":\n\x07Receipt\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0c\n\x04head\x18\x03 \x01(\x0c\"\xfb\x01\n\x06\x41nswer\x12/\n\rprobabilities\x18\x01 \x01(\x0b\x32\x16.mekd.v1.ProbabilitiesH\x00\x12.\n\rclass_indices\x18\x02 \x01(\x0b\x32\x15.mekd.v1.ClassIndicesH\x00\x12\x1e\n\x05top_k\x18\x06 \x01(\x0b\x32\r.mekd.v1.TopKH\x00\x12\x15\n\x08\x64\x65\x63imals\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x15\n\rcharged_count\x18\x04 \x01(\x03\x12\x14\n\x0cpixel_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcomeB\x0b\n\t_decimals\"4\n\rProbabilities\x12\x13\n\x0b\x63lass_count\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"3\n\x0c\x43lassIndices\x12\x13\n\x0b\x63lass_count\x18\x01 \x01(\x05\x12\x0e\n\x06values\x18\x02 \x03(\x05\"Q\n\x04TopK\x12\x13\n\x0b\x63lass_count\x18\x01 \x01(\x05\x12\x13\n\x0bnamed_count\x18\x02 \x01(\x05\x12\x0f\n\x07indices\x18\x03 \x03(\x05\x12\x0e\n\x06values\x18\x04 \x01(\x0c\"D\n\x0c\x42\x61tchRefusal\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\t\x12\"\n\x06status\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status*M\n\rImageEncoding\x12\x1e\n\x1aIMAGE_ENCODING_UNSPECIFIED\x10\x00\x12\x1c\n\x18IMAGE_ENCODING_RAW_UINT8\x10\x01*~\n\nAnswerKind\x12\x1b\n\x17\x41NSWER_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41NSWER_KIND_PROBABILITIES\x10\x01\x12\x1d\n\x19\x41NSWER_KIND_CLASS_INDICES\x10\x02\x12\x15\n\x11\x41NSWER_KIND_TOP_K\x10\x03\x32\x8f\x01\n\x10TeacherInference\x12?\n\x08\x44\x65scribe\x12\x18.mekd.v1.DescribeRequest\x1a\x19.mekd.v1.DescribeResponse\x12:\n\x05Infer\x12\x15.mekd.v1.InferRequest\x1a\x16.mekd.v1.InferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.mekd.v1.teacher_inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEENCODING']._serialized_start=1642
-  _globals['_IMAGEENCODING']._serialized_end=1719
-  _globals['_ANSWERKIND']._serialized_start=1721
-  _globals['_ANSWERKIND']._serialized_end=1824
+  _globals['_IMAGEENCODING']._serialized_start=1844
+  _globals['_IMAGEENCODING']._serialized_end=1921
+  _globals['_ANSWERKIND']._serialized_start=1923
+  _globals['_ANSWERKIND']._serialized_end=2049
   _globals['_DESCRIBEREQUEST']._serialized_start=108
   _globals['_DESCRIBEREQUEST']._serialized_end=125
   _globals['_DESCRIBERESPONSE']._serialized_start=128
-  _globals['_DESCRIBERESPONSE']._serialized_end=397
-  _globals['_INFERREQUEST']._serialized_start=399
-  _globals['_INFERREQUEST']._serialized_end=498
-  _globals['_STREAMCONFIG']._serialized_start=500
-  _globals['_STREAMCONFIG']._serialized_end=530
-  _globals['_BATCH']._serialized_start=532
-  _globals['_BATCH']._serialized_end=594
-  _globals['_IMAGEBATCH']._serialized_start=597
-  _globals['_IMAGEBATCH']._serialized_end=740
-  _globals['_INFERRESPONSE']._serialized_start=743
-  _globals['_INFERRESPONSE']._serialized_end=941
-  _globals['_STREAMACCEPTED']._serialized_start=943
-  _globals['_STREAMACCEPTED']._serialized_end=1005
-  _globals['_STREAMDRAINING']._serialized_start=1007
-  _globals['_STREAMDRAINING']._serialized_end=1074
-  _globals['_BATCHRESULT']._serialized_start=1077
-  _globals['_BATCHRESULT']._serialized_end=1217
-  _globals['_RECEIPT']._serialized_start=1219
-  _globals['_RECEIPT']._serialized_end=1277
-  _globals['_ANSWER']._serialized_start=1280
-  _globals['_ANSWER']._serialized_end=1463
-  _globals['_PROBABILITIES']._serialized_start=1465
-  _globals['_PROBABILITIES']._serialized_end=1517
-  _globals['_CLASSINDICES']._serialized_start=1519
-  _globals['_CLASSINDICES']._serialized_end=1570
-  _globals['_BATCHREFUSAL']._serialized_start=1572
-  _globals['_BATCHREFUSAL']._serialized_end=1640
-  _globals['_TEACHERINFERENCE']._serialized_start=1827
-  _globals['_TEACHERINFERENCE']._serialized_end=1970
+  _globals['_DESCRIBERESPONSE']._serialized_end=448
+  _globals['_INFERREQUEST']._serialized_start=450
+  _globals['_INFERREQUEST']._serialized_end=549
+  _globals['_STREAMCONFIG']._serialized_start=551
+  _globals['_STREAMCONFIG']._serialized_end=581
+  _globals['_BATCH']._serialized_start=583
+  _globals['_BATCH']._serialized_end=645
+  _globals['_IMAGEBATCH']._serialized_start=648
+  _globals['_IMAGEBATCH']._serialized_end=791
+  _globals['_INFERRESPONSE']._serialized_start=794
+  _globals['_INFERRESPONSE']._serialized_end=992
+  _globals['_STREAMACCEPTED']._serialized_start=994
+  _globals['_STREAMACCEPTED']._serialized_end=1056
+  _globals['_STREAMDRAINING']._serialized_start=1058
+  _globals['_STREAMDRAINING']._serialized_end=1125
+  _globals['_BATCHRESULT']._serialized_start=1128
+  _globals['_BATCHRESULT']._serialized_end=1268
+  _globals['_RECEIPT']._serialized_start=1270
+  _globals['_RECEIPT']._serialized_end=1328
+  _globals['_ANSWER']._serialized_start=1331
+  _globals['_ANSWER']._serialized_end=1582
+  _globals['_PROBABILITIES']._serialized_start=1584
+  _globals['_PROBABILITIES']._serialized_end=1636
+  _globals['_CLASSINDICES']._serialized_start=1638
+  _globals['_CLASSINDICES']._serialized_end=1689
+  _globals['_TOPK']._serialized_start=1691
+  _globals['_TOPK']._serialized_end=1772
+  _globals['_BATCHREFUSAL']._serialized_start=1774
+  _globals['_BATCHREFUSAL']._serialized_end=1842
+  _globals['_TEACHERINFERENCE']._serialized_start=2052
+  _globals['_TEACHERINFERENCE']._serialized_end=2195
 # @@protoc_insertion_point(module_scope)

@@ -21,18 +21,20 @@ class AnswerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANSWER_KIND_UNSPECIFIED: _ClassVar[AnswerKind]
     ANSWER_KIND_PROBABILITIES: _ClassVar[AnswerKind]
     ANSWER_KIND_CLASS_INDICES: _ClassVar[AnswerKind]
+    ANSWER_KIND_TOP_K: _ClassVar[AnswerKind]
 IMAGE_ENCODING_UNSPECIFIED: ImageEncoding
 IMAGE_ENCODING_RAW_UINT8: ImageEncoding
 ANSWER_KIND_UNSPECIFIED: AnswerKind
 ANSWER_KIND_PROBABILITIES: AnswerKind
 ANSWER_KIND_CLASS_INDICES: AnswerKind
+ANSWER_KIND_TOP_K: AnswerKind
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("model_digest", "labels", "channels", "height", "width", "answer_kind", "encodings", "max_batch_pictures", "max_message_bytes", "window_batches")
+    __slots__ = ("model_digest", "labels", "channels", "height", "width", "answer_kind", "encodings", "max_batch_pictures", "max_message_bytes", "window_batches", "top_k", "decimals")
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +45,8 @@ class DescribeResponse(_message.Message):
     MAX_BATCH_PICTURES_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    DECIMALS_FIELD_NUMBER: _ClassVar[int]
     model_digest: str
     labels: _containers.RepeatedScalarFieldContainer[str]
     channels: int
@@ -53,7 +57,9 @@ class DescribeResponse(_message.Message):
     max_batch_pictures: int
     max_message_bytes: int
     window_batches: int
-    def __init__(self, model_digest: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., channels: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., answer_kind: _Optional[_Union[AnswerKind, str]] = ..., encodings: _Optional[_Iterable[_Union[ImageEncoding, str]]] = ..., max_batch_pictures: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window_batches: _Optional[int] = ...) -> None: ...
+    top_k: int
+    decimals: int
+    def __init__(self, model_digest: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., channels: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., answer_kind: _Optional[_Union[AnswerKind, str]] = ..., encodings: _Optional[_Iterable[_Union[ImageEncoding, str]]] = ..., max_batch_pictures: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window_batches: _Optional[int] = ..., top_k: _Optional[int] = ..., decimals: _Optional[int] = ...) -> None: ...
 
 class InferRequest(_message.Message):
     __slots__ = ("config", "batch")
@@ -144,18 +150,22 @@ class Receipt(_message.Message):
     def __init__(self, account: _Optional[str] = ..., sequence: _Optional[int] = ..., head: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("probabilities", "class_indices", "model_digest", "charged_count", "pixel_digest")
+    __slots__ = ("probabilities", "class_indices", "top_k", "decimals", "model_digest", "charged_count", "pixel_digest")
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     CLASS_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    DECIMALS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     CHARGED_COUNT_FIELD_NUMBER: _ClassVar[int]
     PIXEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     probabilities: Probabilities
     class_indices: ClassIndices
+    top_k: TopK
+    decimals: int
     model_digest: str
     charged_count: int
     pixel_digest: bytes
-    def __init__(self, probabilities: _Optional[_Union[Probabilities, _Mapping]] = ..., class_indices: _Optional[_Union[ClassIndices, _Mapping]] = ..., model_digest: _Optional[str] = ..., charged_count: _Optional[int] = ..., pixel_digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, probabilities: _Optional[_Union[Probabilities, _Mapping]] = ..., class_indices: _Optional[_Union[ClassIndices, _Mapping]] = ..., top_k: _Optional[_Union[TopK, _Mapping]] = ..., decimals: _Optional[int] = ..., model_digest: _Optional[str] = ..., charged_count: _Optional[int] = ..., pixel_digest: _Optional[bytes] = ...) -> None: ...
 
 class Probabilities(_message.Message):
     __slots__ = ("class_count", "values")
@@ -172,6 +182,18 @@ class ClassIndices(_message.Message):
     class_count: int
     values: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, class_count: _Optional[int] = ..., values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TopK(_message.Message):
+    __slots__ = ("class_count", "named_count", "indices", "values")
+    CLASS_COUNT_FIELD_NUMBER: _ClassVar[int]
+    NAMED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    class_count: int
+    named_count: int
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    values: bytes
+    def __init__(self, class_count: _Optional[int] = ..., named_count: _Optional[int] = ..., indices: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class BatchRefusal(_message.Message):
     __slots__ = ("batch_id", "status")

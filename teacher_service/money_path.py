@@ -1,0 +1,173 @@
+"""The money path of every batch, whichever protocol it came by.
+
+    authenticate -> check size and limits -> take a place in the queue -> decode -> HOLD -> engine -> POST -> send
+
+Money is touched here and nowhere else, in that order. Each batch runs in a task of its own that is never cancelled: a
+caller who goes away is noticed by the batcher (which skips the departed) and not by interrupting a post.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+
+import structlog
+
+from protos import codec
+from protos.errors import Reason, Refusal
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service import policy
+from teacher_service.auth import Caller
+from teacher_service.batcher import Batcher, CallerGone, QueueFull
+from teacher_service.config import ServerConfig
+from teacher_service.engine import Engine
+from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
+from teacher_service.metrics import Metrics
+from teacher_service.terms import Terms
+
+log = structlog.get_logger()
+
+VOID_RETRY_SECONDS = 1.0
+
+
+class MoneyPath:
+    """A batch in, an answer out, charged exactly once: what every protocol front shares."""
+
+    def __init__(
+        self, *, engine: Engine, ledger: Ledger, batcher: Batcher, metrics: Metrics, config: ServerConfig
+    ) -> None:
+        self._engine = engine
+        self._ledger = ledger
+        self._batcher = batcher
+        self._metrics = metrics
+        self._config = config
+        self.draining = False
+        self._releasing: set[asyncio.Task[None]] = set()
+
+    def terms_of(self, caller: Caller) -> Terms:
+        """What an account is sold, and how much at a time: its own terms, the server's where it has none."""
+        return caller.terms.over(Terms(answers=self._config.answers))
+
+    async def answer(
+        self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone", *, protocol: str = "mekd"
+    ) -> wire.BatchResult:
+        """The paid answer of one batch. Raises Refusal; then nothing was charged."""
+        started = time.perf_counter()
+        outcome = "failed"
+        try:
+            result = await self._answer(caller, run_id, batch, gone)
+            outcome = "replayed" if result.replayed else "charged"
+            return result
+        except Refusal as refusal:
+            departed = refusal.reason is Reason.DRAINING and gone() and not self.draining
+            outcome = "departed" if departed else refusal.reason.name.lower()
+            raise
+        finally:
+            self._metrics.batch_done(
+                protocol=protocol,
+                account=caller.account,
+                outcome=outcome,
+                pictures=max(0, min(batch.images.picture_count, self._config.max_batch_pictures)),
+                seconds=time.perf_counter() - started,
+            )
+
+    async def _answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
+        if self.draining:
+            raise Refusal.of(Reason.DRAINING)
+        check_identifier("batch.batch_id", batch.batch_id)
+        codec.check_images(
+            batch.images,
+            channels=self._engine.channels,
+            height=self._engine.height,
+            width=self._engine.width,
+            max_batch_pictures=self._config.max_batch_pictures,
+        )
+        try:
+            with self._batcher.place(batch.images.picture_count):
+                return await self._held_answer(caller, run_id, batch, gone)
+        except QueueFull:
+            raise Refusal.of(Reason.OVERLOADED, limit=self._config.max_queue_pictures) from None
+        except LedgerUnavailable as error:
+            log.error("ledger unavailable", error=str(error))
+            raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
+
+    async def _held_answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
+        images_NCHW = codec.decode_images(batch.images)
+        held = await self._ledger.hold(
+            HoldRequest(
+                account=caller.account,
+                batch_id=batch.batch_id,
+                run_id=run_id,
+                digest=codec.request_digest(batch.images),
+                picture_count=len(images_NCHW),
+            )
+        )
+        if isinstance(held, Posted):
+            if held.answer is None:
+                raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id)
+            kept = wire.Answer.FromString(held.answer)
+            return _result(batch.batch_id, kept, held, replayed=True)
+        try:
+            probabilities_NK = await self._batcher.ask(images_NCHW, gone)
+            answer = policy.apply(self.terms_of(caller), probabilities_NK)
+        except Exception as error:
+            await self._release(caller.account, batch.batch_id)
+            if isinstance(error, CallerGone):
+                raise Refusal.of(Reason.DRAINING) from None  # heard by nobody, unless the server is stopping
+            incident = uuid.uuid4().hex[:8]
+            log.error("engine failed", incident=incident, account=caller.account, exc_info=error)
+            raise Refusal.of(Reason.ENGINE_FAILED, incident=incident) from None
+        answer.model_digest = self._engine.model_digest
+        answer.charged_count = len(images_NCHW)
+        answer.pixel_digest = codec.pixel_digest(images_NCHW)
+        try:
+            posted = await self._ledger.post(
+                caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
+            )
+        except LedgerUnavailable:
+            # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
+            await self._release(caller.account, batch.batch_id)
+            raise
+        self._metrics.balance(caller.account, posted.account.balance)
+        return _result(batch.batch_id, answer, posted, replayed=False)
+
+    async def _release(self, account: str, batch_id: str) -> None:
+        """Voids a hold of ours, however long the store is away: nobody else may while this server lives."""
+        try:
+            await self._ledger.void(account, batch_id)
+        except LedgerUnavailable:
+            task = asyncio.create_task(self._release_later(account, batch_id), name="void-later")
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _release_later(self, account: str, batch_id: str) -> None:
+        while True:
+            await asyncio.sleep(VOID_RETRY_SECONDS)
+            with contextlib.suppress(LedgerUnavailable):
+                return await self._ledger.void(account, batch_id)
+
+    def stop(self) -> None:
+        """Ends what still tries to void; closing the ledger gives those holds back."""
+        for task in self._releasing:
+            task.cancel()
+
+
+class Gone:
+    """Whether a caller has left; called by the batcher before it computes."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def __call__(self) -> bool:
+        return self.left
+
+
+def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:
+    receipt = wire.Receipt(account=posted.receipt.account, sequence=posted.receipt.sequence, head=posted.receipt.head)
+    return wire.BatchResult(
+        batch_id=batch_id,
+        answer=answer,
+        replayed=replayed,
+        balance_count=posted.account.balance,
+        receipt=receipt,
+    )
