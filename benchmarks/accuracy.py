@@ -6,11 +6,7 @@ labels are read once, at the end, by this program alone. Interrupted or out of t
 was. Each finished run appends one line to benchmarks/results/accuracy.jsonl.
 """
 
-import datetime
-import json
-import platform
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
@@ -19,14 +15,13 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import datasets
+from benchmarks import datasets, record
 from benchmarks.evaluation import add_test_figures
 from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
 from edge_agent.console import Console
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "accuracy.jsonl"
 CONFIG = HERE / "configs" / "mnist.toml"
 BUDGET = 50_000
 TEACHER = {"architecture": "resnet32", "epochs": 4, "peak_learning_rate": 0.2, "shift_px": 2}
@@ -63,6 +58,7 @@ def main(
     run_dir = run_dir or Path(f"runs/accuracy/mnist-{answers}-{seed}")
     run_dir.mkdir(parents=True, exist_ok=True)
     stop_on_sigterm()
+    begun = record.about("accuracy")
     if max_minutes is not None:
         signal.signal(signal.SIGALRM, _out_of_time)
         signal.setitimer(signal.ITIMER_REAL, max_minutes * 60)
@@ -72,10 +68,7 @@ def main(
         sys.exit(f"error: {error}")
     except _OutOfTime:
         sys.exit(f"unfinished after {max_minutes} minutes; the same command goes on where {run_dir} stands")
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as results:
-        results.write(json.dumps(_line(summary, answers, run_dir, config_file)) + "\n")
-    print(json.dumps(summary["accuracy"] | {"agreement": summary["agreement"]}))
+    record.keep("accuracy", begun | _line(summary, answers, config_file))
 
 
 def measure(data: Path, seed: int, answers: str, run_dir: Path, config_file: Path) -> dict[str, Any]:
@@ -108,20 +101,14 @@ def measure(data: Path, seed: int, answers: str, run_dir: Path, config_file: Pat
     return summary
 
 
-def _line(summary: dict[str, Any], answers: str, run_dir: Path, config_file: Path) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
+def _line(summary: dict[str, Any], answers: str, config_file: Path) -> dict[str, Any]:
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "command": " ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),
         "dataset": "mnist",
         "teacher": TEACHER["architecture"],
         "student": "resnet8",
         "answers": answers,
         "local_pictures": 10_000,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}",
+        **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
         "config": config_file.read_text(),
         **{name: summary[name] for name in ("seed", "accuracy", "agreement", "agreement_synthetic", "queries")},

@@ -17,9 +17,7 @@ is up to the machine. One line is appended to benchmarks/results/faults.jsonl.
 
 import asyncio
 import contextlib
-import datetime
 import json
-import platform
 import random
 import select
 import sqlite3
@@ -38,6 +36,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks import record
 from benchmarks.postgres import running
 from benchmarks.services import ServiceError, command, lasting_address
 from edge_agent import teacher as agent_teacher
@@ -49,7 +48,6 @@ from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service import audit, auth
 from teacher_service.ledger_sql import SqlLedger
 
-RESULTS = Path(__file__).parent / "results" / "faults.jsonl"
 MODEL = "array:4,1,8,8"
 PHASE = "drill"
 BUDGET_PICTURES = 10_000_000
@@ -129,9 +127,9 @@ class DrillOutbox:
         """Nothing new is planned."""
         self._stop = lambda: True
 
-    def later(self, refused: Batch) -> None:
+    def again(self, batch: Batch) -> None:
         """Sends a refused batch once more."""
-        self._again.append(refused)
+        self._again.append(batch)
 
     @staticmethod
     def _batch(slot: int, images_NCHW: codec.UInt8Array) -> Batch:
@@ -187,7 +185,7 @@ def ask(
                     outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
                 elif held > 0:
                     time.sleep(0.02)
-                    outbox.later(settled.batch)
+                    outbox.again(settled.batch)
                 else:
                     outbox.stop()  # what else is under way still comes
             else:
@@ -593,7 +591,7 @@ def main(
         return as_agent(json.loads(agent_settings))
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     click.echo(f"seed {seed}")
-    began, started = datetime.datetime.now(datetime.UTC), time.monotonic()
+    begun, started = record.about("faults"), time.monotonic()
     counts = {
         "server_kills": kill_servers(server_kills, random.Random(f"{seed} server")),
         "postgres_kills": kill_postgres(postgres_kills, random.Random(f"{seed} postgres")),
@@ -603,16 +601,7 @@ def main(
     total = Count()
     for count in counts.values():
         total.add(count)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    line = {
-        "date": began.isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "device": f"cpu, {platform.machine()}",
+    line = begun | {
         "seed": seed,
         **{name: count.faults for name, count in counts.items()},
         "comparisons": total.checks,
@@ -621,10 +610,7 @@ def main(
         "doubled": total.doubled,
         "seconds": round(time.monotonic() - started, 1),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as results:
-        results.write(json.dumps(line) + "\n")
-    click.echo(json.dumps(line, indent=2))
+    record.keep("faults", line)
 
 
 if __name__ == "__main__":

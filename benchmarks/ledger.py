@@ -9,15 +9,12 @@ Prints one JSON line and appends it to benchmarks/results/ledger.jsonl. Targets:
 """
 
 import asyncio
-import datetime
 import hashlib
-import json
 import os
 import platform
 import random
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +27,7 @@ import grpc
 import numpy as np
 import sqlalchemy
 
+from benchmarks import record
 from benchmarks.postgres import running
 from benchmarks.services import create_account, serving
 from protos import codec
@@ -39,8 +37,6 @@ from teacher_service import audit
 from teacher_service.ledger import HoldRequest
 from teacher_service.ledger_sql import SqlLedger
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "ledger.jsonl"
 CALLERS = 64
 PARTS = ("pairs-sqlite", "pairs-postgres", "pairs-grpc", "latency", "journal")
 ACCOUNT = "busy"
@@ -77,11 +73,7 @@ def main(entries: int, seconds: float, only: tuple[str, ...], work_dir: Path | N
             result["latency"] = asyncio.run(_latency(folder))
         if "journal" in parts:
             result["journal"] = _journal(folder, entries)
-    line = json.dumps(result)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as results:
-        results.write(line + "\n")
-    print(line)
+    record.keep("ledger", result)
 
 
 # --- pairs ---
@@ -373,15 +365,7 @@ def _make_account(connection: sqlite3.Connection, name: str, entries: int) -> in
 
 
 def _about(note: str) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "command": " ".join(["python -m benchmarks.ledger", *sys.argv[1:]]),
-        "note": note,
-        "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
+    return record.about("ledger", note) | {
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,

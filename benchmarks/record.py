@@ -1,0 +1,37 @@
+"""What a benchmark leaves behind: one JSON line a run in benchmarks/results, with all it takes to judge it."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def about(name: str, note: str = "") -> dict[str, Any]:
+    """Date, commit ("-dirty": with changes that are in none), command and device, as they are when a run begins."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS,
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() or None,
+        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
+        "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
+        **({"note": note} if note else {}),
+    }
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Appends a line to benchmarks/results/NAME.jsonl, and prints it."""
+    line = json.dumps(result)
+    with (RESULTS / f"{name}.jsonl").open("a") as results:
+        results.write(line + "\n")
+    print(line, flush=True)
