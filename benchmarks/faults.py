@@ -127,9 +127,10 @@ class DrillOutbox:
         """Nothing new is planned."""
         self._stop = lambda: True
 
-    def again(self, batch: Batch) -> None:
+    def again(self, batch: Batch) -> bool:
         """Sends a refused batch once more."""
         self._again.append(batch)
+        return True
 
     @staticmethod
     def _batch(slot: int, images_NCHW: codec.UInt8Array) -> Batch:

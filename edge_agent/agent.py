@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edge_agent import kserve
 from edge_agent import pool as pools
 from edge_agent.adapt import Adapter, build_memory
-from edge_agent.config import RunConfig, as_layers
+from edge_agent.config import RunConfig, as_layers, given_settings
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
+from edge_agent.journal import Totals
 from edge_agent.pixels import normalise
 from edge_agent.runs import RunFolder, digest_of
-from edge_agent.teacher import Balance, Description, RemoteTeacher
+from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from networks import registry
 from networks.gan import Generator
 from networks.modelfile import ModelFacts
@@ -36,6 +38,7 @@ from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 PHASES = ("deprivatize", "distill", "adapt")
 EVALUATION_PICTURES = 256
+CORRECTABLE = ("teacher's model", "[teacher]")  # of a KServe server's identity, until the first answer is kept
 SUMMARY_SECONDS = 2.0  # a summary asks for the balance, but waits no longer: its run may be ending on SIGTERM
 
 
@@ -74,7 +77,9 @@ class Agent:
         self._api_key = api_key
         self._console = console
         self._device = choose_device(config.device)
-        self._teacher: RemoteTeacher | None = None
+        self._teacher: Teacher | None = None
+        # Of a teacher without books the agent counts what it sends; then that is what the budget bounds.
+        self._counts_sent = kserve.is_address(config.teacher)
 
     # --- what the phases need ---
 
@@ -91,23 +96,36 @@ class Agent:
             "generator's side": self._side,
             **{f"deprivatize.{name}": value for name, value in asdict(self._config.deprivatize).items()},
         }
+        totals = self._journal.totals()
+        planned, charged = totals.planned_pictures, totals.charged_pictures
+        self._check_meter(planned)
+        if self._counts_sent:
+            described = self._description
+            identity |= {
+                "pictures' shape": [described.channels, described.height, described.width],
+                "classes": len(described.labels),
+                "[teacher]": given_settings(self._config.kserve),
+            }
         known = self._journal.fact("identity")
-        if known is not None and self._journal.totals().planned_pictures > 0:
+        if known is not None and planned > 0:
             for name, value in identity.items():
-                if known.get(name) != value:
+                if known.get(name) != value and not self._may_change(name, charged):
                     raise RunFolderProblem(
                         f"{self._folder.path} has paid answers for other {name}: it began with {known.get(name)!r}, "
                         f"now it is {value!r}; give another --run-dir, or the former value"
                     )
-        totals = self._journal.totals()
-        planned, charged = totals.planned_pictures, totals.charged_pictures
+        if self._counts_sent and self._config.budget < totals.sent_pictures:
+            raise BadInput(
+                f"--budget: expected at least the {totals.sent_pictures} pictures that {self._folder.path} has sent "
+                f"already, got {self._config.budget}"
+            )
         if self._config.budget < charged:
             raise BadInput(
                 f"--budget: expected at least the {charged} pictures that {self._folder.path} was charged already, "
                 f"got {self._config.budget}"
             )
         # What is planned may have been sent, and so be paid for: it is asked about again, or nothing is.
-        if charged < self._config.budget < planned:
+        if charged < self._config.budget < planned and not self._counts_sent:
             raise BadInput(
                 f"--budget: {self._folder.path} has asked about {planned} pictures and was answered {charged}; "
                 f"expected at least {planned}, or {charged} to train on those alone, got {self._config.budget}"
@@ -115,11 +133,34 @@ class Agent:
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
 
+    def _check_meter(self, planned: int) -> None:
+        """Refuses to go on with another way to count than what was sent so far was counted by."""
+        before, now = self._journal.fact("metered_by") or "teacher", self._metered_by
+        if planned > 0 and before != now:
+            raise RunFolderProblem(
+                f"{self._folder.path}: its pictures so far were counted by the {before}, those of "
+                f"{self._config.teacher} would be by the {now}; give another --run-dir"
+            )
+        self._journal.set_facts(metered_by=now)
+
+    @property
+    def _metered_by(self) -> str:
+        return "agent" if self._counts_sent else "teacher"
+
+    def _may_change(self, name: str, answered: int) -> bool:
+        """How a server's tensors are read may be corrected until the first answer is kept."""
+        return self._counts_sent and answered == 0 and name in CORRECTABLE
+
     @cached_property
     def _description(self) -> Description:
         known = self._journal.fact("teacher")
+        totals = self._journal.totals()
         # With answers in the journal the run is bound to its first teacher; asking checks that it is still there.
-        if known is not None and (self._api_key is None or self._journal.totals().planned_pictures > 0):
+        if self._counts_sent:
+            bound = totals.charged_pictures > 0
+        else:
+            bound = not self._may_connect or totals.planned_pictures > 0
+        if known is not None and bound:
             return Description(**{**known, "labels": tuple(known["labels"])})
         described = self._connected().describe()
         self._journal.set_facts(teacher=asdict(described))
@@ -168,20 +209,52 @@ class Agent:
         except DataError as error:
             raise BadInput(str(error)) from None
 
-    def _connected(self) -> RemoteTeacher:
+    def _connected(self) -> Teacher:
         if self._teacher is None:
-            if self._api_key is None:
-                raise BadInput("expected a key in MEKD_API_KEY or --key-file, got neither; teacher-admin makes one")
-            self._teacher = RemoteTeacher(
-                self._config.teacher,
-                api_key=self._api_key,
-                tls_ca=Path(self._config.tls_ca) if self._config.tls_ca else None,
-                insecure=self._config.insecure,
-                wait_seconds=self._config.wait_seconds,
-                check_egress=lambda batch: self._door.check(batch),
-                tell=self._console.say,
-            )
+            self._teacher = self._kserve_teacher() if self._counts_sent else self._remote_teacher()
         return self._teacher
+
+    @property
+    def _may_connect(self) -> bool:
+        """Whether there is anything to show the teacher: a key, or a certificate of this device's own."""
+        return self._api_key is not None or self._config.tls_cert != ""
+
+    def _books(self) -> Books | None:
+        """The teacher's books; None where it keeps none."""
+        teacher = self._connected()
+        return teacher if isinstance(teacher, RemoteTeacher) else None
+
+    @property
+    def _tls_pair(self) -> tuple[Path, Path] | None:
+        """This device's own certificate and its private key; None without."""
+        return (Path(self._config.tls_cert), Path(self._config.tls_key)) if self._config.tls_cert else None
+
+    def _kserve_teacher(self) -> kserve.KServeTeacher:
+        return kserve.KServeTeacher(
+            self._config.teacher,
+            self._config.kserve,
+            api_key=self._api_key,
+            tls_ca=Path(self._config.tls_ca) if self._config.tls_ca else None,
+            tls_pair=self._tls_pair,
+            insecure=self._config.insecure,
+            wait_seconds=self._config.wait_seconds,
+            check_egress=lambda batch: self._door.check(batch),
+            tell=self._console.say,
+        )
+
+    def _remote_teacher(self) -> RemoteTeacher:
+        if not self._may_connect:
+            raise BadInput("expected a key in MEKD_API_KEY or --key-file, got neither; teacher-admin makes one")
+        return RemoteTeacher(
+            self._config.teacher,
+            api_key=self._api_key,
+            tls_ca=Path(self._config.tls_ca) if self._config.tls_ca else None,
+            tls_pair=self._tls_pair,
+            insecure=self._config.insecure,
+            wait_seconds=self._config.wait_seconds,
+            check_egress=lambda batch: self._door.check(batch),
+            tell=self._console.say,
+        )
 
     # --- the phases ---
 
@@ -289,14 +362,21 @@ class Agent:
 
     def reconcile(self) -> None:
         """Compares the journal with the teacher's books, id by id. Raises RunFolderProblem naming the ids."""
+        if self._counts_sent:
+            sent = self._journal.totals().sent_pictures
+            if self._teacher is not None or sent > 0:
+                self._console.say(f"{sent} pictures sent by this agent's own count; no books to compare with")
+            return
         ours = self._journal.charges()
         compared = digest_of(ours)
         # A run that was killed after its last answer still has to compare; one that has compared need not again.
         if self._teacher is None and (
-            not ours or self._api_key is None or self._journal.fact("compared") == compared
+            not ours or not self._may_connect or self._journal.fact("compared") == compared
         ):
             return
-        theirs = self._connected().posts(self._journal.run_id)
+        books = self._books()
+        assert books is not None
+        theirs = books.posts(self._journal.run_id)
         open_ids = self._journal.open_ids()
         wrong = sorted(
             batch_id
@@ -320,7 +400,10 @@ class Agent:
             self._journal.set_facts(agreement_synthetic=None)
 
     def _generators_inputs(self) -> str:
-        return digest_of({"identity": self._journal.fact("identity"), "classes": len(self._description.labels)})
+        identity = self._journal.fact("identity")
+        if self._counts_sent:  # how its tensors are read may still be corrected, and is no matter for the generator
+            identity = {name: value for name, value in identity.items() if name not in CORRECTABLE}
+        return digest_of({"identity": identity, "classes": len(self._description.labels)})
 
     def _generator(self) -> Generator:
         if not self._folder.has("generator.pt"):
@@ -332,7 +415,9 @@ class Agent:
 
     def _ask(self, generator: Generator) -> None:
         totals = self._journal.totals()
-        if totals.charged_pictures >= self._config.budget:
+        if self._charged(totals) >= self._config.budget:
+            if unanswered := totals.planned_pictures - totals.charged_pictures:
+                self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
         teacher = self._connected()
         outbox = pools.PoolOutbox(
@@ -343,6 +428,8 @@ class Agent:
             budget=self._config.budget,
             batch_pictures=self._config.batch_pictures,
             seed=self._config.seed,
+            counts_sent=self._counts_sent,
+            message_bytes=teacher.message_bytes,
         )
         try:
             with self._console.bar("distill: ask", "pictures") as tell:
@@ -357,6 +444,10 @@ class Agent:
             with suppress(DiskProblem):  # the reason why we are here is worth more
                 if self._journal.totals().charged_pictures > totals.charged_pictures:
                     self._begin("distill", "adapt")
+
+    def _charged(self, totals: Totals) -> int:
+        """What the budget bounds: answers that were paid for, or pictures sent where nobody but the agent counts."""
+        return totals.sent_pictures if self._counts_sent else totals.charged_pictures
 
     def _pool(self, generator: Generator) -> Pool:
         return pools.load_pool(
@@ -385,9 +476,12 @@ class Agent:
     def write_summary(self) -> dict[str, Any]:
         """Writes ``summary.json`` and returns it; null where something is not known."""
         balance: Balance | None = None
-        if self._teacher is not None or self._journal.totals().planned_pictures > 0:
+        asked = self._teacher is not None or self._journal.totals().planned_pictures > 0
+        if asked and not self._counts_sent:
             with suppress(Exception):  # a summary is written even where the teacher is away
-                balance = self._connected().balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
+                books = self._books()
+                assert books is not None
+                balance = books.balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
         by_phase = {phase: self._journal.totals(phase) for phase in PHASES}
         total = self._journal.totals()
         summary: dict[str, Any] = {
@@ -396,9 +490,11 @@ class Agent:
             "agreement_synthetic": self._journal.fact("agreement_synthetic"),
             "queries": {
                 "budget": self._config.budget,
-                "charged": total.charged_pictures,
-                **{phase: totals.charged_pictures for phase, totals in by_phase.items()},
+                "charged": self._charged(total),
+                **{phase: self._charged(totals) for phase, totals in by_phase.items()},
             },
+            "answers": pools.bought(self._journal),
+            "metered_by": self._metered_by,
             "ledger": {
                 "debited": balance.run_posted if balance else None,
                 "held": balance.held if balance else None,

@@ -23,7 +23,8 @@ Exit status:
   0 done                     4 the teacher is away        7 the disk refuses
   2 bad input                5 the key is refused         130 SIGINT
   3 the budget is spent      6 the run folder             143 SIGTERM
-After any of them the same command goes on where it was, and pays for no picture twice."""
+After any of them the same command goes on where it was, and pays for no picture twice.
+(A kserve:// teacher keeps no books: there what is sent again counts again, within --budget.)"""
 
 
 @click.group(context_settings=SETTINGS)
@@ -45,7 +46,12 @@ def main() -> None:
 @click.option(
     "--images", metavar="SOURCE", help="Local pictures: a folder (with subfolders), or digits, mnist or cifar10."
 )
-@click.option("--teacher", metavar="HOST:PORT", help="The teacher.  [default: 127.0.0.1:50051]")
+@click.option(
+    "--teacher",
+    metavar="ADDRESS",
+    help="The teacher: HOST:PORT, or kserve://HOST:PORT/MODEL[/VERSION] for a model on Triton, OpenVINO Model Server "
+    "or KServe (kserves:// with TLS).  [default: 127.0.0.1:50051]",
+)
 @click.option(
     "--student",
     metavar="NAME",
@@ -55,7 +61,8 @@ def main() -> None:
     "--budget",
     type=int,
     metavar="N",
-    help="Most pictures to pay for in this run folder, over all phases and resumes. May be raised later.  "
+    help="Most pictures to pay for (of a kserve:// teacher: to send) in this run folder, over all phases and "
+    "resumes. May be raised later.  "
     "[default: what the folder was given before, else 50000]",
 )
 @click.option(
@@ -93,6 +100,12 @@ def main() -> None:
 )
 @click.option("--wait-seconds", type=float, metavar="S", help="How long the teacher may be away.  [default: 600]")
 @click.option("--tls-ca", metavar="FILE", help="The authority that signed the teacher's certificate, PEM.")
+@click.option(
+    "--tls-cert",
+    metavar="FILE",
+    help="This device's own certificate, for a teacher that wants one, PEM; without a key it names the account.",
+)
+@click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")
 @click.option("--insecure", is_flag=True, default=None, help="Let the key travel unencrypted beyond loopback.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def run(
@@ -139,10 +152,13 @@ def status(run_dir: str, form: str) -> None:
     try:
         journal = Journal.open(path)
         totals = journal.totals()
+        metered_by = journal.fact("metered_by") or "teacher"
         found = {
             "run_id": journal.run_id,
+            "metered_by": metered_by,
             "planned": totals.planned_pictures,
-            "charged": totals.charged_pictures,
+            "sent": totals.sent_pictures,
+            "charged": totals.sent_pictures if metered_by == "agent" else totals.charged_pictures,
             "unanswered": totals.planned_pictures - totals.charged_pictures,
             "phases_done": [phase for phase in PHASES if journal.fact(f"done.{phase}") is not None],
         }

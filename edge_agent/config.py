@@ -82,13 +82,44 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KServeConfig:
+    """How pictures and answers travel to and from a KServe V2 server: section ``[teacher]``.
+
+    Needed only where the server's metadata leaves it open; empty or 0: not given.
+    """
+
+    input: str = ""
+    """Name of the tensor that takes the pictures."""
+    layout: str = ""
+    """NCHW or NHWC."""
+    channels: int = 0
+    """1 (grey) or 3 (RGB)."""
+    height: int = 0
+    """Rows of a picture."""
+    width: int = 0
+    """Columns of a picture."""
+    scale: float = 0.0
+    """What a white pixel becomes before mean and std: 255 or 1, as a rule. A black one is 0."""
+    mean: tuple[float, ...] = ()
+    """Taken off, on the scale above: a number for all channels, or one a channel."""
+    std: tuple[float, ...] = ()
+    """Divided by, after the mean: a number for all channels, or one a channel."""
+    output: str = ""
+    """Name of the tensor that holds the answers."""
+    output_kind: str = ""
+    """logits, probabilities or labels."""
+    classes: int = 0
+    """How many classes there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: what ``run.toml`` holds, with the flags of ``edge-agent run`` on top."""
 
     images: str
     """A folder of pictures, or digits, mnist or cifar10."""
     teacher: str = "127.0.0.1:50051"
-    """HOST:PORT."""
+    """HOST:PORT, or kserve://HOST:PORT/MODEL[/VERSION]; kserves:// for TLS."""
     student: str = "resnet8"
     """Architecture of the small model."""
     budget: int = 50_000
@@ -113,11 +144,17 @@ class RunConfig:
     """How long the teacher may be away."""
     tls_ca: str = ""
     """Authority of the teacher's certificate, PEM."""
+    tls_cert: str = ""
+    """This device's own certificate, for a teacher that wants one, PEM; without a key it says whose account it is."""
+    tls_key: str = ""
+    """Its private key, PEM."""
     insecure: bool = False
     """Let the key travel unencrypted beyond loopback."""
     deprivatize: DeprivatizeConfig = DeprivatizeConfig()
     distill: DistillConfig = DistillConfig()
     adapt: AdaptConfig = AdaptConfig()
+    kserve: KServeConfig = KServeConfig()
+    """Section ``[teacher]``, where the address may stand too, as ``address``."""
 
 
 class ConfigError(Exception):
@@ -134,9 +171,15 @@ def build_config(*layers: Mapping[str, Any]) -> RunConfig:
     """
     top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    tensors: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
-            if name in SECTIONS:
+            if name == "teacher" and isinstance(value, Mapping):
+                tensors.update({key: entry for key, entry in value.items() if key != "address"})
+                top |= {"teacher": value["address"]} if "address" in value else {}
+            elif name == "kserve":
+                raise ConfigError("kserve: expected the section [teacher], got this one")
+            elif name in SECTIONS:
                 if not isinstance(value, Mapping):
                     raise ConfigError(f"{name}: expected a section [{name}], got {value!r}")
                 sections[name].update(value)
@@ -145,6 +188,7 @@ def build_config(*layers: Mapping[str, Any]) -> RunConfig:
     if not top.get("images"):
         raise ConfigError("images: expected a folder of pictures, or digits, mnist or cifar10; give --images")
     built = {name: _section(SECTIONS[name], values, f"{name}.") for name, values in sections.items()}
+    built["kserve"] = _section(KServeConfig, tensors, "teacher.")
     config: RunConfig = _section(RunConfig, top | built, "")
     _check_ranges(config)
     return config
@@ -152,7 +196,18 @@ def build_config(*layers: Mapping[str, Any]) -> RunConfig:
 
 def as_layers(config: RunConfig) -> dict[str, Any]:
     """The config as plain values, as ``run.toml`` holds it and ``build_config`` reads it."""
-    return asdict(config)
+    layers = asdict(config)
+    del layers["kserve"]
+    given = given_settings(config.kserve)
+    if given:  # TOML has no place for a section beside a value of the same name
+        layers["teacher"] = {"address": config.teacher, **given}
+    return layers
+
+
+def given_settings(tensors: KServeConfig) -> dict[str, Any]:
+    """The entries of ``[teacher]`` that were given, as plain values."""
+    named = asdict(tensors).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in named if value}
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -174,16 +229,34 @@ def _section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
         if name not in known:
             raise ConfigError(f"{prefix}{name}: expected one of {', '.join(known)}; got an unknown name")
         wanted = known[name].type
+        if wanted == _NUMBERS:
+            if not _are_numbers(value):
+                raise ConfigError(f"{prefix}{name}: expected a number or a list of numbers, got {value!r}")
+            continue
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
             raise ConfigError(f"{prefix}{name}: expected a value of type {wanted.__name__}, got {value!r}")  # type: ignore[union-attr]
-    # A whole number is fine where a real one is wanted.
-    return kind(**{name: float(v) if known[name].type is float else v for name, v in values.items()})
+    return kind(**{name: _as_kept(value, known[name].type) for name, value in values.items()})
+
+
+_NUMBERS = tuple[float, ...]
+
+
+def _are_numbers(value: Any) -> bool:
+    return all(type(number) in (int, float) for number in (value if isinstance(value, list | tuple) else (value,)))
+
+
+def _as_kept(value: Any, wanted: Any) -> Any:
+    """A whole number is fine where a real one is wanted, and one number where there may be several."""
+    if wanted == _NUMBERS:
+        return tuple(float(number) for number in (value if isinstance(value, list | tuple) else (value,)))
+    return float(value) if wanted is float else value
 
 
 def _check_ranges(config: RunConfig) -> None:
     first, distill, adapt = config.deprivatize, config.distill, config.adapt
+    _check_kserve(config)
     for name, fine, expected in (
         ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
@@ -192,6 +265,8 @@ def _check_ranges(config: RunConfig) -> None:
         ("image_size", 8 <= config.image_size <= 128 and config.image_size % 4 == 0, "8 to 128, divisible by 4"),
         ("held_out_fraction", 0 <= config.held_out_fraction <= 0.5, "0 to 0.5"),
         ("wait_seconds", config.wait_seconds >= 0, "0 or more"),
+        ("tls_cert", bool(config.tls_cert) == bool(config.tls_key), "it and tls_key, or neither"),
+        ("tls_cert", not config.tls_cert or bool(config.tls_ca), "tls_ca with it"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
         ("deprivatize.steps", first.steps >= 1, "1 or more"),
         ("deprivatize.batch_count", first.batch_count >= 2, "2 or more"),
@@ -231,3 +306,28 @@ def _check_ranges(config: RunConfig) -> None:
             for part in name.split("."):
                 value = getattr(value, part)
             raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_kserve(config: RunConfig) -> None:
+    tensors = config.kserve
+    if tensors != KServeConfig() and "://" not in config.teacher:
+        raise ConfigError(
+            f"teacher: expected an address kserve://HOST:PORT/MODEL with a section [teacher], got {config.teacher!r}"
+        )
+    for name, fine, expected in (
+        ("layout", tensors.layout in ("", "NCHW", "NHWC"), "NCHW or NHWC"),
+        ("channels", tensors.channels in (0, 1, 3), "1 or 3"),
+        ("height", tensors.height >= 0, "1 or more"),
+        ("width", tensors.width >= 0, "1 or more"),
+        ("scale", 0 <= tensors.scale < math.inf, "a number above 0, 255 or 1 as a rule"),
+        ("mean", len(tensors.mean) in (0, 1, 3) and all(map(math.isfinite, tensors.mean)), "1 or 3 numbers"),
+        ("std", len(tensors.std) in (0, 1, 3) and all(0 < s < math.inf for s in tensors.std), "1 or 3 above 0"),
+        (
+            "output_kind",
+            tensors.output_kind in ("", "logits", "probabilities", "labels"),
+            "logits, probabilities or labels",
+        ),
+        ("classes", tensors.classes == 0 or tensors.classes >= 2, "2 or more"),
+    ):
+        if not fine:
+            raise ConfigError(f"teacher.{name}: expected {expected}, got {getattr(tensors, name)!r}")

@@ -43,6 +43,9 @@ class Pool:
     """Soft answers, float32."""
     class_indices_N: Tensor | None = None
     """Hard answers, int64."""
+    epsilon_N1: Tensor | None = None
+    """Of soft answers, the smallest probability that a logarithm is taken of (`responses.epsilon`), float32; None:
+    `responses.EPSILON` everywhere."""
 
     def __post_init__(self) -> None:
         """Refuse a pool with both kinds of answer, or none, or parts of different length."""
@@ -50,6 +53,8 @@ class Pool:
         if len(answers) != 1:
             raise ValueError(f"answers: expected probabilities or class indices, got {len(answers)} of the two")
         counts = [len(self.images_NCHW), len(self.latents_NL), len(answers[0])]
+        if self.epsilon_N1 is not None:
+            counts.append(len(self.epsilon_N1))
         if len(set(counts)) != 1:
             raise ValueError(f"pool: expected as many pictures, latents and answers, got {counts}")
 
@@ -63,6 +68,10 @@ class Pool:
             return self.probabilities_NK
         assert self.class_indices_N is not None
         return responses.one_hot(self.class_indices_N, class_count)
+
+    def epsilons(self) -> Tensor:
+        """Return the smallest probability (N, 1) that a logarithm is taken of."""
+        return self.epsilon_N1 if self.epsilon_N1 is not None else torch.full((len(self), 1), responses.EPSILON)
 
 
 @torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
@@ -86,9 +95,11 @@ def train_student(
     student.to(device).to(memory_format=torch.channels_last).train()
     generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
-    answers_NK = pool.answers_as_probabilities(class_count).to(device)
+    answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
-        images_NCHW, latents_NL, answers_NK = (torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK))
+        images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
+            torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
+        )
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -131,7 +142,7 @@ def train_student(
 
         with training_precision(device):
             logits_NK = student(_students_view(images_NCHW[chosen], config, rng)).float()
-        loss = answer_loss(pool, answers_NK[chosen], logits_NK, config).mean()
+        loss = answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen]).mean()
         figures = {"answer_loss": loss.item()}
         if image_count > 0:
             few = chosen[:image_count]
@@ -158,11 +169,20 @@ def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Genera
     return augment.shift(normalise(images_NCHW), largest_px=config.shift_px, rng=rng)
 
 
-def answer_loss(pool: Pool, answers_NK: Tensor, logits_NK: Tensor, config: DistillConfig) -> Tensor:
-    """The divergence from a soft answer, or the cross-entropy to a hard one. Returns (N,)."""
+def answer_loss(
+    pool: Pool,
+    answers_NK: Tensor,
+    logits_NK: Tensor,
+    config: DistillConfig,
+    epsilon: float | Tensor = responses.EPSILON,
+) -> Tensor:
+    """The divergence from a soft answer, or the cross-entropy to a hard one. Returns (N,).
+
+    `epsilon`, a number or (N, 1): the smallest probability of a soft answer that a logarithm is taken of.
+    """
     if pool.class_indices_N is not None:
         return losses.smoothed_cross_entropy(answers_NK.argmax(dim=1), logits_NK, config.label_smoothing)
-    softened_NK = responses.soften(answers_NK, config.temperature)
+    softened_NK = responses.soften(answers_NK, config.temperature, epsilon)
     return config.temperature**2 * losses.kl_divergence(softened_NK, logits_NK / config.temperature)
 
 

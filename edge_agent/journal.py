@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
 
-FORMAT = 2
+FORMAT = 3
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -34,17 +34,27 @@ CREATE TABLE batches (
     receipt_account TEXT,
     receipt_sequence INTEGER,
     receipt_head BLOB,
+    sent_pictures INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (phase, slot)
 ) STRICT;
 """
 
-# Format 1 kept no receipts.
-_FROM_FORMAT_1 = """
+# The format that a journal has -> what makes it the next one, a statement a line.
+_UPGRADES = {
+    # Format 1 kept no receipts.
+    1: """
 ALTER TABLE batches ADD COLUMN receipt_account TEXT;
 ALTER TABLE batches ADD COLUMN receipt_sequence INTEGER;
 ALTER TABLE batches ADD COLUMN receipt_head BLOB;
 UPDATE facts SET value = '2' WHERE name = 'format';
-"""
+""",
+    # Format 2 counted the bytes of every sending, but not its pictures; the one follows from the other.
+    2: """
+ALTER TABLE batches ADD COLUMN sent_pictures INTEGER NOT NULL DEFAULT 0;
+UPDATE batches SET sent_pictures = picture_count * max(1, sent_bytes / max(1, length(request)));
+UPDATE facts SET value = '3' WHERE name = 'format';
+""",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +80,13 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over a phase's rows. Bytes are of serialised batches and results, repeats included."""
+    """Sums over a phase's rows. Bytes are of messages as they travel, repeats included."""
 
     planned_pictures: int
+    sent_pictures: int
+    """Every sending counts, a repeat too, and it counts before it is sent."""
     charged_pictures: int
+    """Of answered batches."""
     sent_bytes: int
     received_bytes: int
 
@@ -100,8 +113,8 @@ class Journal:
             journal._path = path
             if journal.fact("format") is None:
                 journal.set_facts(format=FORMAT, run_id=uuid.uuid4().hex)
-            if journal.fact("format") == 1:
-                journal._upgrade()
+            while journal.fact("format") in _UPGRADES:
+                journal._upgrade(journal.fact("format"))
         if journal.fact("format") != FORMAT:
             raise RunFolderProblem(
                 f"{path}: expected a journal of format {FORMAT}, got {journal.fact('format')}; give another --run-dir"
@@ -129,25 +142,33 @@ class Journal:
                 [(name, json.dumps(value)) for name, value in facts.items()],
             )
 
-    def plan(self, phase: str, batch: Batch) -> None:
-        """Makes a batch durable before it is sent. The position must be free."""
+    def plan(self, phase: str, batch: Batch, *, sent_bytes: int | None = None) -> None:
+        """Makes a batch, and that it is sent, durable before it is sent. The position must be free.
+
+        ``sent_bytes``: its size as it travels, where that is not ``request``.
+        """
+        bytes_now = len(batch.request) if sent_bytes is None else sent_bytes
         with self._transaction() as connection:
-            self._insert(connection, phase, batch, sent_bytes=len(batch.request))
+            self._insert(connection, phase, batch, sent_bytes=bytes_now, sent_pictures=batch.picture_count)
 
     def replan(self, phase: str, refused_id: str, batch: Batch) -> None:
         """Puts another batch in the place of one that the teacher refused (and so never charged)."""
         with self._transaction() as connection:
             # What the refused one cost on the wire stays counted; the new one counts when it is sent.
             gone = connection.execute(
-                "DELETE FROM batches WHERE batch_id = ? AND answer IS NULL RETURNING sent_bytes", (refused_id,)
+                "DELETE FROM batches WHERE batch_id = ? AND answer IS NULL RETURNING sent_bytes, sent_pictures",
+                (refused_id,),
             ).fetchone()
-            self._insert(connection, phase, batch, sent_bytes=gone[0] if gone else 0)
+            sent_bytes, sent_pictures = gone or (0, 0)
+            self._insert(connection, phase, batch, sent_bytes=sent_bytes, sent_pictures=sent_pictures)
 
-    def count_repeat(self, batch_id: str) -> None:
-        """Adds one more sending to a row's bytes."""
+    def count_repeat(self, batch_id: str, *, sent_bytes: int | None = None) -> None:
+        """Adds one more sending to a row's pictures and bytes, durable before it is sent; ``sent_bytes`` as above."""
         with self._transaction() as connection:
             connection.execute(
-                "UPDATE batches SET sent_bytes = sent_bytes + length(request) WHERE batch_id = ?", (batch_id,)
+                "UPDATE batches SET sent_bytes = sent_bytes + coalesce(?, length(request)), "
+                "sent_pictures = sent_pictures + picture_count WHERE batch_id = ?",
+                (sent_bytes, batch_id),
             )
 
     def keep_answer(
@@ -176,12 +197,19 @@ class Journal:
 
     def totals(self, phase: str | None = None) -> Totals:
         """Sums over one phase, or over all."""
-        planned, charged, sent, received = self._one(
-            "SELECT coalesce(sum(picture_count), 0), coalesce(sum(charged_count), 0), coalesce(sum(sent_bytes), 0), "
-            "coalesce(sum(received_bytes), 0) FROM batches WHERE ?1 IS NULL OR phase = ?1",
+        planned, sent_pictures, charged, sent_bytes, received_bytes = self._one(
+            "SELECT coalesce(sum(picture_count), 0), coalesce(sum(sent_pictures), 0), "
+            "coalesce(sum(charged_count), 0), coalesce(sum(sent_bytes), 0), coalesce(sum(received_bytes), 0) "
+            "FROM batches WHERE ?1 IS NULL OR phase = ?1",
             phase,
         )
-        return Totals(planned_pictures=planned, charged_pictures=charged, sent_bytes=sent, received_bytes=received)
+        return Totals(
+            planned_pictures=planned,
+            sent_pictures=sent_pictures,
+            charged_pictures=charged,
+            sent_bytes=sent_bytes,
+            received_bytes=received_bytes,
+        )
 
     def charges(self) -> dict[str, int]:
         """Batch id -> pictures charged, for every answered batch."""
@@ -214,16 +242,18 @@ class Journal:
         """Closes the file."""
         self._connection.close()
 
-    def _upgrade(self) -> None:
+    def _upgrade(self, before: int) -> None:
         with self._transaction() as connection:
-            if self.fact("format") == 1:  # and not upgraded by another program meanwhile
-                for statement in _FROM_FORMAT_1.strip().split("\n"):
+            if self.fact("format") == before:  # and not upgraded by another program meanwhile
+                for statement in _UPGRADES[before].strip().split("\n"):
                     connection.execute(statement)
 
-    def _insert(self, connection: sqlite3.Connection, phase: str, batch: Batch, *, sent_bytes: int) -> None:
+    def _insert(
+        self, connection: sqlite3.Connection, phase: str, batch: Batch, *, sent_bytes: int, sent_pictures: int
+    ) -> None:
         connection.execute(
-            "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes, sent_pictures) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 phase,
                 batch.slot,
@@ -232,6 +262,7 @@ class Journal:
                 batch.request,
                 batch.latents,
                 sent_bytes,
+                sent_pictures,
             ),
         )
 

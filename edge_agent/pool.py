@@ -35,7 +35,13 @@ PAUSE_SECONDS = 0.5
 
 
 class PoolOutbox:
-    """Batches to send: first what a former run left unanswered, then new ones until the budget is planned."""
+    """Batches to send: first what a former run left unanswered, then new ones until the budget is planned.
+
+    Args:
+        budget: most pictures that are planned, or sent where the agent counts them.
+        counts_sent: the teacher counts nothing, so the agent counts: every sending uses up the budget, a repeat too.
+        message_bytes: size of a batch as it travels; None: the request's own.
+    """
 
     def __init__(
         self,
@@ -47,7 +53,13 @@ class PoolOutbox:
         budget: int,
         batch_pictures: int,
         seed: int,
+        counts_sent: bool = False,
+        message_bytes: Callable[[Batch], int] | None = None,
     ) -> None:
+        self.counts_sent = counts_sent
+        self.given_up_pictures = 0
+        """Sent and not answered, and no budget left to send them again."""
+        self._message_bytes = message_bytes
         self._journal = journal
         self._generator = generator
         self._door = door
@@ -56,7 +68,9 @@ class PoolOutbox:
         self._batch_pictures = min(batch_pictures, description.max_batch_pictures)
         self._seed = seed
         self._again: deque[Batch] = deque(journal.unanswered(PHASE))
-        self._planned_pictures = journal.totals().planned_pictures
+        totals = journal.totals()
+        self._planned_pictures = totals.planned_pictures
+        self._sent_pictures = totals.sent_pictures
         self._next_slot = journal.slots(PHASE)
         self._stopped = False
 
@@ -64,20 +78,23 @@ class PoolOutbox:
         if self._stopped:
             return None
         if self._again:
-            batch = self._again.popleft()
-            self.repeated(batch)
-            return batch
-        count = min(self._batch_pictures, self._budget - self._planned_pictures)
+            again = self._repeatable()
+            if again is not None:
+                self.repeated(again)
+            return again
+        count = min(self._batch_pictures, self._left())
         if count <= 0:
             return None
         batch = self._new_batch(self._next_slot, count)
-        self._journal.plan(PHASE, batch)
+        self._journal.plan(PHASE, batch, sent_bytes=self._bytes(batch))
         self._next_slot += 1
         self._planned_pictures += count
+        self._sent_pictures += count
         return batch
 
     def repeated(self, batch: Batch) -> None:
-        self._journal.count_repeat(batch.batch_id)
+        self._journal.count_repeat(batch.batch_id, sent_bytes=self._bytes(batch))
+        self._sent_pictures += batch.picture_count
 
     def shrink(self, refused: Batch, picture_count: int) -> None:
         """Plans the first pictures of a refused batch under a new id, in its place."""
@@ -89,13 +106,34 @@ class PoolOutbox:
         self._planned_pictures -= refused.picture_count - picture_count
         self._again.appendleft(smaller)
 
-    def again(self, refused: Batch) -> None:
-        """Puts a refused batch back to be sent once more."""
-        self._again.append(refused)
+    def again(self, batch: Batch) -> bool:
+        self._again.append(batch)
+        return not self.counts_sent or self._left() > 0
 
     def stop(self) -> None:
         """Nothing more is sent; what is planned stays in the journal for the next run."""
         self._stopped = True
+
+    def _left(self) -> int:
+        """Pictures that the budget still allows."""
+        return self._budget - (self._sent_pictures if self.counts_sent else self._planned_pictures)
+
+    def _repeatable(self) -> Batch | None:
+        """The next batch to be sent once more; where the budget has no room for all of it, its first pictures."""
+        while self._again:
+            batch = self._again.popleft()
+            # A teacher that keeps books has charged a batch once at most, and under its id alone: it stays whole.
+            fitting = min(batch.picture_count, self._batch_pictures, self._left()) if self.counts_sent else None
+            if fitting is None or fitting == batch.picture_count:
+                return batch
+            if fitting > 0:
+                self.shrink(batch, fitting)
+            else:
+                self.given_up_pictures += batch.picture_count
+        return None
+
+    def _bytes(self, batch: Batch) -> int | None:
+        return None if self._message_bytes is None else self._message_bytes(batch)
 
     def _new_batch(self, slot: int, count: int) -> Batch:
         # The generator's randomness for a slot hangs on the run's seed and the slot alone.
@@ -144,7 +182,8 @@ def fill_pool(
             if available > 0:
                 outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
             elif held > 0 and waited < HOLD_EXPIRY_SECONDS:
-                time.sleep(PAUSE_SECONDS)
+                # Where asking costs, it is asked once.
+                time.sleep(HOLD_EXPIRY_SECONDS if outbox.counts_sent else PAUSE_SECONDS)
                 outbox.again(settled.batch)
             else:
                 spent = settled.refusal.message
@@ -156,6 +195,12 @@ def fill_pool(
             f"the account's budget is spent after {answered} answers of this run ({spent}); they are kept. "
             "Start the same command again after a grant"
         )
+    if outbox.given_up_pictures > 0:
+        raise BudgetSpent(
+            f"the budget is used: {outbox.given_up_pictures} pictures were sent and not answered, and sending them "
+            f"again would be more than --budget. {answered} answers are kept: raise --budget, or start the same "
+            "command again to train on those"
+        )
 
 
 def keep(journal: Journal, answered: Answered, description: Description) -> None:
@@ -165,15 +210,17 @@ def keep(journal: Journal, answered: Answered, description: Description) -> None
         batch.batch_id,
         answer=result.answer.SerializeToString(),
         charged_count=result.answer.charged_count,
-        received_bytes=result.ByteSize(),
+        received_bytes=result.ByteSize() if answered.received_bytes is None else answered.received_bytes,
         receipt=_receipt(result),
     )
     _checked(batch, result.answer, description)
 
 
 def load_pool(journal: Journal, generator: Generator, description: Description, *, label_smoothing: float) -> Pool:
-    """Every answered picture, at the generator's size. Where the policy changed on the way, indices become
-    probabilities smoothed by ``label_smoothing``. Raises BadInput for an empty pool or an answer that is none.
+    """Every answered picture, at the generator's size, each answer as its own policy left it.
+
+    Where some answers are indices and others are not, indices become probabilities smoothed by ``label_smoothing``.
+    Raises BadInput for an empty pool or an answer that is none.
     """
     class_count = len(description.labels)
     latent_count = generator.arguments["class_count"] + generator.arguments["noise_count"]
@@ -181,14 +228,18 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
     images: list[Tensor] = []
     latents: list[Tensor] = []
     answers: list[codec.Float32Array | codec.Int64Array] = []
+    epsilons: list[Tensor] = []
     for batch in journal.answered(PHASE):
         assert batch.answer is not None
         # Looked at once more: a run that stopped at such an answer is started again.
-        sent_NCHW, answer = _checked(batch, wire.Answer.FromString(batch.answer), description)
+        kept = wire.Answer.FromString(batch.answer)
+        sent_NCHW, answer = _checked(batch, kept, description)
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
         latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(-1, latent_count).copy()
         latents.append(torch.from_numpy(latents_NL))
         answers.append(answer)
+        epsilon = responses.epsilon(codec.decimals_of(kept), class_count)
+        epsilons.append(torch.full((batch.picture_count, 1), epsilon))
     if not images:
         raise BadInput("expected answers to train on, the journal has none; raise --budget")
     kinds = {answer.ndim for answer in answers}
@@ -196,7 +247,22 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
         indices_N = torch.from_numpy(np.concatenate(answers))
         return Pool(images_NCHW=torch.cat(images), latents_NL=torch.cat(latents), class_indices_N=indices_N)
     soft = [_as_probabilities(answer, class_count, label_smoothing) for answer in answers]
-    return Pool(images_NCHW=torch.cat(images), latents_NL=torch.cat(latents), probabilities_NK=torch.cat(soft))
+    return Pool(
+        images_NCHW=torch.cat(images),
+        latents_NL=torch.cat(latents),
+        probabilities_NK=torch.cat(soft),
+        epsilon_N1=torch.cat(epsilons),
+    )
+
+
+def bought(journal: Journal) -> dict[str, int]:
+    """Kind of answer -> pictures answered so, in the order that they came: more than one where the policy changed."""
+    found: dict[str, int] = {}
+    for batch in journal.answered(PHASE):
+        assert batch.answer is not None
+        kind = codec.kind_of(wire.Answer.FromString(batch.answer))
+        found[kind] = found.get(kind, 0) + batch.picture_count
+    return found
 
 
 def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
@@ -208,6 +274,7 @@ def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
             latents_NL=pool.latents_NL[where],
             probabilities_NK=None if pool.probabilities_NK is None else pool.probabilities_NK[where],
             class_indices_N=None if pool.class_indices_N is None else pool.class_indices_N[where],
+            epsilon_N1=None if pool.epsilon_N1 is None else pool.epsilon_N1[where],
         )
 
     border = len(pool) - held_out

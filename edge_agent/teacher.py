@@ -1,4 +1,4 @@
-"""The teacher as the agent sees it; the sole importer of grpc on this side.
+"""The teacher as the agent sees it, and the one that speaks this project's own protocol.
 
 ``RemoteTeacher.answers`` keeps a window of batches outstanding, reconnects, and sends again by id whatever has not
 been answered. It knows neither phases nor losses, and it may be wrong about nothing that costs money: an id is only
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
 from edge_agent.failures import BadCredential, BadInput, TeacherAway
@@ -32,6 +33,7 @@ SILENCE_SECONDS = 120.0  # a stream with batches outstanding that says nothing f
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 5.0
 ENGINE_ATTEMPTS = 3
+_PAIR_FLAGS = ("--tls-cert", "--tls-key")
 LARGEST_WINDOW = 256  # batches: they are kept in memory, and the queues of a stream are bounded
 
 _CREDENTIAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -68,10 +70,14 @@ class Balance:
 
 @dataclass(frozen=True)
 class Answered:
-    """A batch and its paid answer."""
+    """A batch and its paid answer.
+
+    ``received_bytes``: what came over the network, where that was another message than ``result``.
+    """
 
     batch: Batch
     result: wire.BatchResult
+    received_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,16 @@ class Refused:
 
 
 class Outbox(Protocol):
-    """Where batches to send come from; each is durable before ``next_batch`` returns it."""
+    """Where batches to send come from; each, and that it is sent, is durable before ``next_batch`` returns it."""
 
     def next_batch(self) -> Batch | None:
         """The next batch to send; None when there is none just now."""
 
     def repeated(self, batch: Batch) -> None:
         """Told that a batch is about to be sent once more."""
+
+    def again(self, batch: Batch) -> bool:
+        """Takes a batch back, to be sent once more as far as the budget allows; False where it allows nothing."""
 
 
 class Teacher(Protocol):
@@ -100,6 +109,16 @@ class Teacher(Protocol):
 
     def answers(self, run_id: str, model_digest: str, outbox: Outbox) -> Iterator[Answered | Refused]:
         """Sends what the outbox holds, and yields what comes of it, until it is empty and all is settled."""
+
+    def message_bytes(self, batch: Batch) -> int:
+        """Size of a batch as it travels."""
+
+    def close(self) -> None:
+        """Closes the connection."""
+
+
+class Books(Protocol):
+    """A teacher that counts what it charges."""
 
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
         """The books; waits `within_seconds` at most, where given."""
@@ -113,8 +132,9 @@ class RemoteTeacher:
 
     Args:
         address: HOST:PORT.
-        api_key: travels as ``authorization: Bearer KEY``.
+        api_key: travels as ``authorization: Bearer KEY``; None: nothing does.
         tls_ca: authority of the server's certificate; None: unencrypted, refused beyond loopback unless ``insecure``.
+        tls_pair: this device's certificate and its key, for a server that wants them; they may stand in for a key.
         wait_seconds: how long the teacher may be away before TeacherAway.
         check_egress: sees every batch just before it leaves, and raises to keep it here (``egress``).
         tell: gets one line when the connection is lost.
@@ -124,8 +144,9 @@ class RemoteTeacher:
         self,
         address: str,
         *,
-        api_key: str,
+        api_key: str | None,
         tls_ca: Path | None = None,
+        tls_pair: tuple[Path, Path] | None = None,
         insecure: bool = False,
         wait_seconds: float = 600.0,
         check_egress: Callable[[wire.Batch], None],
@@ -134,9 +155,10 @@ class RemoteTeacher:
         self._address = address
         self._wait_seconds = wait_seconds
         self._check_egress = check_egress
-        self._tell = tell
-        self._metadata = (("authorization", f"Bearer {api_key}"),)
-        self._channel = _channel(address, tls_ca, insecure)
+        self._link = Link(address, api_key=api_key, wait_seconds=wait_seconds, tell=tell)
+        self._channel = open_channel(
+            address, tls=tls_ca is not None, tls_ca=tls_ca, tls_pair=tls_pair, insecure=insecure
+        )
         self._inference = TeacherInferenceStub(self._channel)
         self._ledger = QuotaLedgerStub(self._channel)
 
@@ -145,7 +167,7 @@ class RemoteTeacher:
         self._channel.close()
 
     def describe(self) -> Description:
-        answer = self._unary(self._inference.Describe, wire.DescribeRequest())
+        answer = self._link.unary(self._inference.Describe, wire.DescribeRequest())
         if wire.IMAGE_ENCODING_RAW_UINT8 not in answer.encodings:
             raise BadInput(
                 f"the teacher at {self._address} takes no encoding that this agent knows; update the agent"
@@ -164,7 +186,7 @@ class RemoteTeacher:
 
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
         request = ledger_wire.GetBalanceRequest(run_id=run_id)
-        answer = self._unary(self._ledger.GetBalance, request, within_seconds)
+        answer = self._link.unary(self._ledger.GetBalance, request, within_seconds)
         return Balance(run_posted=answer.run_posted_count, held=answer.held_count, balance=answer.balance_count)
 
     def posts(self, run_id: str) -> dict[str, int]:
@@ -172,7 +194,7 @@ class RemoteTeacher:
         after = 0
         while True:
             request = ledger_wire.ListStatementRequest(run_id=run_id, after_sequence=after)
-            page = self._unary(self._ledger.ListStatement, request)
+            page = self._link.unary(self._ledger.ListStatement, request)
             for entry in page.entries:
                 if entry.kind == ledger_wire.ENTRY_KIND_POST:
                     found[entry.batch_id] = found.get(entry.batch_id, 0) + entry.picture_count
@@ -180,11 +202,14 @@ class RemoteTeacher:
             if after == 0:
                 return found
 
+    def message_bytes(self, batch: Batch) -> int:
+        return len(batch.request)
+
     def answers(self, run_id: str, model_digest: str, outbox: Outbox) -> Iterator[Answered | Refused]:
         exchange = _Exchange(outbox)
-        patience = _Patience(self._wait_seconds)
+        patience = Patience(self._wait_seconds)
         while not exchange.finished():
-            stream = _Stream(self._inference, self._metadata, run_id, self._check_egress)
+            stream = _Stream(self._inference, self._link.metadata, run_id, self._check_egress)
             try:
                 window = self._accepted(stream, model_digest)
                 exchange.connection_is_new()
@@ -192,10 +217,7 @@ class RemoteTeacher:
                     patience.renew()
                     yield settled
             except grpc.RpcError as error:
-                self._raise_if_final(error)
-                pause = patience.pause(f"the teacher at {self._address} is away ({_brief(error)})")
-                self._tell(f"the teacher at {self._address} is away ({_brief(error)}); trying again in {pause:.1f} s")
-                time.sleep(pause)
+                self._link.wait_out(error, patience)
             finally:
                 stream.close()
 
@@ -213,49 +235,85 @@ class RemoteTeacher:
             )
         return max(1, min(int(response.accepted.window_batches), LARGEST_WINDOW))
 
-    def _unary(self, call: Callable[..., Any], request: Any, within_seconds: float | None = None) -> Any:
-        patience = _Patience(self._wait_seconds if within_seconds is None else within_seconds)
+
+class Link:
+    """An address, what every call to it carries, and how long it may be away.
+
+    Args:
+        address: as it is named to a person.
+        api_key: travels as ``authorization: Bearer KEY``; None: nothing does.
+        wait_seconds: how long the teacher may be away before TeacherAway.
+        tell: gets one line when a call fails and is made again.
+    """
+
+    def __init__(
+        self, address: str, *, api_key: str | None, wait_seconds: float, tell: Callable[[str], None]
+    ) -> None:
+        self._address = address
+        self._wait_seconds = wait_seconds
+        self._tell = tell
+        self.metadata: tuple[tuple[str, str], ...] = ()
+        if api_key is not None:
+            self.metadata = (("authorization", f"Bearer {api_key}"),)
+
+    def unary(self, call: Callable[..., Any], request: Any, within_seconds: float | None = None) -> Any:
+        """The answer to one call, made again while the teacher is away. Raises Failure, no grpc.RpcError."""
+        patience = Patience(self._wait_seconds if within_seconds is None else within_seconds)
         timeout_seconds = UNARY_TIMEOUT_SECONDS if within_seconds is None else within_seconds
         while True:
             try:
-                return call(request, metadata=self._metadata, timeout=timeout_seconds)
+                return call(request, metadata=self.metadata, timeout=timeout_seconds)
             except grpc.RpcError as error:
-                self._raise_if_final(error)
-                pause = patience.pause(f"the teacher at {self._address} is away ({_brief(error)})")
-                self._tell(f"the teacher at {self._address} is away ({_brief(error)}); trying again in {pause:.1f} s")
-                time.sleep(pause)
+                self.wait_out(error, patience)
 
-    def _raise_if_final(self, error: grpc.RpcError) -> None:
+    def wait_out(self, error: grpc.RpcError, patience: "Patience") -> None:
+        """Sleeps before the next attempt. Raises what is final as its failure, and TeacherAway."""
+        advised_seconds = _advised_wait(error)
+        if advised_seconds is None:
+            self.raise_if_final(error)
+        self.sleep(error, patience, advised_seconds or 0.0)
+
+    def sleep(self, error: grpc.RpcError, patience: "Patience", at_least_seconds: float = 0.0) -> None:
+        """Sleeps before the next attempt, and says why. Raises TeacherAway."""
+        pause = patience.pause(f"the teacher at {self._address} is away ({brief(error)})", at_least_seconds)
+        self._tell(f"the teacher at {self._address} is away ({brief(error)}); trying again in {pause:.1f} s")
+        time.sleep(pause)
+
+    def raise_if_final(self, error: grpc.RpcError) -> None:
+        """Raises BadCredential or BadInput for a status that waiting does not change."""
         code = error.code()
         if code in _CREDENTIAL:
+            given = "refuses the key" if self.metadata else "wants a key"
             raise BadCredential(
-                f"the teacher at {self._address} refuses the key: {error.details()}; "
+                f"the teacher at {self._address} {given}: {brief(error)}; "
                 "give a valid one in MEKD_API_KEY or --key-file"
             ) from None
         if code is grpc.StatusCode.UNIMPLEMENTED:
             raise BadInput(
-                f"expected a teacher of this protocol at {self._address}, got a server without it: {error.details()}"
+                f"expected a teacher of this protocol at {self._address}, got a server without it: {brief(error)}"
             ) from None
         if code not in _PASSING:
-            raise BadInput(f"the teacher at {self._address} refuses: {_brief(error)}") from None
+            raise BadInput(f"the teacher at {self._address} refuses: {brief(error)}") from None
 
 
-class _Patience:
+class Patience:
     """Pauses that grow, until the teacher has been away for too long."""
 
-    def __init__(self, wait_seconds: float) -> None:
+    def __init__(self, wait_seconds: float, longest_pause_seconds: float | None = None) -> None:
         self._wait_seconds = wait_seconds
+        self._longest_pause = LONGEST_PAUSE_SECONDS if longest_pause_seconds is None else longest_pause_seconds
         self.renew()
 
     def renew(self) -> None:
+        """The teacher was there: the waiting begins anew."""
         self._until = time.monotonic() + self._wait_seconds
         self._pause = FIRST_PAUSE_SECONDS
 
-    def pause(self, why: str) -> float:
+    def pause(self, why: str, at_least_seconds: float = 0.0) -> float:
         """Seconds to wait now. Raises TeacherAway when there is no patience left."""
         self.check(why)
-        pause, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE_SECONDS)
-        return min(pause, max(0.0, self._until - time.monotonic()))
+        pause, self._pause = self._pause, min(self._pause * 2, self._longest_pause)
+        return min(max(pause, at_least_seconds), max(0.0, self._until - time.monotonic()))
 
     def check(self, why: str) -> None:
         """Raises TeacherAway when there is no patience left."""
@@ -361,7 +419,7 @@ class _Exchange:
         self._later = []
         self._draining = False
 
-    def over(self, stream: _Stream, window: int, patience: _Patience) -> Iterator[Answered | Refused]:
+    def over(self, stream: _Stream, window: int, patience: Patience) -> Iterator[Answered | Refused]:
         """Sends and receives until all is settled. Raises grpc.RpcError when the stream is over."""
         while True:
             self._send_what_fits(stream, window)
@@ -416,7 +474,7 @@ class _Exchange:
             stream.send(batch)
         self._to_send = []
 
-    def _refused(self, batch: Batch, status: Status, patience: _Patience) -> Refused | None:
+    def _refused(self, batch: Batch, status: Status, patience: Patience) -> Refused | None:
         refusal = Refusal.from_status(status)
         retry_seconds = refusal.retry_seconds
         if refusal.reason is Reason.ENGINE_FAILED:
@@ -440,27 +498,47 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def _channel(address: str, tls_ca: Path | None, insecure: bool) -> grpc.Channel:
+def open_channel(
+    address: str,
+    *,
+    tls: bool,
+    tls_ca: Path | None = None,
+    tls_pair: tuple[Path, Path] | None = None,
+    insecure: bool = False,
+    keepalive: bool = True,
+    retries: bool = True,
+) -> grpc.Channel:
+    """A channel to HOST:PORT; ``tls`` without ``tls_ca`` trusts the authorities that gRPC knows.
+
+    ``keepalive``: pings while nothing is said; not every server suffers them. ``retries``: gRPC may send
+    a call once more by itself where the server has not looked at it. Raises BadInput.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise BadInput(f"--teacher: expected HOST:PORT, got {address!r}")
     options: list[tuple[str, int]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
+    if not retries:
+        options.append(("grpc.enable_retries", 0))
+    if keepalive:  # also while no call is open, and however long nothing is said: what NAT forgets is lost
+        options += [
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),  # what gRPC goes by; its default is a minute
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
     if is_loopback(address):
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy would send loopback traffic to a stranger
-    if tls_ca is not None:
-        try:
-            roots = tls_ca.read_bytes()
-        except OSError as error:
-            raise BadInput(f"--tls-ca {tls_ca}: {error.strerror}") from None
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options)
+    if tls:
+        cert, key = (_pem(path, flag) for path, flag in zip(tls_pair or (None, None), _PAIR_FLAGS, strict=True))
+        credentials = grpc.ssl_channel_credentials(_pem(tls_ca, "--tls-ca"), key, cert)
+        return grpc.secure_channel(address, credentials, options)
     if not is_loopback(address) and not insecure:
         raise BadInput(
             f"--teacher {address} is not loopback: give --tls-ca, or --insecure if the key may travel unencrypted"
@@ -468,5 +546,22 @@ def _channel(address: str, tls_ca: Path | None, insecure: bool) -> grpc.Channel:
     return grpc.insecure_channel(address, options)
 
 
-def _brief(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details() or 'no details'}"
+def _pem(path: Path | None, flag: str) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: {error.strerror}") from None
+
+
+def _advised_wait(error: grpc.RpcError) -> float | None:
+    """Seconds to wait, where the server said so in its status: a limit that passes is no fault of the request."""
+    trailing: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    try:
+        return Refusal.from_status(Status.FromString(dict(trailing or ())["grpc-status-details-bin"])).retry_seconds
+    except (KeyError, DecodeError):
+        return None
+
+
+def brief(error: grpc.RpcError) -> str:
+    """A status in one line."""
+    return f"{error.code().name}: {' '.join((error.details() or 'no details').split())}"

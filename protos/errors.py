@@ -6,7 +6,8 @@ same on both sides of the wire: ``Refusal.from_status(refusal.to_status()) == re
 """
 
 import enum
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
@@ -23,7 +24,11 @@ class Reason(enum.Enum):
 
     BUDGET_EXHAUSTED = enum.auto()
     OVERLOADED = enum.auto()
+    RATE_LIMITED = enum.auto()
+    TOO_MANY_STREAMS = enum.auto()
+    TOO_MANY_OUTSTANDING = enum.auto()
     DRAINING = enum.auto()
+    DEADLINE_EXCEEDED = enum.auto()
     LEDGER_UNAVAILABLE = enum.auto()
     LEDGER_REFUSED = enum.auto()
     STREAM_NOT_CONFIGURED = enum.auto()
@@ -33,6 +38,8 @@ class Reason(enum.Enum):
     BATCH_IN_FLIGHT = enum.auto()
     HOLD_LOST = enum.auto()
     ANSWER_EXPIRED = enum.auto()
+    UNKNOWN_MODEL = enum.auto()
+    UNIMPLEMENTED = enum.auto()
     UNAUTHENTICATED = enum.auto()
     PERMISSION_DENIED = enum.auto()
     ENGINE_FAILED = enum.auto()
@@ -58,8 +65,27 @@ TABLE: dict[Reason, Entry] = {
         "the queue is full ({limit} pictures); send the same batch again",
         0.2,
     ),
+    # Limits of an account, or of the server as a whole. They pass by themselves: not to be taken for a spent budget.
+    Reason.RATE_LIMITED: Entry(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "the account may ask for {limit} pictures a second; send the same batch again in {wait} s",
+        1.0,
+    ),
+    Reason.TOO_MANY_STREAMS: Entry(
+        code_pb2.RESOURCE_EXHAUSTED, "{whose} may have {limit} streams open at once; connect again later", 2.0
+    ),
+    Reason.TOO_MANY_OUTSTANDING: Entry(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "the account may have {limit} pictures outstanding, {requested} were asked for and {outstanding} are being "
+        "answered; send the same batch again",
+        0.2,
+    ),
     Reason.DRAINING: Entry(
         code_pb2.UNAVAILABLE, "the server is stopping; connect again and send the same batch", 1.0
+    ),
+    Reason.DEADLINE_EXCEEDED: Entry(
+        code_pb2.DEADLINE_EXCEEDED,
+        "the call's deadline passed before the model had begun with the batch; nothing was charged",
     ),
     Reason.LEDGER_UNAVAILABLE: Entry(
         code_pb2.UNAVAILABLE,
@@ -92,6 +118,9 @@ TABLE: dict[Reason, Entry] = {
         code_pb2.FAILED_PRECONDITION,
         "batch {batch_id} was answered and charged before, but its answer is no longer kept",
     ),
+    # Of the Open Inference Protocol. Clients look for the first four words.
+    Reason.UNKNOWN_MODEL: Entry(code_pb2.NOT_FOUND, "Request for unknown model: {model} is not found"),
+    Reason.UNIMPLEMENTED: Entry(code_pb2.UNIMPLEMENTED, "{method} is not offered by this server"),
     Reason.UNAUTHENTICATED: Entry(
         code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
     ),
@@ -109,11 +138,13 @@ class Refusal(Exception):
     """A request refused for a reason of the table.
 
     ``variables`` fill the sentence and travel in ErrorInfo.metadata; a missing one is a programming error
-    (KeyError at the first rendering, and a test renders every row).
+    (KeyError at the first rendering, and a test renders every row). ``wait_seconds`` is a wait computed for this very
+    request, in place of the table's; only where the table gives advice at all.
     """
 
     reason: Reason
     variables: dict[str, str] = field(default_factory=dict)
+    wait_seconds: float | None = None
 
     __hash__ = Exception.__hash__  # a dataclass with eq drops it, and the runtime keeps exceptions in sets
 
@@ -137,7 +168,13 @@ class Refusal(Exception):
     @property
     def retry_seconds(self) -> float | None:
         """How long to wait before the same request may succeed; None where waiting does not help."""
-        return TABLE[self.reason].retry_seconds
+        advised = TABLE[self.reason].retry_seconds
+        return advised if advised is None or self.wait_seconds is None else self.wait_seconds
+
+    def after(self, seconds: float) -> "Refusal":
+        """The same refusal with a computed wait, in whole milliseconds; for reasons where waiting helps."""
+        advised, rounded = TABLE[self.reason].retry_seconds, math.ceil(max(0.0, seconds) * 1000) / 1000
+        return self if advised is None else replace(self, wait_seconds=None if rounded == advised else rounded)
 
     def __str__(self) -> str:
         return f"{self.reason.name}: {self.message}"
@@ -154,21 +191,31 @@ class Refusal(Exception):
             status.details.add().Pack(BadRequest(field_violations=[broken]))
         if self.retry_seconds is not None:
             delay = Duration()
-            delay.FromNanoseconds(int(self.retry_seconds * 1e9))
+            delay.FromNanoseconds(round(self.retry_seconds * 1e9))
             status.details.add().Pack(RetryInfo(retry_delay=delay))
         return status
 
     @classmethod
     def from_status(cls, status: Status) -> "Refusal":
         """The refusal in a status; UNKNOWN with the status's own message where the table has no such row."""
-        info = ErrorInfo()
-        for detail in status.details:
-            try:
-                if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-                    refusal = cls(Reason[info.reason], dict(info.metadata))
-                    refusal.message  # noqa: B018  a variable may be missing
-                    return refusal
-            except (KeyError, DecodeError):  # a reason, or a variable of one, that this table does not know
-                break
+        info, advice = ErrorInfo(), RetryInfo()
+        found: Refusal | None = None
+        try:
+            for detail in status.details:
+                if detail.Is(RetryInfo.DESCRIPTOR):
+                    detail.Unpack(advice)
+                elif detail.Is(ErrorInfo.DESCRIPTOR) and found is None:
+                    detail.Unpack(info)
+                    if info.domain == DOMAIN:
+                        found = cls(Reason[info.reason], dict(info.metadata))
+                        found.message  # noqa: B018  a variable may be missing
+        except (KeyError, DecodeError):  # a reason, or a variable of one, that this table does not know
+            found = None
+        if found is not None:
+            delay = advice.retry_delay
+            seconds = round(max(0.0, delay.seconds + delay.nanos / 1e9), 9)
+            if advice.HasField("retry_delay") and seconds != found.retry_seconds:
+                found.wait_seconds = seconds
+            return found
         code = code_pb2.Code.Name(status.code) if status.code in code_pb2.Code.values() else f"code {status.code}"
         return cls.of(Reason.UNKNOWN, message=f"{code}: {status.message}")

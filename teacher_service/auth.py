@@ -1,12 +1,18 @@
-"""Who is calling: keys, and the interceptor that lets no call through without one.
+"""Who is calling: keys and certificates, and the interceptor that lets no call through without one.
 
 Keys are ``mekd_<id>_<256 random bits>``; the books keep their SHA-256 (they are random, so nothing slower is needed).
 A key is looked up again at most ``CACHE_SECONDS`` after it was last seen good, so a revoked one stops an open stream.
+
+Where clients show certificates (``--tls-client-ca``), a call without a key is made by the certificate: its one DNS
+name is the name of an account, and it acts as that account's customer, never more. A key, where one is given, wins.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import hmac
+import inspect
 import re
 import secrets
 import time
@@ -23,6 +29,7 @@ from teacher_service.terms import Terms
 
 CACHE_SECONDS = 5.0
 CACHE_KEYS = 4096
+MOST_TOLD = 300  # characters of a refusal's variable, where it travels as metadata
 
 _KEY = re.compile(r"mekd_([0-9a-f]{16})_([0-9a-f]{64})")
 
@@ -47,12 +54,36 @@ ALLOWED: dict[str, frozenset[Role] | None] = {
     "/mekd.v1.QuotaLedger/ListAccounts": _ADMIN,
     "/mekd.v1.QuotaLedger/CreateAccount": _ADMIN,
     "/mekd.v1.QuotaLedger/Grant": _ADMIN,
+    "/mekd.v1.QuotaLedger/SetTerms": _ADMIN,
     "/mekd.v1.QuotaLedger/CreateKey": _ADMIN,
     "/mekd.v1.QuotaLedger/ListKeys": _ADMIN,
     "/mekd.v1.QuotaLedger/RevokeKey": _ADMIN,
+    "/inference.GRPCInferenceService/ServerLive": None,
+    "/inference.GRPCInferenceService/ServerReady": None,
+    "/inference.GRPCInferenceService/ModelReady": None,
+    "/inference.GRPCInferenceService/ServerMetadata": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/ModelMetadata": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/ModelConfig": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/ModelStatistics": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/RepositoryIndex": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/ModelInfer": _CUSTOMER,
+    "/inference.GRPCInferenceService/ModelStreamInfer": _CUSTOMER,
+    # Of the protocol, and not offered: UNIMPLEMENTED to whoever has a key.
+    "/inference.GRPCInferenceService/RepositoryModelLoad": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/RepositoryModelUnload": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/SystemSharedMemoryStatus": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/SystemSharedMemoryRegister": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/SystemSharedMemoryUnregister": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/CudaSharedMemoryStatus": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/CudaSharedMemoryRegister": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/CudaSharedMemoryUnregister": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/TraceSetting": _EVERY_ROLE,
+    "/inference.GRPCInferenceService/LogSettings": _EVERY_ROLE,
     "/grpc.health.v1.Health/Check": None,
     "/grpc.health.v1.Health/Watch": None,
     "/grpc.health.v1.Health/List": None,
+    # Names of services and the published form of their messages: nothing of any account.
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": None,
 }
 # A teacher reads what its own customers may ask it for.
 MAY_NAME_ACCOUNTS = _TEACHER | _ADMIN
@@ -74,7 +105,21 @@ class Caller:
 
 async def caller_of(authenticator: "Authenticator", context: Any) -> Caller:
     """Who makes a call: what every handler asks, so that there is one answer to it. Refusal as of ``identify``."""
-    return await authenticator.identify(context.invocation_metadata())
+    return await asks_for(authenticator, context)()
+
+
+def asks_for(authenticator: "Authenticator", context: Any) -> Callable[[], Awaitable[Caller]]:
+    """``caller_of``, to be asked again and again by what may outlive the call.
+
+    What the caller shows is read here, once: when a call has ended, gRPC frees the memory that its context reads.
+    """
+    metadata = context.invocation_metadata()
+    if _header(metadata) is None:
+        # Only names of a certificate that the client authority signed are here: the handshake saw to it.
+        names = tuple(name.decode("utf-8", "replace") for name in context.auth_context().get("peer_dns", ()))
+        if names:
+            return functools.partial(authenticator.identify_certificate, names)
+    return functools.partial(authenticator.identify, metadata)
 
 
 def new_key(account: str, role: Role = Role.CUSTOMER) -> tuple[str, Key]:
@@ -94,7 +139,7 @@ class Authenticator:
 
     async def identify(self, metadata: Metadata | None) -> Caller:
         """The caller behind ``authorization: Bearer KEY``. Refusal: UNAUTHENTICATED, LEDGER_UNAVAILABLE."""
-        header = next((value for name, value in metadata or () if name == "authorization"), None)
+        header = _header(metadata)
         if not isinstance(header, str):
             raise Refusal.of(Reason.UNAUTHENTICATED, got="no such header")
         scheme, _, text = header.partition(" ")
@@ -107,14 +152,36 @@ class Authenticator:
             return caller
         self._good.pop(cached_under, None)
         try:
-            stored = await self._ledger.key(found[1])
-        except LedgerUnavailable:
+            credential = await self._ledger.credential(found[1])
+        except LedgerError:
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
-        if stored is None or not hmac.compare_digest(stored.secret_sha256, _sha256(found[2])):
+        if credential is None or not hmac.compare_digest(credential.key.secret_sha256, _sha256(found[2])):
             raise Refusal.of(Reason.UNAUTHENTICATED, got="an unknown key")
+        stored = credential.key
         if stored.revoked:
             raise Refusal.of(Reason.UNAUTHENTICATED, got=f"key {stored.key_id}, which was revoked")
-        caller = Caller(stored.account, stored.role)
+        return self._remember(cached_under, Caller(stored.account, stored.role, credential.terms))
+
+    async def identify_certificate(self, names: Sequence[str]) -> Caller:
+        """The customer that a certificate with these DNS names speaks for. Refusals as of ``identify``."""
+        if len(names) != 1:
+            got = f"no key, and a certificate with {len(names)} DNS names instead of one"
+            raise Refusal.of(Reason.UNAUTHENTICATED, got=got)
+        cached_under = b"certificate " + names[0].encode()
+        until, caller = self._good.get(cached_under, (0.0, None))
+        if caller is not None and self._clock() < until:
+            return caller
+        self._good.pop(cached_under, None)
+        try:
+            terms = await self._ledger.terms(names[0])
+        except LedgerUnavailable:
+            raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
+        except LedgerError:
+            got = f"no key, and a certificate for {names[0][:80]!r}, which names no account"
+            raise Refusal.of(Reason.UNAUTHENTICATED, got=got) from None
+        return self._remember(cached_under, Caller(names[0], Role.CUSTOMER, terms))
+
+    def _remember(self, cached_under: bytes, caller: Caller) -> Caller:
         self._good[cached_under] = (self._clock() + CACHE_SECONDS, caller)
         if len(self._good) > CACHE_KEYS:
             self._good.popitem(last=False)
@@ -122,10 +189,15 @@ class Authenticator:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Denies unlisted methods and calls without a valid key of an allowed role, before any handler runs."""
+    """Denies unlisted methods and calls without a credential of an allowed role, before any handler's own code runs.
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    A key is checked before the request is read. A certificate (``certificates``: clients may show one) is seen only
+    with the call itself, so a call without a key is checked around its handler.
+    """
+
+    def __init__(self, authenticator: Authenticator, *, certificates: bool = False) -> None:
         self._authenticator = authenticator
+        self._certificates = certificates
 
     async def intercept_service(
         self,
@@ -139,20 +211,71 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             if details.method not in ALLOWED:
                 raise Refusal.of(Reason.PERMISSION_DENIED, method=details.method)
             roles = ALLOWED[details.method]
+            if roles is not None and self._certificates and _header(details.invocation_metadata) is None:
+                return around(handler, functools.partial(self._checked, details.method, roles))
             if roles is not None:
-                caller = await self._authenticator.identify(details.invocation_metadata)
-                if caller.role not in roles:
-                    raise Refusal.of(Reason.PERMISSION_DENIED, method=details.method)
-        except Refusal as refusal:
-            return _refuse_all(handler, refusal)
-        except LedgerError:
-            return _refuse_all(handler, Refusal.of(Reason.LEDGER_UNAVAILABLE))
+                _check_role(await self._authenticator.identify(details.invocation_metadata), roles, details.method)
+        except (Refusal, LedgerError) as error:
+            return refuse_all(handler, _refusal_of(error))
         return handler
+
+    @contextlib.asynccontextmanager
+    async def _checked(self, method: str, roles: frozenset[Role], context: Any) -> AsyncIterator[None]:
+        try:
+            _check_role(await caller_of(self._authenticator, context), roles, method)
+        except (Refusal, LedgerError) as error:
+            await abort(context, _refusal_of(error))
+        yield
+
+
+def _check_role(caller: Caller, roles: frozenset[Role], method: str) -> None:
+    if caller.role not in roles:
+        raise Refusal.of(Reason.PERMISSION_DENIED, method=method)
+
+
+def _header(metadata: Metadata | None) -> str | bytes | None:
+    return next((value for name, value in metadata or () if name == "authorization"), None)
+
+
+def around(handler: "Handler", guard: Callable[[Any], contextlib.AbstractAsyncContextManager[None]]) -> "Handler":
+    """The same handler inside ``guard(context)``, which may abort the call before the handler's own code runs."""
+    behaviour = behaviour_of(handler)
+
+    async def guarded(request: Any, context: Any) -> Any:
+        async with guard(context):
+            return await behaviour(request, context)
+
+    async def guarded_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        async with guard(context), contextlib.aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return with_behaviour(handler, guarded_stream if inspect.isasyncgenfunction(behaviour) else guarded)
+
+
+def behaviour_of(handler: "Handler") -> Callable[[Any, Any], Any]:
+    """What a handler does, whichever of the four kinds it is."""
+    found = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    assert found is not None
+    return found
+
+
+def with_behaviour(handler: "Handler", behaviour: Callable[[Any, Any], Any]) -> "Handler":
+    """A handler of the same kind that does something else."""
+    build = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return build(behaviour, handler.request_deserializer, handler.response_serializer)
 
 
 async def abort(context: Any, refusal: Refusal) -> None:
     """Ends an RPC with a refusal, its details included. Always raises."""
-    status = refusal.to_status()
+    # A status larger than the metadata that a client takes (8 KiB) would reach it as a broken call.
+    short = {name: value[:MOST_TOLD] + "…" * (len(value) > MOST_TOLD) for name, value in refusal.variables.items()}
+    status = dataclasses.replace(refusal, variables=short).to_status()
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     trailing = (("grpc-status-details-bin", status.SerializeToString()),)
     await context.abort(code, status.message, trailing_metadata=trailing)
@@ -196,7 +319,9 @@ def _refusal_of(error: Refusal | LedgerError) -> Refusal:
     return Refusal.of(Reason.LEDGER_REFUSED, problem=error)
 
 
-def _refuse_all(handler: "Handler", refusal: Refusal) -> "Handler":
+def refuse_all(handler: "Handler", refusal: Refusal) -> "Handler":
+    """A handler of the same kind that refuses every call, before a request is read."""
+
     async def refuse(_request: Any, context: Any) -> None:
         await abort(context, refusal)
 
@@ -204,14 +329,7 @@ def _refuse_all(handler: "Handler", refusal: Refusal) -> "Handler":
         await abort(context, refusal)
         yield  # makes this an async generator, as a streaming handler must be
 
-    make = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, refuse),
-        (False, True): (grpc.unary_stream_rpc_method_handler, refuse_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, refuse),
-        (True, True): (grpc.stream_stream_rpc_method_handler, refuse_stream),
-    }
-    build, behaviour = make[handler.request_streaming, handler.response_streaming]
-    return build(behaviour, handler.request_deserializer, handler.response_serializer)
+    return with_behaviour(handler, refuse_stream if handler.response_streaming else refuse)
 
 
 def _sha256(text: str) -> bytes:

@@ -1,17 +1,23 @@
 """Batches of many callers, stacked for one engine. Knows arrays and futures; no torch, no grpc, no accounts.
 
 One task owns the queue. There is no batching timer: whoever waits when the engine is free forms the next batch, so an
-idle engine answers at once and a busy one gets large batches by itself. Callers who have gone are skipped.
+idle engine answers at once and a busy one gets large batches by itself. Between owners the queue is fair by pictures,
+and so are its places. Callers who have gone are skipped.
 """
 
 import asyncio
-from collections import deque
+import contextlib
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from teacher_service.fair_queue import FairQueue
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -22,26 +28,67 @@ class QueueFull(Exception):
 
 
 class CallerGone(Exception):
-    """The caller left before the engine began; nothing was computed."""
+    """The caller left, or its deadline passed, before the engine began; it was answered nothing."""
 
 
-class _Waiting:
-    def __init__(
-        self, images_NCHW: UInt8Array, has_gone: Callable[[], bool], outcome: "asyncio.Future[Float32Array]"
-    ) -> None:
+@dataclass(frozen=True)
+class EngineCall:
+    """One engine call that gave answers."""
+
+    picture_count: int
+    seconds: float
+    waited_seconds: tuple[float, ...]
+    """Of each submission in it: from being asked to the begin of this call."""
+
+
+class _Submission:
+    def __init__(self, images_NCHW: UInt8Array, has_gone: Callable[[], bool], part_pictures: int) -> None:
         self.images_NCHW = images_NCHW
         self.has_gone = has_gone
-        self.outcome = outcome
+        self.outcome: asyncio.Future[Float32Array] = asyncio.get_running_loop().create_future()
+        self.asked_at = time.perf_counter()
+        self.has_begun = False
+        starts = range(0, max(1, len(images_NCHW)), part_pictures)
+        self.parts = [_Part(self, images_NCHW[start : start + part_pictures]) for start in starts]
+
+    def is_over(self) -> bool:
+        """Whether nobody waits for an answer: cancelled, failed in another part, or gone."""
+        return self.outcome.done() or self.has_gone()
+
+    def fail(self, error: Exception) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
+    def leave_unless_begun(self) -> None:
+        if not self.has_begun:
+            self.fail(CallerGone())
+
+    def answer(self) -> None:
+        """Gives the answers once those of all parts are there."""
+        answers = [part.answers_NK for part in self.parts if part.answers_NK is not None]
+        if len(answers) == len(self.parts) and not self.outcome.done():
+            self.outcome.set_result(answers[0] if len(answers) == 1 else np.concatenate(answers))
+
+
+class _Part:
+    """What of a submission goes into one engine call: all of it, unless it is larger than the engine takes."""
+
+    def __init__(self, submission: _Submission, images_NCHW: UInt8Array) -> None:
+        self.submission = submission
+        self.images_NCHW = images_NCHW
+        self.answers_NK: Float32Array | None = None
 
 
 class Batcher:
-    """Bounded queue before an engine that answers one stacked batch at a time.
+    """Bounded queue before an engine.
 
     Args:
-        answer: images_NCHW uint8 -> probabilities_NK float32; runs in the batcher's own thread.
-        max_batch_pictures: most pictures the engine gets at once; a single submission may not be larger.
+        answer: images_NCHW uint8 -> probabilities_NK float32; runs in the batcher's own threads.
+        max_batch_pictures: most pictures the engine gets at once; a larger submission is computed in parts.
         max_queue_pictures: most pictures in places taken and not yet answered.
-        on_batch: told the number of pictures of each engine call, for metrics.
+        calls_at_once: engine calls under way together. With more than one, a call beyond the first begins only with
+            a full batch: a batch that is not full gains more by waiting for company.
+        on_call: told of each engine call that gave answers, for metrics.
     """
 
     def __init__(
@@ -50,16 +97,20 @@ class Batcher:
         *,
         max_batch_pictures: int,
         max_queue_pictures: int,
-        on_batch: Callable[[int], None] = lambda pictures: None,
+        calls_at_once: int = 1,
+        on_call: Callable[[EngineCall], None] = lambda call: None,
     ) -> None:
         self._answer = answer
         self._max_batch_pictures = max_batch_pictures
         self.max_queue_pictures = max_queue_pictures
-        self._on_batch = on_batch
+        self._calls_at_once = calls_at_once
+        self._on_call = on_call
         self.taken_pictures = 0
-        self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
-        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._taken_by_owner: Counter[str] = Counter()
+        self._queue: FairQueue[_Part] = FairQueue()
+        self._under_way: list[list[_Part]] = []
+        self._wake = asyncio.Event()
+        self._engine_threads = ThreadPoolExecutor(calls_at_once, thread_name_prefix="engine")
         self._owner: asyncio.Task[None] | None = None
         self._stopped = False
 
@@ -68,92 +119,126 @@ class Batcher:
         self._owner = asyncio.create_task(self._run(), name="batcher")
 
     async def stop(self) -> None:
-        """Stops at once; what still waits, and whoever asks later, is told CallerGone."""
+        """Stops at once; who waits, is being computed or asks later is told CallerGone."""
         self._stopped = True
         if self._owner is not None:
             self._owner.cancel()
             await asyncio.gather(self._owner, return_exceptions=True)
-        for waiting in self._waiting:
-            _fail(waiting, CallerGone())
-        self._waiting.clear()
-        self._engine_thread.shutdown(wait=True)
+        for part in [*self._queue.remove(lambda part: True), *(part for batch in self._under_way for part in batch)]:
+            part.submission.fail(CallerGone())
+        self._engine_threads.shutdown(wait=False)  # a call that never returns must not keep the books open
 
     @contextmanager
-    def place(self, picture_count: int) -> Iterator[None]:
-        """A place in the queue for a batch, taken before any other work is done for it. Raises QueueFull."""
-        if self.taken_pictures + picture_count > self.max_queue_pictures:
+    def place(self, picture_count: int, owner: str = "") -> Iterator[None]:
+        """A place in the queue for a batch, taken before any other work is done for it. Raises QueueFull.
+
+        An owner without one gets any that is free. One that has some gets another only where that leaves at least as
+        many free as it then has: nobody fills more than half of the queue, two owners at most a third each, and
+        whoever comes anew finds room. What an owner may not take would have waited anyway, so the engine loses no
+        work by it.
+        """
+        free = self.max_queue_pictures - self.taken_pictures - picture_count
+        has = self._taken_by_owner[owner]
+        if free < 0 or (has and free < has + picture_count):
             raise QueueFull
         self.taken_pictures += picture_count
+        self._taken_by_owner[owner] += picture_count
         try:
             yield
         finally:
             self.taken_pictures -= picture_count
+            self._taken_by_owner[owner] -= picture_count
+            if not self._taken_by_owner[owner]:
+                del self._taken_by_owner[owner]
 
-    async def ask(self, images_NCHW: UInt8Array, has_gone: Callable[[], bool] = lambda: False) -> Float32Array:
+    async def ask(
+        self,
+        images_NCHW: UInt8Array,
+        has_gone: Callable[[], bool] = lambda: False,
+        *,
+        owner: str = "",
+        deadline: float | None = None,
+    ) -> Float32Array:
         """probabilities_NK for one submission, inside its ``place``.
 
-        Raises CallerGone when ``has_gone`` is true at its turn, and whatever the engine raises.
+        ``deadline`` is a time of ``time.monotonic()``, in seconds. Raises CallerGone when it passes before the engine
+        has begun (at that moment, however long the engine is busy) or when ``has_gone`` is true at the submission's
+        turn, and whatever the engine raises.
         """
         if self._stopped:
             raise CallerGone
-        outcome: asyncio.Future[Float32Array] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(images_NCHW, has_gone, outcome))
-        self._arrived.set()
-        return await outcome
+        submission = _Submission(images_NCHW, has_gone, self._max_batch_pictures)
+        for part in submission.parts:
+            self._queue.put(owner, part, len(part.images_NCHW))
+        self._wake.set()
+        if deadline is None:
+            return await submission.outcome
+        loop = asyncio.get_running_loop()
+        expiry = loop.call_later(deadline - time.monotonic(), submission.leave_unless_begun)
+        try:
+            return await submission.outcome
+        finally:
+            expiry.cancel()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if not batch:
-                self._arrived.clear()
+            await self._wake.wait()
+            self._wake.clear()
+            if not self._has_room():
                 continue
-            try:
-                stacked_NCHW = batch[0].images_NCHW
-                if len(batch) > 1:
-                    stacked_NCHW = np.concatenate([waiting.images_NCHW for waiting in batch])
-                self._on_batch(len(stacked_NCHW))
-                answers_NK = await loop.run_in_executor(self._engine_thread, self._compute, stacked_NCHW)
-                if len(answers_NK) != len(stacked_NCHW):
-                    raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")
-            except Exception as error:  # every caller is told; the owner lives on
-                for waiting in batch:
-                    _fail(waiting, error)
-                continue
-            except asyncio.CancelledError:
-                for waiting in batch:
-                    _fail(waiting, CallerGone())
-                raise
-            start = 0
-            for waiting in batch:
-                end = start + len(waiting.images_NCHW)
-                if not waiting.outcome.done():  # a caller may have been cancelled meanwhile
-                    waiting.outcome.set_result(answers_NK[start:end])
-                start = end
+            for part in self._queue.remove(lambda part: part.submission.is_over()):
+                part.submission.fail(CallerGone())
+            while self._queue and self._has_room():
+                batch = self._queue.take(self._max_batch_pictures)
+                for part in batch:
+                    part.submission.has_begun = True
+                self._under_way.append(batch)
+                self._engine_threads.submit(self._call, batch, loop)
 
-    def _compute(self, images_NCHW: UInt8Array) -> Float32Array:
+    def _has_room(self) -> bool:
+        if not self._under_way:
+            return True
+        return len(self._under_way) < self._calls_at_once and self._queue.size >= self._max_batch_pictures
+
+    def _call(self, batch: list[_Part], loop: asyncio.AbstractEventLoop) -> None:
+        """One engine call, in an engine thread: stacking costs the loop nothing, and the engine a thousandth."""
+        started = time.perf_counter()
+        outcome: Float32Array | Exception
         try:
-            return self._answer(images_NCHW)
-        except (StopIteration, SystemExit, KeyboardInterrupt) as error:
-            # A future passes the first of these on to nobody, and the others would end the owner.
-            raise RuntimeError(f"the engine raised {error!r}") from error
+            outcome = self._answers(batch)
+        except Exception as error:  # every caller is told; the thread lives on
+            outcome = error
+        except BaseException as error:  # SystemExit and its like would end nothing but this answer
+            outcome = RuntimeError(f"the engine raised {error!r}")
+        if isinstance(outcome, StopIteration):  # which no future carries
+            outcome = RuntimeError(f"the engine raised {outcome!r}")
+        ended = time.perf_counter()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: stopped long ago, and everyone told
+            loop.call_soon_threadsafe(self._called, batch, outcome, started, ended)
 
-    def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        pictures = 0
-        while self._waiting:
-            waiting = self._waiting[0]
-            if waiting.outcome.done() or waiting.has_gone():  # done before its turn: cancelled
-                _fail(self._waiting.popleft(), CallerGone())
+    def _answers(self, batch: list[_Part]) -> Float32Array:
+        stacked_NCHW = batch[0].images_NCHW
+        if len(batch) > 1:
+            stacked_NCHW = np.concatenate([part.images_NCHW for part in batch])
+        answers_NK = self._answer(stacked_NCHW)
+        if len(answers_NK) != len(stacked_NCHW):
+            raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")
+        return answers_NK
+
+    def _called(self, batch: list[_Part], outcome: Float32Array | Exception, started: float, ended: float) -> None:
+        self._under_way.remove(batch)
+        start = 0
+        for part in batch:
+            if isinstance(outcome, Exception):
+                part.submission.fail(outcome)
                 continue
-            if batch and pictures + len(waiting.images_NCHW) > self._max_batch_pictures:
-                break
-            batch.append(self._waiting.popleft())
-            pictures += len(waiting.images_NCHW)
-        return batch
-
-
-def _fail(waiting: _Waiting, error: Exception) -> None:
-    if not waiting.outcome.done():
-        waiting.outcome.set_exception(error)
+            end = start + len(part.images_NCHW)
+            part.answers_NK = outcome[start:end]
+            part.submission.answer()
+            start = end
+        self._wake.set()  # last: whoever asks again in the same breath has a part in the next batch
+        if isinstance(outcome, Exception):
+            return
+        waited_seconds = tuple(started - part.submission.asked_at for part in batch)
+        self._on_call(EngineCall(start, ended - started, waited_seconds))

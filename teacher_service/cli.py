@@ -15,10 +15,11 @@ import structlog
 from protos.errors import Refusal
 from teacher_service import auth, ledger_cli
 from teacher_service.config import ServerConfig, is_loopback
-from teacher_service.ledger import OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
+from teacher_service.ledger import IDENTIFIER, OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.server import StartError, open_ledger, serve_ledger
 from teacher_service.server import serve as run_server
+from teacher_service.terms import FIELDS, Terms, TermsError
 
 T = TypeVar("T")
 
@@ -46,6 +47,12 @@ def _shape(_context: click.Context, parameter: click.Parameter, text: str | None
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"expected CHANNELS,HEIGHT,WIDTH, for example 3,32,32; got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def _model_name(_context: click.Context, parameter: click.Parameter, text: str) -> str:
+    if not IDENTIFIER.fullmatch(text):
+        raise click.BadParameter(f"expected 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-', got {text[:80]!r}")
+    return text
 
 
 def _facts_options(command: Callable[..., T]) -> Callable[..., T]:
@@ -109,6 +116,44 @@ def _ledger_options(command: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
+def _terms_options(command: Callable[..., T]) -> Callable[..., T]:
+    """The flags that say what an account is sold, and how much at a time."""
+    for option in reversed(
+        (
+            click.option(
+                "--answers",
+                type=click.Choice(["soft", "hard"]),
+                help="Sell probabilities, or the index of the likeliest class; unsaid: as the server's --answers.",
+            ),
+            click.option(
+                "--top-k", type=int, metavar="K", help="Of soft answers: the K most probable classes alone."
+            ),
+            click.option(
+                "--decimals", type=int, metavar="D", help="Of soft answers: probabilities rounded to D decimals."
+            ),
+            click.option(
+                "--pictures-per-second", type=float, metavar="R", help="Most pictures asked for, replays included."
+            ),
+            click.option("--max-streams", type=int, metavar="N", help="Most streams open at once on one server."),
+            click.option(
+                "--max-outstanding-pictures",
+                type=int,
+                metavar="N",
+                help="Most pictures asked for and not yet answered on one server.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _given_terms(given: dict[str, Any]) -> Terms:
+    try:
+        return Terms(**given)
+    except TermsError as error:
+        _fail(f"--{error.field.replace('_', '-')}: expected {error.expected}, got {error.got!r}")
+
+
 def _given_facts(
     arch: str | None,
     input_shape: tuple[int, ...] | None,
@@ -138,6 +183,14 @@ def _given_facts(
 )
 @_facts_options
 @click.option(
+    "--model-name",
+    default="teacher",
+    show_default=True,
+    metavar="NAME",
+    callback=_model_name,
+    help="The model's name in the Open Inference Protocol.",
+)
+@click.option(
     "--listen",
     default="127.0.0.1:50051",
     show_default=True,
@@ -149,7 +202,14 @@ def _given_facts(
     type=click.IntRange(0, 65535),
     default=9464,
     show_default=True,
-    help="Prometheus metrics on loopback, at /metrics; 0 picks a free port.",
+    help="Prometheus metrics, at /metrics; 0 picks a free port. Not with --ledger-only.",
+)
+@click.option(
+    "--metrics-host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where --metrics-port is. Beyond loopback: with TLS, as --listen.",
 )
 @_ledger_options
 @click.option(
@@ -158,6 +218,32 @@ def _given_facts(
     help="No model: serve the books alone, to teachers elsewhere (--ledger grpc://HOST:PORT) and to teacher-admin.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="In which the model computes. For another than fp32 the log says how far its answers are from fp32, and the "
+    "model digest is another.",
+)
+@click.option(
+    "--compile",
+    is_flag=True,
+    help="torch.compile on a CPU (tens of seconds at start, needs a C++ compiler), CUDA graphs on a GPU.",
+)
+@click.option(
+    "--engine-threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Cores that the engine computes with; unsaid: OMP_NUM_THREADS, else all but one, of two both.",
+)
+@click.option(
+    "--max-engine-pictures",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Most pictures the engine computes at once; fewer where it is found at start that so many gain nothing.",
+)
 @click.option(
     "--answers",
     type=click.Choice(["soft", "hard"]),
@@ -168,6 +254,13 @@ def _given_facts(
 @click.option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="Certificate chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key, PEM.")
 @click.option(
+    "--tls-client-ca",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Mutual TLS: every client must show a certificate that this authority signed. Its one DNS name is the name "
+    "of an account, whose customer it is where no key is given.",
+)
+@click.option(
     "--insecure-listen",
     is_flag=True,
     help="Allow --listen beyond loopback without TLS: keys and pictures travel in the clear.",
@@ -177,7 +270,14 @@ def _given_facts(
     type=click.FloatRange(0, 86_400),
     default=20.0,
     show_default=True,
-    help="After SIGTERM: how long batches under way may take.",
+    help="After SIGTERM: how long batches under way may take. A second SIGTERM ends them at once.",
+)
+@click.option(
+    "--max-streams",
+    type=click.IntRange(1),
+    default=10_000,
+    show_default=True,
+    help="Most streams open at once, over all callers.",
 )
 @click.option(
     "--lease-seconds",
@@ -210,7 +310,8 @@ def _given_facts(
     "--tls-ca",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --check: the authority that signed the server's certificate.",
+    help="With --check: the authority that signed the server's certificate. Where the server has --tls-client-ca, "
+    "--tls-cert and --tls-key are the client's.",
 )
 def serve(
     model: Path | None,
@@ -238,7 +339,7 @@ def serve(
     MEKD_LEDGER_KEY=… teacher-serve --model teacher.pt --ledger grpc://127.0.0.1:50050
     """
     if check is not None:
-        sys.exit(_check(check, tls_ca))
+        sys.exit(_check(check, tls_ca, settings["tls_cert"], settings["tls_key"]))
     if model is None and not ledger_only:
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
     if model is not None and ledger_only:
@@ -268,16 +369,27 @@ def _engine(config: ServerConfig, model: Path) -> Any:
             )
         except ValueError:
             _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED], got {str(model)!r}")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is imported. Its threads would spin for milliseconds after every layer, and with anything
+        # else on the cores (gRPC, to begin with) take them from each other: up to a hundred times slower.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from networks.modelfile import ModelFileError, load_model
-    from teacher_service.torch_engine import TorchEngine
+    from teacher_service.torch_engine import TorchEngine, use_threads
 
     try:
-        return TorchEngine(load_model(model, given=config.model_given), device=config.device)
+        use_threads(config.engine_threads)
+        return TorchEngine(
+            load_model(model, given=config.model_given),
+            device=config.device,
+            precision=config.precision,
+            compiled=config.compile,
+            max_batch_pictures=config.max_engine_pictures,
+        )
     except (ModelFileError, EngineError) as error:
         _fail(str(error))
 
 
-def _check(target: str, tls_ca: Path | None) -> int:
+def _check(target: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -287,9 +399,10 @@ def _check(target: str, tls_ca: Path | None) -> int:
     else:
         try:
             authority = tls_ca.read_bytes()
+            pair = (tls_key.read_bytes(), tls_cert.read_bytes()) if tls_key and tls_cert else (None, None)
         except OSError as error:
-            _fail(f"--tls-ca {tls_ca}: {error.strerror}")
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(authority), options)
+            _fail(f"--tls-ca {tls_ca}: {error.strerror}" if error.filename == str(tls_ca) else str(error))
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(authority, *pair), options)
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
@@ -316,6 +429,7 @@ def admin(context: click.Context, ledger: str, ledger_ca: Path | None, ledger_in
     teacher-admin account create my-device --budget 50000     # prints the key, once
     teacher-admin account show my-device --format json
     teacher-admin account grant my-device 10000
+    teacher-admin account set my-device --answers soft --top-k 3 --decimals 2
     teacher-admin statement my-device --run-id RUN
     teacher-admin key revoke KEY_ID
     teacher-admin key create --role admin                     # then: MEKD_LEDGER_KEY=… teacher-admin --ledger grpc://…
@@ -332,13 +446,15 @@ def account() -> None:
 @account.command("create")
 @click.argument("name")
 @click.option("--budget", type=int, required=True, metavar="N", help="Pictures granted from the start.")
+@_terms_options
 @click.pass_obj
-def account_create(ledger: str, name: str, budget: int) -> None:
+def account_create(ledger: str, /, name: str, budget: int, **given: Any) -> None:
     """Make an account with a budget; its key goes to standard output, once, and nowhere else."""
+    terms = _given_terms(given)
 
     async def make(books: Ledger) -> str:
         text, stored = auth.new_key(name)
-        await books.create_account(name, budget, stored)
+        await books.create_account(name, budget, stored, terms)
         return text
 
     click.echo(_on_books(ledger, make, create=True))
@@ -349,8 +465,43 @@ def account_create(ledger: str, name: str, budget: int) -> None:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.pass_obj
 def account_show(ledger: str, name: str, form: str) -> None:
-    """Show what an account was granted, what is posted and held, and its balance, in pictures."""
-    _print_account(_on_books(ledger, lambda books: books.account(name)), form)
+    """Show what an account was granted, what is posted and held, its balance, in pictures, and its terms."""
+
+    async def look(books: Ledger) -> tuple[Account, Terms]:
+        return await books.account(name), await books.terms(name)
+
+    _print_account(*_on_books(ledger, look), form=form)
+
+
+@account.command("set")
+@click.argument("name")
+@_terms_options
+@click.option(
+    "--unset",
+    type=click.Choice([field.replace("_", "-") for field in FIELDS]),
+    multiple=True,
+    help="As the server has it, or no limit, again; may be given several times.",
+)
+@click.pass_obj
+def account_set(ledger: str, /, name: str, unset: tuple[str, ...], **given: Any) -> None:
+    """Set what an account is sold, and how much it may ask for at a time; what is not named stays.
+
+    Running servers notice within five seconds. Answers already kept stay as they were sold.
+
+    \b
+    teacher-admin account set my-device --top-k 3 --decimals 2
+    teacher-admin account set my-device --pictures-per-second 500 --max-streams 4
+    teacher-admin account set my-device --unset top-k
+    """
+    said, unsaid = _given_terms(given), [field.replace("-", "_") for field in unset]
+    if said == Terms() and not unsaid:
+        raise click.UsageError("expected something to set or --unset, got nothing")
+
+    async def change(books: Ledger) -> tuple[Account, Terms]:
+        terms = await books.set_terms(name, said, unsaid)
+        return await books.account(name), terms
+
+    _print_account(*_on_books(ledger, change), form="text")
 
 
 @account.command("list")
@@ -359,7 +510,7 @@ def account_show(ledger: str, name: str, form: str) -> None:
 def account_list(ledger: str, form: str) -> None:
     """List every account with its balances; as json, one object a line."""
     for found in _on_books(ledger, lambda books: books.accounts()):
-        _print_account(found, form)
+        _print_account(found, form=form)
 
 
 @account.command("grant")
@@ -368,7 +519,7 @@ def account_list(ledger: str, form: str) -> None:
 @click.pass_obj
 def account_grant(ledger: str, name: str, pictures: int) -> None:
     """Grant an account more PICTURES; a stopped agent goes on with the same command."""
-    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), "text")
+    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), form="text")
 
 
 @account.command("watch")
@@ -380,7 +531,7 @@ def account_watch(ledger: str, name: str, form: str) -> None:
 
     async def show(books: Ledger) -> None:
         async for found in books.watch(name) if isinstance(books, RemoteLedger) else watch(books, name):
-            _print_account(found, form)
+            _print_account(found, form=form)
 
     try:
         _on_books(ledger, show)
@@ -538,8 +689,8 @@ def _ledger_key() -> str:
     return os.environ.get("MEKD_LEDGER_KEY", "").strip()
 
 
-def _print_account(found: Account, form: str) -> None:
-    row = {
+def _print_account(found: Account, terms: Terms | None = None, *, form: str) -> None:
+    row: dict[str, Any] = {
         "name": found.name,
         "granted": found.granted,
         "posted": found.posted,
@@ -547,8 +698,9 @@ def _print_account(found: Account, form: str) -> None:
         "balance": found.balance,
     }
     if form == "json":
-        click.echo(json.dumps(row))
+        click.echo(json.dumps(row if terms is None else row | {"terms": terms.said()}))
     else:
+        row |= terms.said() if terms is not None else {}
         click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
 
 

@@ -14,7 +14,10 @@ class ServerConfig:
     """None: no model, the ledger alone."""
     model_given: dict[str, object] = field(default_factory=dict)
     """Facts of the model from the command line; they complete the file's own (``networks.modelfile``)."""
+    model_name: str = "teacher"
+    """The model's name in the Open Inference Protocol."""
     listen: str = "127.0.0.1:50051"
+    metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
     ledger: str = "sqlite:///mekd-ledger.db"
     ledger_key: str = field(default="", repr=False)
@@ -22,16 +25,25 @@ class ServerConfig:
     ledger_ca: Path | None = None
     ledger_insecure: bool = False
     device: str = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    """torch.compile on a CPU, graphs on CUDA."""
+    engine_threads: int | None = None
+    """Of the engine on a CPU; None: fitting the machine."""
     answers: Literal["soft", "hard"] = "soft"
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Given: every client must show a certificate that this authority signed."""
     insecure_listen: bool = False
     max_batch_pictures: int = 512
     """Most pictures in one message."""
     max_engine_pictures: int = 512
-    """Most pictures in one engine call."""
+    """Most pictures in one engine call; fewer where the engine gains nothing by so many."""
     max_queue_pictures: int = 8192
     """Most pictures waiting or being answered, over all callers; beyond it a batch is refused as OVERLOADED."""
+    max_streams: int = 10_000
+    """Most streams open at once, over all callers."""
     window_batches: int = 8
     """Batches one stream may have unanswered; the server reads no further."""
     max_message_bytes: int = 64 * 2**20

@@ -19,7 +19,7 @@ class EngineError(Exception):
 
 
 class Engine(Protocol):
-    """A classifier with its preprocessing. Calls come one at a time."""
+    """A classifier with its preprocessing."""
 
     @property
     def labels(self) -> Sequence[str]:
@@ -40,6 +40,14 @@ class Engine(Protocol):
     @property
     def model_digest(self) -> str:
         """SHA-256 (hex) of all that shapes the answers: weights, architecture, preprocessing."""
+
+    @property
+    def batch_pictures(self) -> int:
+        """Pictures a call beyond which larger calls gain nothing; `answer` takes any number."""
+
+    @property
+    def calls_at_once(self) -> int:
+        """Calls of `answer` that may be under way together, from as many threads."""
 
     def answer(self, images_NCHW: UInt8Array) -> Float32Array:
         """Return `probabilities_NK` whose rows sum to 1.
@@ -63,6 +71,8 @@ class ArrayEngine:
         self.height = height
         self.width = width
         shape = (channels * height * width, class_count)
+        self.batch_pictures = 512
+        self.calls_at_once = 1
         self._weights_PK = np.random.default_rng(seed).integers(-3, 4, shape, dtype=np.int32)
         self.model_digest = hashlib.sha256(f"ArrayEngine {shape} {seed}".encode()).hexdigest()
 

@@ -17,11 +17,12 @@ import enum
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from protos.errors import Reason, Refusal
+from teacher_service.terms import Terms, TermsError
 
 ACCOUNT_NAME = re.compile(r"[a-z0-9-]{1,63}")
 IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -30,6 +31,7 @@ OPERATORS = "operators"
 """The account of teachers' and admins' keys, unless another is named; it needs no pictures."""
 WATCH_SECONDS = 1.0
 MAX_COUNT = 2**53  # sums stay exact in any reader, JSON's included
+NO_TERMS = Terms()
 
 
 class LedgerError(Exception):
@@ -177,6 +179,13 @@ class Key:
     revoked: bool = False
 
 
+class Credential(NamedTuple):
+    """A key as stored, and the terms of its account."""
+
+    key: Key
+    terms: Terms
+
+
 @dataclass(frozen=True)
 class Held:
     """The pictures are held; ask the engine."""
@@ -316,6 +325,14 @@ def apply_release(account: Account, hold: Hold, state: HoldState, now_ms: int) -
     return _step(after, dataclasses.replace(hold, state=state), kind, hold.picture_count, now_ms)
 
 
+def apply_terms(terms: Terms, said: Terms, unset: Collection[str]) -> Terms:
+    """An account's terms after a change. Raises LedgerError for one that cannot be meant."""
+    try:
+        return terms.changed(said, unset)
+    except TermsError as error:
+        raise LedgerError(str(error)) from None
+
+
 def _step(
     account: Account, hold: Hold | None, kind: EntryKind, picture_count: int, now_ms: int, digest: bytes = b""
 ) -> Step:
@@ -391,8 +408,10 @@ class Ledger(Protocol):
     async def end_lease(self, instance_id: str) -> None:
         """Another instance ends: voids whatever it holds."""
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
-        """A new account and its first key, both or neither; without a grant where ``granted`` is None.
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+    ) -> Account:
+        """A new account, its first key and its terms, all or nothing; without a grant where ``granted`` is None.
 
         LedgerError where the name is taken or no name, or the grant no count.
         """
@@ -406,6 +425,15 @@ class Ledger(Protocol):
     async def accounts(self) -> Sequence[Account]:
         """Every account, by name."""
 
+    async def terms(self, name: str) -> Terms:
+        """What was said of an account's answers and limits. LedgerError where there is no such account."""
+
+    async def set_terms(self, name: str, said: Terms, unset: Collection[str] = ()) -> Terms:
+        """Changes what is said, unsets the fields named, and returns the terms as they are now.
+
+        No entry of the journal: terms move no pictures. LedgerError where there is no such account or field.
+        """
+
     async def run_posted(self, account: str, run_id: str) -> int:
         """Pictures posted under one run."""
 
@@ -417,8 +445,8 @@ class Ledger(Protocol):
     async def add_key(self, key: Key) -> None:
         """Stores a credential; the same one again changes nothing. LedgerError where there is no such account."""
 
-    async def key(self, key_id: str) -> Key | None:
-        """The credential as stored, revoked or not; None where there is none."""
+    async def credential(self, key_id: str) -> Credential | None:
+        """A key as stored, revoked or not, and its account's terms; None where there is none."""
 
     async def keys(self, account: str) -> Sequence[Key]:
         """Every credential of an account."""

@@ -126,6 +126,10 @@ def undone_by(source: Path, ledger: Path) -> Undone:
                     f"account {name}: {sequence - kept} entries after {kept}, with {batches} answers of {pictures} "
                     "pictures that would be charged to nobody"
                 )
+        terms_before = _terms(old)
+        for name, text in sorted(_terms(new).items()):
+            if name in before and text != terms_before.get(name, "{}"):
+                undone.lines.append(f"account {name}: terms {text}, would be {terms_before.get(name, '{}')} again")
         known = {key_id: revoked for key_id, revoked in old.rows("SELECT key_id, revoked FROM keys")}
         for key_id, revoked in new.rows("SELECT key_id, revoked FROM keys ORDER BY key_id"):
             if key_id not in known:
@@ -133,6 +137,12 @@ def undone_by(source: Path, ledger: Path) -> Undone:
             elif revoked and not known[key_id]:
                 undone.lines.append(f"key {key_id}: revoked after the backup, would be valid again")
     return undone
+
+
+def _terms(store: audit.Store) -> dict[str, str]:
+    """Account -> its terms; none in a ledger from before there were any."""
+    columns = [name for (name,) in store.rows("SELECT name FROM pragma_table_info('accounts')")]
+    return dict(store.rows("SELECT name, terms FROM accounts")) if "terms" in columns else {}
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """The books in memory: the same rules without a store. For tests: nobody else could make an account on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from teacher_service import ledger as rules
 from teacher_service.ledger import (
+    NO_TERMS,
     Account,
+    Credential,
     Entry,
     EntryKind,
     Held,
@@ -17,6 +19,7 @@ from teacher_service.ledger import (
     Receipt,
     Step,
 )
+from teacher_service.terms import Terms
 
 INSTANCE = "memory"
 LEASE_MS = 10_000
@@ -33,6 +36,7 @@ class MemoryLedger:
         self._receipts: dict[tuple[str, str], Receipt] = {}
         self._entries: list[Entry] = []
         self._keys: dict[str, Key] = {}
+        self._terms: dict[str, Terms] = {}
 
     async def hold(self, request: HoldRequest, *, instance_id: str = "") -> Held | Posted:
         account = self._account(request.account)
@@ -74,7 +78,9 @@ class MemoryLedger:
         for hold in list(self._holds.values()):
             await self.void(hold.account, hold.batch_id, instance_id=instance_id)
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+    ) -> Account:
         rules.check_account_name(name)
         if name in self._accounts:
             raise LedgerError(f"expected a new account name, got {name!r}, which exists")
@@ -82,6 +88,7 @@ class MemoryLedger:
         if granted is not None:
             account = self._grant(account, granted)
         self._accounts[name] = account
+        self._terms[name] = terms
         if key is not None:
             self._keys[key.key_id] = key
         return account
@@ -94,6 +101,13 @@ class MemoryLedger:
 
     async def accounts(self) -> Sequence[Account]:
         return [self._accounts[name] for name in sorted(self._accounts)]
+
+    async def terms(self, name: str) -> Terms:
+        return self._terms[self._account(name).name]
+
+    async def set_terms(self, name: str, said: Terms, unset: Collection[str] = ()) -> Terms:
+        self._terms[name] = rules.apply_terms(await self.terms(name), said, unset)
+        return self._terms[name]
 
     async def run_posted(self, account: str, run_id: str) -> int:
         return sum(
@@ -116,8 +130,9 @@ class MemoryLedger:
         if self._keys.setdefault(key.key_id, key) != key:
             raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
 
-    async def key(self, key_id: str) -> Key | None:
-        return self._keys.get(key_id)
+    async def credential(self, key_id: str) -> Credential | None:
+        found = self._keys.get(key_id)
+        return Credential(found, self._terms[found.account]) if found is not None else None
 
     async def keys(self, account: str) -> Sequence[Key]:
         return [self._keys[key_id] for key_id in sorted(self._keys) if self._keys[key_id].account == account]

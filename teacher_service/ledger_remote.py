@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from teacher_service import ledger as rules
 from teacher_service.config import is_loopback
 from teacher_service.ledger import (
     MAX_COUNT,
+    NO_TERMS,
     Account,
+    Credential,
     Entry,
     Held,
     Hold,
@@ -40,7 +42,16 @@ from teacher_service.ledger import (
     LedgerUnavailable,
     Posted,
 )
-from teacher_service.ledger_wire import account_of, entry_of, key_message, key_of, posted_of
+from teacher_service.ledger_wire import (
+    account_of,
+    entry_of,
+    key_message,
+    key_of,
+    posted_of,
+    terms_message,
+    terms_of,
+)
+from teacher_service.terms import Terms
 
 CALL_SECONDS = 10.0
 POST_SECONDS = 20.0  # how long a post whose outcome is unknown is sent again
@@ -185,13 +196,28 @@ class RemoteLedger:
 
     # --- accounts and keys: an admin's key ---
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+    ) -> Account:
         rules.check_account_name(name)
         count = None if granted is None else _int64(granted, "a grant")
         message = wire.CreateAccountRequest(
-            account=name, picture_count=count, key=key_message(key) if key is not None else None
+            account=name,
+            picture_count=count,
+            key=key_message(key) if key is not None else None,
+            terms=terms_message(terms),
         )
-        return account_of((await self._change("CreateAccount", message)).account)
+        made = await self._change("CreateAccount", message)
+        if terms_of(made.terms) != terms:
+            raise LedgerError(
+                f"the account {name!r} was made without its terms: the ledger at {self._url} knows none; "
+                "update it, then set them"
+            )
+        return account_of(made.account)
+
+    async def set_terms(self, name: str, said: Terms, unset: Collection[str] = ()) -> Terms:
+        message = wire.SetTermsRequest(account=name, terms=terms_message(said), unset_fields=unset)
+        return terms_of((await self._change("SetTerms", message)).terms)
 
     async def grant(self, name: str, picture_count: int) -> Account:
         message = wire.GrantRequest(account=name, picture_count=_int64(picture_count, "a grant"))
@@ -221,6 +247,9 @@ class RemoteLedger:
     async def account(self, name: str) -> Account:
         return account_of((await self._call("GetAccount", wire.GetAccountRequest(account=name))).account)
 
+    async def terms(self, name: str) -> Terms:
+        return terms_of((await self._call("GetAccount", wire.GetAccountRequest(account=name))).terms)
+
     async def run_posted(self, account: str, run_id: str) -> int:
         try:
             found = await self._call("GetBalance", wire.GetBalanceRequest(account=account, run_id=run_id))
@@ -248,9 +277,9 @@ class RemoteLedger:
                 break
         return found
 
-    async def key(self, key_id: str) -> Key | None:
+    async def credential(self, key_id: str) -> Credential | None:
         found = await self._call("LookupKey", wire.LookupKeyRequest(key_id=key_id))
-        return key_of(found.key) if found.HasField("key") else None
+        return Credential(key_of(found.key), terms_of(found.terms)) if found.HasField("key") else None
 
     async def watch(self, name: str) -> AsyncGenerator[Account]:
         """As ``ledger.watch``, told by the server. Raises LedgerUnavailable when the connection is lost."""
@@ -305,7 +334,7 @@ class RemoteLedger:
     def _failure(self, error: grpc.aio.AioRpcError) -> Refusal | LedgerError:
         """What a failed call means here."""
         refusal = _refusal_of(error)
-        if refusal is None or refusal.reason is Reason.LEDGER_UNAVAILABLE:
+        if refusal is None or refusal.reason in (Reason.LEDGER_UNAVAILABLE, Reason.DRAINING):
             code, said = error.code(), " ".join(str(error.details()).split())
             return LedgerUnavailable(f"the ledger at {self._url} is away ({code.name}: {said})")
         if refusal.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):

@@ -34,7 +34,9 @@ from protos.errors import Refusal
 from teacher_service import ledger as rules
 from teacher_service import ledger_tables as tables
 from teacher_service.ledger import (
+    NO_TERMS,
     Account,
+    Credential,
     Entry,
     EntryKind,
     Held,
@@ -48,10 +50,11 @@ from teacher_service.ledger import (
     Receipt,
     Step,
 )
+from teacher_service.terms import Terms
 
 T = TypeVar("T")
 
-SCHEMA_REVISION = "0001"  # the newest of migrations/versions; a test compares
+SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
 FRESH_LEASE_PARTS = 10  # another instance's lease is written again when a tenth of it has passed, not at every hold
 MAX_GROUP_COMMANDS = 256
@@ -144,7 +147,7 @@ class _Transaction:
         """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring."""
         self.renew_leases({command.living for command in group if command.living})
         self.lock({command.account for command in group if command.account is not None})
-        keys = {(command.account, command.batch_id) for command in group if command.account and command.batch_id}
+        keys = {(command.account, command.batch_id) for command in group if command.batch_id is not None}
         by_account: dict[str, list[str]] = {}
         for account, batch_id in keys:
             self._holds[str(account), str(batch_id)] = None
@@ -229,8 +232,9 @@ class _Transaction:
         )
         return posted
 
-    def add_account(self, account: Account) -> None:
-        insert = self.insert(tables.accounts).values(tables.account_values(account)).on_conflict_do_nothing()
+    def add_account(self, account: Account, terms: Terms) -> None:
+        values = tables.account_values(account) | {"terms": terms.to_json()}
+        insert = self.insert(tables.accounts).values(values).on_conflict_do_nothing()
         # Not by rowcount, which psycopg's dialect does not tell of an INSERT.
         if self.connection.execute(insert.returning(tables.accounts.c.name)).first() is None:
             raise LedgerError(f"expected a new account name, got {account.name!r}, which exists")
@@ -400,14 +404,16 @@ class SqlLedger:
 
     # --- accounts and keys ---
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+    ) -> Account:
         rules.check_account_name(name)
 
         def apply(transaction: _Transaction) -> Account:
             # All or nothing: a refused grant leaves no account behind, and no account is without its key.
             account = Account(name=name)
             step = None if granted is None else rules.apply_grant(account, granted, transaction.now_ms)
-            transaction.add_account(account)
+            transaction.add_account(account, terms)
             if key is not None:
                 transaction.add_key(key)
             return account if step is None else transaction.record(step).account
@@ -418,6 +424,20 @@ class SqlLedger:
         def apply(transaction: _Transaction) -> Account:
             step = rules.apply_grant(transaction.account(name), picture_count, transaction.now_ms)
             return transaction.record(step).account
+
+        return await self._write(apply, name)
+
+    async def set_terms(self, name: str, said: Terms, unset: Collection[str] = ()) -> Terms:
+        accounts = tables.accounts.c
+
+        def apply(transaction: _Transaction) -> Terms:
+            transaction.account(name)
+            kept = sa.select(accounts.terms).where(accounts.name == name)
+            before = tables.terms_of(name, transaction.connection.execute(kept).scalar_one())
+            after = rules.apply_terms(before, said, unset)
+            update = sa.update(tables.accounts).where(accounts.name == name).values(terms=after.to_json())
+            transaction.connection.execute(update)
+            return after
 
         return await self._write(apply, name)
 
@@ -453,6 +473,17 @@ class SqlLedger:
         query = sa.select(tables.accounts).order_by(tables.accounts.c.name)
         return await self._read(lambda connection: [tables.account_of(row) for row in connection.execute(query)])
 
+    async def terms(self, name: str) -> Terms:
+        query = sa.select(tables.accounts.c.terms).where(tables.accounts.c.name == name)
+
+        def read(connection: Connection) -> Terms:
+            text = connection.execute(query).scalar_one_or_none()
+            if text is None:
+                raise LedgerError(f"expected the name of an account on these books, got {name!r}")
+            return tables.terms_of(name, text)
+
+        return await self._read(read)
+
     async def run_posted(self, account: str, run_id: str) -> int:
         entries = tables.entries.c
         query = sa.select(sa.func.coalesce(sa.func.sum(entries.picture_count), 0)).where(
@@ -474,12 +505,13 @@ class SqlLedger:
             query = query.where(entries.run_id == run_id)
         return await self._read(lambda connection: [tables.entry_of(row) for row in connection.execute(query)])
 
-    async def key(self, key_id: str) -> Key | None:
-        query = sa.select(tables.keys).where(tables.keys.c.key_id == key_id)
+    async def credential(self, key_id: str) -> Credential | None:
+        query = sa.select(tables.keys, tables.accounts.c.terms).join(tables.accounts)
+        query = query.where(tables.keys.c.key_id == key_id)
 
-        def read(connection: Connection) -> Key | None:
+        def read(connection: Connection) -> Credential | None:
             row = connection.execute(query).one_or_none()
-            return tables.key_of(row) if row else None
+            return Credential(tables.key_of(row), tables.terms_of(row.account, row.terms)) if row else None
 
         return await self._read(read)
 

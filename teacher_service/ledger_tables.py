@@ -8,7 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from teacher_service.ledger import Account, Entry, EntryKind, Hold, HoldState, Key, Role
+from teacher_service.ledger import Account, Entry, EntryKind, Hold, HoldState, Key, LedgerError, Role
+from teacher_service.terms import Terms, TermsError
 
 metadata = sa.MetaData()
 
@@ -26,6 +27,8 @@ accounts = sa.Table(
     sa.Column("held", Count, nullable=False),
     sa.Column("sequence", Count, nullable=False),
     sa.Column("head", sa.LargeBinary, nullable=False),
+    # Terms.to_json. Apart from the balances: no step of the journal reads or writes it.
+    sa.Column("terms", sa.Text, nullable=False, server_default="{}"),
     # The same promise as in ledger._step, kept by the store as well.
     sa.CheckConstraint("posted >= 0 AND held >= 0 AND posted + held <= granted", name="never_overspent"),
     **_STRICT,
@@ -119,7 +122,7 @@ def account_of(row: Row[Any]) -> Account:
 
 
 def account_values(account: Account) -> dict[str, Any]:
-    """An account as a row of ``accounts``."""
+    """An account as a row of ``accounts``, but for its terms."""
     return {
         "name": account.name,
         "granted": account.granted,
@@ -128,6 +131,14 @@ def account_values(account: Account) -> dict[str, Any]:
         "sequence": account.sequence,
         "head": account.head,
     }
+
+
+def terms_of(account: str, text: str) -> Terms:
+    """The terms in a row of ``accounts``. Raises LedgerError for what another program wrote there."""
+    try:
+        return Terms.from_json(text)
+    except TermsError as error:
+        raise LedgerError(f"account {account} on these books: {error}") from None
 
 
 def hold_of(row: Row[Any]) -> Hold:

@@ -5,6 +5,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
 from teacher_service.ledger import Account, Entry, EntryKind, Key, Posted, Receipt, Role
+from teacher_service.terms import Terms, TermsError
 
 _KINDS = {
     EntryKind.GRANT: wire.ENTRY_KIND_GRANT,
@@ -16,6 +17,9 @@ _KINDS = {
 _KINDS_BACK = {number: kind for kind, number in _KINDS.items()}
 _ROLES = {Role.CUSTOMER: wire.ROLE_CUSTOMER, Role.TEACHER: wire.ROLE_TEACHER, Role.ADMIN: wire.ROLE_ADMIN}
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
+_ANSWERS = {None: wire.SOLD_ANSWERS_UNSPECIFIED, "soft": wire.SOLD_ANSWERS_SOFT, "hard": wire.SOLD_ANSWERS_HARD}
+_ANSWERS_BACK = {number: answers for answers, number in _ANSWERS.items()}
+_TERMS_NUMBERS = ("top_k", "decimals", "pictures_per_second", "max_streams", "max_outstanding_pictures")
 
 
 def account_message(account: Account) -> wire.Account:
@@ -41,6 +45,27 @@ def account_of(message: wire.Account) -> Account:
         sequence=message.sequence,
         head=message.head,
     )
+
+
+def terms_message(terms: Terms) -> wire.Terms:
+    """Terms to be sent."""
+    numbers = {name: getattr(terms, name) for name in _TERMS_NUMBERS}
+    return wire.Terms(answers=_ANSWERS[terms.answers], **numbers)
+
+
+def terms_of(message: wire.Terms) -> Terms:
+    """Terms received. Refusal INVALID_REQUEST for what cannot be meant, or only by a newer program."""
+    if message.answers not in _ANSWERS_BACK:
+        raise Refusal.of(
+            Reason.INVALID_REQUEST, field="terms.answers", expected="soft, hard or nothing", got=message.answers
+        )
+    numbers = {name: getattr(message, name) for name in _TERMS_NUMBERS if message.HasField(name)}
+    try:
+        return Terms(answers=_ANSWERS_BACK[message.answers], **numbers)
+    except TermsError as error:
+        raise Refusal.of(
+            Reason.INVALID_REQUEST, field=f"terms.{error.field}", expected=error.expected, got=error.got
+        ) from None
 
 
 def key_message(key: Key) -> wire.StoredKey:

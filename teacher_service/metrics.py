@@ -1,12 +1,21 @@
 """Every Prometheus metric of the server, declared once, with its unit."""
 
-from collections.abc import Callable
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 OTHER = "other"
+_GO_CODES = {"OK": "OK", "CANCELLED": "Canceled"}  # the others differ by case and underscores alone
+_HTTP_TIMEOUT_SECONDS = 10.0
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -40,6 +49,15 @@ class Metrics:
             buckets=_BATCH_BUCKETS,
             registry=self.registry,
         )
+        self._engine_seconds = Histogram(
+            "mekd_engine_seconds", "One engine call.", buckets=_SECONDS_BUCKETS, registry=self.registry
+        )
+        self._queue_wait = Histogram(
+            "mekd_queue_wait_seconds",
+            "From a batch held to the engine's beginning with it.",
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
         self._balance = Gauge(
             "mekd_account_balance_pictures",
             "Pictures an account may still hold, as of its last batch here.",
@@ -47,6 +65,22 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_QueueCollector(queue_pictures))
+        self._rpcs: dict[tuple[str, str, str], RpcCounters] = {}
+        rpc = ["grpc_type", "grpc_service", "grpc_method"]
+        self._rpc_started = Counter("grpc_server_started_total", "Calls begun.", rpc, registry=self.registry)
+        self._rpc_handled = Counter(
+            "grpc_server_handled_total", "Calls ended, by their code.", [*rpc, "grpc_code"], registry=self.registry
+        )
+        self._rpc_received = Counter(
+            "grpc_server_msg_received_total", "Messages that were read.", rpc, registry=self.registry
+        )
+        self._rpc_sent = Counter(
+            "grpc_server_msg_sent_total", "Messages that were sent.", rpc, registry=self.registry
+        )
+        self._rpc_seconds = Histogram(
+            "grpc_server_handling_seconds", "From a call's begin to its end.", rpc, registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
 
     def batch_done(self, *, protocol: str, account: str, outcome: str, pictures: int, seconds: float) -> None:
         """One batch answered ("charged", "replayed"), refused (the reason's name, lower case), failed or departed."""
@@ -54,19 +88,48 @@ class Metrics:
         self._duration.labels(protocol).observe(seconds)
         self._pictures.labels(self._bounded(account), outcome).inc(pictures)
 
-    def engine_batch(self, pictures: int) -> None:
-        """One engine call."""
+    def engine_batch(self, pictures: int, seconds: float, waited_seconds: Iterable[float]) -> None:
+        """One engine call, and how long each batch of a caller in it had waited for it."""
         self._engine_batch.observe(pictures)
+        self._engine_seconds.observe(seconds)
+        for waited in waited_seconds:
+            self._queue_wait.observe(waited)
 
     def balance(self, account: str, pictures: int) -> None:
         """An account's balance; "other" has none."""
         if self._bounded(account) != OTHER:
             self._balance.labels(account).set(pictures)
 
-    def serve(self, host: str, port: int) -> int:
-        """Serves /metrics over HTTP from a thread of its own; returns the port. Raises OSError."""
-        server, _thread = start_http_server(port, host, self.registry)
+    def serve(self, host: str, port: int, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
+        """Serves /metrics from threads of its own and returns the port. Raises OSError.
+
+        ``tls`` gives what a connection that begins now is encrypted with; None: plain HTTP.
+        """
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        kind = type("Server", (_HttpServer,), {"address_family": family})
+        server: _HttpServer = make_server(host, port, make_wsgi_app(self.registry), kind, _QuietHandler)
+        server.tls = tls
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return int(server.server_port)
+
+    def rpc(self, kind: str, service: str, method: str) -> "RpcCounters":
+        """The counters of one method of ours; the names of others are callers' own and stay out: ``rpc_unknown``."""
+        names = (kind, service, method)
+        if names not in self._rpcs:
+            self._rpcs[names] = RpcCounters(
+                started=self._rpc_started.labels(*names).inc,
+                received=self._rpc_received.labels(*names).inc,
+                sent=self._rpc_sent.labels(*names).inc,
+                ended=lambda code: self._rpc_handled.labels(*names, code).inc(),
+                took_seconds=self._rpc_seconds.labels(*names).observe,
+            )
+        return self._rpcs[names]
+
+    def rpc_unknown(self) -> None:
+        """A call of a method that is not there."""
+        counters = self.rpc(OTHER, OTHER, OTHER)
+        counters.started()
+        counters.handled("UNIMPLEMENTED", 0.0)
 
     def _bounded(self, account: str) -> str:
         if account not in self._accounts:
@@ -74,6 +137,49 @@ class Metrics:
                 return OTHER
             self._accounts.add(account)
         return account
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpcCounters:
+    """What is counted of one method."""
+
+    started: Callable[[], None]
+    received: Callable[[], None]
+    sent: Callable[[], None]
+    ended: Callable[[str], None]
+    took_seconds: Callable[[float], None]
+
+    def handled(self, code: str, seconds: float) -> None:
+        """One call ended; ``code`` as gRPC's libraries write it in Python, in the metric as in Go."""
+        self.ended(_GO_CODES.get(code) or code.title().replace("_", ""))
+        self.took_seconds(seconds)
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """A thread a connection, which makes the TLS handshake too: a silent client holds up nobody but itself."""
+
+    daemon_threads = True
+    tls: Callable[[], ssl.SSLContext] | None = None
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            request.settimeout(_HTTP_TIMEOUT_SECONDS)
+            if self.tls is not None:
+                request = self.tls().wrap_socket(request, server_side=True)
+        except OSError:  # a timeout and a failed handshake are some
+            self.shutdown_request(request)
+            return
+        super().process_request_thread(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that went away is no news."""
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = _HTTP_TIMEOUT_SECONDS
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not logged."""
 
 
 class _QueueCollector(Collector):

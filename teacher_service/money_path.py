@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from dataclasses import dataclass
 
 import structlog
 
@@ -22,7 +23,9 @@ from teacher_service.batcher import Batcher, CallerGone, QueueFull
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
 from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
+from teacher_service.limits import Limits
 from teacher_service.metrics import Metrics
+from teacher_service.statistics import Parts, Statistics
 from teacher_service.terms import Terms
 
 log = structlog.get_logger()
@@ -30,16 +33,34 @@ log = structlog.get_logger()
 VOID_RETRY_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What every protocol makes of a batch: the id it is booked under, and its pictures as they were sent."""
+
+    batch_id: str
+    images: codec.ReceivedImages
+
+
 class MoneyPath:
     """A batch in, an answer out, charged exactly once: what every protocol front shares."""
 
     def __init__(
-        self, *, engine: Engine, ledger: Ledger, batcher: Batcher, metrics: Metrics, config: ServerConfig
+        self,
+        *,
+        engine: Engine,
+        ledger: Ledger,
+        batcher: Batcher,
+        metrics: Metrics,
+        limits: Limits,
+        statistics: Statistics,
+        config: ServerConfig,
     ) -> None:
         self._engine = engine
         self._ledger = ledger
         self._batcher = batcher
         self._metrics = metrics
+        self._limits = limits
+        self._statistics = statistics
         self._config = config
         self.draining = False
         self._releasing: set[asyncio.Task[None]] = set()
@@ -48,30 +69,40 @@ class MoneyPath:
         """What an account is sold, and how much at a time: its own terms, the server's where it has none."""
         return caller.terms.over(Terms(answers=self._config.answers))
 
+    def max_batch_pictures(self, caller: Caller) -> int:
+        """Most pictures in one batch of this account."""
+        outstanding = caller.terms.max_outstanding_pictures
+        return min(self._config.max_batch_pictures, outstanding or self._config.max_batch_pictures)
+
     async def answer(
-        self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone", *, protocol: str = "mekd"
+        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", *, protocol: str = "mekd"
     ) -> wire.BatchResult:
         """The paid answer of one batch. Raises Refusal; then nothing was charged."""
         started = time.perf_counter()
         outcome = "failed"
+        parts = Parts()
         try:
-            result = await self._answer(caller, run_id, batch, gone)
+            result = await self._answer(caller, run_id, batch, gone, parts)
             outcome = "replayed" if result.replayed else "charged"
             return result
         except Refusal as refusal:
-            departed = refusal.reason is Reason.DRAINING and gone() and not self.draining
+            departed = refusal.reason is Reason.DEADLINE_EXCEEDED
             outcome = "departed" if departed else refusal.reason.name.lower()
             raise
         finally:
+            seconds = time.perf_counter() - started
+            self._statistics.batch_done(caller.account, outcome, batch.images.picture_count, seconds, parts)
             self._metrics.batch_done(
                 protocol=protocol,
                 account=caller.account,
                 outcome=outcome,
                 pictures=max(0, min(batch.images.picture_count, self._config.max_batch_pictures)),
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
             )
 
-    async def _answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
+    async def _answer(
+        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts
+    ) -> wire.BatchResult:
         if self.draining:
             raise Refusal.of(Reason.DRAINING)
         check_identifier("batch.batch_id", batch.batch_id)
@@ -80,25 +111,30 @@ class MoneyPath:
             channels=self._engine.channels,
             height=self._engine.height,
             width=self._engine.width,
-            max_batch_pictures=self._config.max_batch_pictures,
+            max_batch_pictures=self.max_batch_pictures(caller),
         )
+        count = batch.images.picture_count
         try:
-            with self._batcher.place(batch.images.picture_count):
-                return await self._held_answer(caller, run_id, batch, gone)
+            with self._limits.batch(caller.account, caller.terms, count), self._batcher.place(count, caller.account):
+                return await self._held_answer(caller, run_id, batch, gone, parts)
         except QueueFull:
             raise Refusal.of(Reason.OVERLOADED, limit=self._config.max_queue_pictures) from None
         except LedgerUnavailable as error:
             log.error("ledger unavailable", error=str(error))
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
 
-    async def _held_answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
-        images_NCHW = codec.decode_images(batch.images)
+    async def _held_answer(
+        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts
+    ) -> wire.BatchResult:
+        with parts.compute_input():
+            images_NCHW = codec.decode_images(batch.images)
+            payload_digest = codec.payload_digest(batch.images)
         held = await self._ledger.hold(
             HoldRequest(
                 account=caller.account,
                 batch_id=batch.batch_id,
                 run_id=run_id,
-                digest=codec.request_digest(batch.images),
+                digest=codec.request_digest(batch.images, payload_digest),
                 picture_count=len(images_NCHW),
             )
         )
@@ -108,18 +144,23 @@ class MoneyPath:
             kept = wire.Answer.FromString(held.answer)
             return _result(batch.batch_id, kept, held, replayed=True)
         try:
-            probabilities_NK = await self._batcher.ask(images_NCHW, gone)
-            answer = policy.apply(self.terms_of(caller), probabilities_NK)
+            with parts.waiting():
+                probabilities_NK = await self._batcher.ask(
+                    images_NCHW, gone, owner=caller.account, deadline=gone.deadline
+                )
+            with parts.compute_output():
+                answer = policy.apply(self.terms_of(caller), probabilities_NK)
         except Exception as error:
             await self._release(caller.account, batch.batch_id)
             if isinstance(error, CallerGone):
-                raise Refusal.of(Reason.DRAINING) from None  # heard by nobody, unless the server is stopping
+                # Nobody hears the second, but for a caller whose clock is a little behind.
+                raise Refusal.of(Reason.DRAINING if self.draining else Reason.DEADLINE_EXCEEDED) from None
             incident = uuid.uuid4().hex[:8]
             log.error("engine failed", incident=incident, account=caller.account, exc_info=error)
             raise Refusal.of(Reason.ENGINE_FAILED, incident=incident) from None
         answer.model_digest = self._engine.model_digest
         answer.charged_count = len(images_NCHW)
-        answer.pixel_digest = codec.pixel_digest(images_NCHW)
+        answer.pixel_digest = payload_digest  # raw is the one encoding there is: the payload is the pixels
         try:
             posted = await self._ledger.post(
                 caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
@@ -153,13 +194,17 @@ class MoneyPath:
 
 
 class Gone:
-    """Whether a caller has left; called by the batcher before it computes."""
+    """Whether a caller has left; called by the batcher before it computes.
 
-    def __init__(self) -> None:
+    ``deadline`` is when the caller will no longer listen, a time of ``time.monotonic()``; None: it waits.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
         self.left = False
+        self.deadline = deadline
 
     def __call__(self) -> bool:
-        return self.left
+        return self.left or (self.deadline is not None and time.monotonic() >= self.deadline)
 
 
 def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:

@@ -18,11 +18,20 @@ from teacher_service.auth import (
     MAY_NAME_ACCOUNTS,
     Authenticator,
     Caller,
+    caller_of,
     refusals_as_status,
     refusals_as_stream_status,
 )
 from teacher_service.ledger import HoldRequest, Key, Ledger, Posted, check_identifier, watch
-from teacher_service.ledger_wire import account_message, entry_message, key_message, key_of, posted_message
+from teacher_service.ledger_wire import (
+    account_message,
+    entry_message,
+    key_message,
+    key_of,
+    posted_message,
+    terms_message,
+    terms_of,
+)
 
 DEFAULT_PAGE_ENTRIES = 500
 MAX_PAGE_ENTRIES = 5000
@@ -142,6 +151,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def Void(self, request: wire.VoidRequest, context: Any) -> wire.VoidResponse:
         """Gives back what an instance of the caller's holds."""
         instance_id = await self._instance(request.instance_id, context)
+        check_identifier("batch_id", request.batch_id)
         await self._ledger.void(request.account, request.batch_id, instance_id=instance_id)
         return wire.VoidResponse()
 
@@ -161,16 +171,20 @@ class QuotaServicer(QuotaLedgerServicer):
 
     @refusals_as_status
     async def LookupKey(self, request: wire.LookupKeyRequest, context: Any) -> wire.LookupKeyResponse:
-        """A credential as stored."""
-        found = await self._ledger.key(request.key_id)
-        return wire.LookupKeyResponse(key=key_message(found) if found is not None else None)
+        """A credential as stored, and its account's terms."""
+        found = await self._ledger.credential(request.key_id)
+        if found is None:
+            return wire.LookupKeyResponse()
+        return wire.LookupKeyResponse(key=key_message(found.key), terms=terms_message(found.terms))
 
     # --- accounts and keys ---
 
     @refusals_as_status
     async def GetAccount(self, request: wire.GetAccountRequest, context: Any) -> wire.GetAccountResponse:
         """One account."""
-        return wire.GetAccountResponse(account=account_message(await self._ledger.account(request.account)))
+        account = await self._ledger.account(request.account)
+        terms = await self._ledger.terms(request.account)
+        return wire.GetAccountResponse(account=account_message(account), terms=terms_message(terms))
 
     @refusals_as_status
     async def ListAccounts(self, request: wire.ListAccountsRequest, context: Any) -> wire.ListAccountsResponse:
@@ -193,14 +207,21 @@ class QuotaServicer(QuotaLedgerServicer):
             raise Refusal.of(
                 Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
             )
-        account = await self._ledger.create_account(request.account, granted, key)
-        return wire.CreateAccountResponse(account=account_message(account))
+        terms = terms_of(request.terms)
+        account = await self._ledger.create_account(request.account, granted, key, terms)
+        return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(terms))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
         """More pictures."""
         account = await self._ledger.grant(request.account, request.picture_count)
         return wire.GrantResponse(account=account_message(account))
+
+    @refusals_as_status
+    async def SetTerms(self, request: wire.SetTermsRequest, context: Any) -> wire.SetTermsResponse:
+        """Other terms for an account."""
+        terms = await self._ledger.set_terms(request.account, terms_of(request.terms), request.unset_fields)
+        return wire.SetTermsResponse(terms=terms_message(terms))
 
     @refusals_as_status
     async def CreateKey(self, request: wire.CreateKeyRequest, context: Any) -> wire.CreateKeyResponse:
@@ -220,7 +241,7 @@ class QuotaServicer(QuotaLedgerServicer):
         return wire.RevokeKeyResponse()
 
     async def _caller(self, context: Any) -> Caller:
-        return await self._authenticator.identify(context.invocation_metadata())
+        return await caller_of(self._authenticator, context)
 
     async def _account_meant(self, named: str, method: str, context: Any) -> str:
         """The account a request is about. Refusal PERMISSION_DENIED where a customer names another's."""

@@ -1,35 +1,57 @@
 """The life of the server process, top-down: build, start, wait for SIGINT or SIGTERM, drain, stop."""
 
 import asyncio
-import contextlib
 import dataclasses
 import errno
+import os
 import signal
 import socket
-import ssl
+import sys
+import threading
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tritonclient.grpc.service_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
 from protos.mekd.v1 import quota_ledger_pb2_grpc, teacher_inference_pb2_grpc
-from teacher_service.auth import Authenticator, AuthInterceptor
-from teacher_service.batcher import Batcher
+from teacher_service import kserve
+from teacher_service.auth import Authenticator, AuthInterceptor, new_key
+from teacher_service.batcher import Batcher, EngineCall
 from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.engine import Engine
+from teacher_service.health import Health, follow
 from teacher_service.inference import InferenceServicer
-from teacher_service.ledger import Ledger
+from teacher_service.interceptors import Gate, Readable, RpcMetrics
+from teacher_service.ledger import MAX_COUNT, Ledger
+from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import SCHEMES, RemoteLedger
 from teacher_service.ledger_sql import LEASE_MS, SqlLedger
+from teacher_service.limits import Limits
 from teacher_service.metrics import Metrics
 from teacher_service.money_path import MoneyPath
 from teacher_service.quota import QuotaServicer
+from teacher_service.statistics import Statistics
+from teacher_service.streams import Calls
+from teacher_service.tls import Certificates, TlsError
 
 log = structlog.get_logger()
 
+IN_MEMORY = "memory:"
 LEDGER_SERVICE = "mekd.v1.QuotaLedger"
-SERVICES = ("mekd.v1.TeacherInference", LEDGER_SERVICE)
+SERVICES = ("mekd.v1.TeacherInference", kserve.SERVICE, LEDGER_SERVICE)
+HEALTH_SERVICE = "grpc.health.v1.Health"
+LAST_RESORT_SECONDS = 6.0
+MAX_METADATA_BYTES = 16 * 2**10
+MAX_CALLS_OF_A_CONNECTION = 1000
+SPARE_CONNECTIONS = 256  # for those who ask without a stream: admins, probes
+HANDSHAKE_TIMEOUT_MS = 10_000
+KEEPALIVE_MS = 60_000
+KEEPALIVE_TIMEOUT_MS = 20_000
 MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
 
 
@@ -38,77 +60,177 @@ class StartError(Exception):
 
 
 async def serve(config: ServerConfig, engine: Engine) -> None:
-    """Serves until SIGINT or SIGTERM. Raises StartError and LedgerError before anything is served."""
+    """Serves until SIGINT or SIGTERM. Raises StartError and LedgerError before anything is served.
+
+    For a process of its own: should something be stuck after the grace time, the process is ended without it.
+    """
     config = _fitting(config, engine)
-    ledger = await _open_ledger(config)
+    certificates = _certificates(config)
+    ledger = _books_in_memory(config) if config.ledger == IN_MEMORY else await _open_ledger(config)
+    statistics = Statistics(max_accounts=config.metrics_max_accounts)
+
+    def engine_called(call: EngineCall) -> None:
+        metrics.engine_batch(call.picture_count, call.seconds, call.waited_seconds)
+        statistics.engine_call(call)
+
     batcher = Batcher(
         engine.answer,
-        max_batch_pictures=config.max_engine_pictures,
+        max_batch_pictures=min(config.max_engine_pictures, engine.batch_pictures),
         max_queue_pictures=config.max_queue_pictures,
-        on_batch=lambda pictures: metrics.engine_batch(pictures),
+        calls_at_once=engine.calls_at_once,
+        on_call=engine_called,
     )
     metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
     authenticator = Authenticator(ledger)
-    money_path = MoneyPath(engine=engine, ledger=ledger, batcher=batcher, metrics=metrics, config=config)
-    inference = InferenceServicer(money_path, authenticator, engine, config)
-    readiness = health.aio.HealthServicer()
+    limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams)
+    money_path = MoneyPath(
+        engine=engine,
+        ledger=ledger,
+        batcher=batcher,
+        metrics=metrics,
+        limits=limits,
+        statistics=statistics,
+        config=config,
+    )
+    calls = Calls(money_path, authenticator, window_batches=config.window_batches)
+    inference = InferenceServicer(calls, money_path, authenticator, engine, config)
+    open_inference = kserve.KserveServicer(
+        calls, money_path, authenticator, engine, statistics, config, is_ready=lambda: health.is_ready
+    )
+    gate = Gate(authenticator, limits)
+    health = Health(SERVICES)
     server = grpc.aio.server(
-        interceptors=(AuthInterceptor(authenticator),), options=_channel_options(config.max_message_bytes)
+        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable()),
+        options=_channel_options(config),
     )
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
+    add_GRPCInferenceServiceServicer_to_server(open_inference, server)
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
-    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
+    _add_health_and_reflection(server, health, SERVICES)
 
-    stop_asked = _stop_asked()
+    stopping = _Stopping(config.grace_seconds)
     try:
-        address = _bind(server, config)
-        metrics_port = _serve_metrics(metrics, config)
+        address = _bind(server, config, certificates)
+        metrics_port = _serve_metrics(metrics, config, certificates)
         batcher.start()
         await server.start()
-        for name in ("", *SERVICES):
-            await readiness.set(name, health_pb2.HealthCheckResponse.SERVING)
+        following = _now_ready(health, ledger)
         log.info("serving", address=address, metrics_port=metrics_port, model_digest=engine.model_digest)
         print(f"serving on {address}", flush=True)
-        await stop_asked.wait()
-        log.info("draining", grace_seconds=config.grace_seconds)
-        await readiness.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(inference.drain(), config.grace_seconds)
+        if config.ledger == IN_MEMORY:
+            print(f"key {await _key_of_anyone(ledger)}", flush=True)
+        await stopping.asked.wait()
+        following.cancel()
+        _no_longer_ready(health, gate, config)
+        await stopping.within_grace(calls.drain())
     finally:
         await server.stop(grace=1.0)
-        money_path.stop()
         await batcher.stop()
+        money_path.stop()
         await ledger.close()
+        stopping.books_are_closed()
     log.info("stopped")
 
 
 async def serve_ledger(config: ServerConfig) -> None:
-    """Serves the books alone, to teachers elsewhere, until SIGINT or SIGTERM. Raises StartError and LedgerError."""
+    """Serves the books alone, to teachers elsewhere, as ``serve`` does. Raises StartError and LedgerError."""
     if config.ledger.startswith(SCHEMES):
         raise StartError(f"--ledger-only: expected books of its own in --ledger, got {config.ledger}")
+    certificates = _certificates(config)
     ledger = await _open_ledger(config)
     authenticator = Authenticator(ledger)
-    readiness = health.aio.HealthServicer()
+    gate = Gate(authenticator, Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams))
+    health = Health((LEDGER_SERVICE,))
     server = grpc.aio.server(
-        interceptors=(AuthInterceptor(authenticator),), options=_channel_options(config.max_message_bytes)
+        interceptors=(_authentication(authenticator, config), gate, Readable()),
+        options=_channel_options(config),
     )
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
-    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
-    stop_asked = _stop_asked()
+    _add_health_and_reflection(server, health, (LEDGER_SERVICE,))
+    stopping = _Stopping(config.grace_seconds)
     try:
-        address = _bind(server, config)
+        address = _bind(server, config, certificates)
         await server.start()
-        for name in ("", LEDGER_SERVICE):
-            await readiness.set(name, health_pb2.HealthCheckResponse.SERVING)
+        following = _now_ready(health, ledger)
         log.info("serving the ledger", address=address)
         print(f"serving on {address}", flush=True)
-        await stop_asked.wait()
-        log.info("draining")
-        await readiness.enter_graceful_shutdown()
+        await stopping.asked.wait()
+        following.cancel()
+        _no_longer_ready(health, gate, config)
     finally:
         await server.stop(grace=1.0)
         await ledger.close()
+        stopping.books_are_closed()
     log.info("stopped")
+
+
+class _Stopping:
+    """SIGINT or SIGTERM: the first asks for an orderly end, another one for an end at once.
+
+    Whatever is stuck (an engine call that never returns, a store that does not let go) must not keep the process: a
+    thread ends it when the grace time and ``LAST_RESORT_SECONDS`` have passed. By then the holds are given back, or
+    lapse with this server's lease.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._hurry = asyncio.Event()
+        self._exit_status = 1
+        self.asked = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+
+    def _ask(self) -> None:
+        if self.asked.is_set():
+            self._hurry.set()
+            self._end_after(LAST_RESORT_SECONDS)
+        else:
+            self.asked.set()
+            self._end_after(self._grace_seconds + LAST_RESORT_SECONDS)
+
+    async def within_grace(self, work: Coroutine[Any, Any, None]) -> None:
+        """Waits for work, no longer than the grace time nor than a second signal."""
+        tasks = [asyncio.create_task(work), asyncio.create_task(self._hurry.wait())]
+        await asyncio.wait(tasks, timeout=self._grace_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+    def books_are_closed(self) -> None:
+        """From here on nothing is lost when the process is ended."""
+        self._exit_status = 0
+
+    def _end_after(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        what = "the engine" if self._exit_status == 0 else "the ledger"
+        log.error("ended without waiting any longer", waited_for=what)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self._exit_status)
+
+
+def _authentication(authenticator: Authenticator, config: ServerConfig) -> AuthInterceptor:
+    return AuthInterceptor(authenticator, certificates=config.tls_client_ca is not None)
+
+
+def _add_health_and_reflection(server: grpc.aio.Server, health: Health, services: Sequence[str]) -> None:
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((*services, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+
+
+def _now_ready(health: Health, ledger: Ledger) -> "asyncio.Task[None]":
+    health.set_ready(True)
+    return asyncio.create_task(follow(ledger, health), name="ledger-follow")
+
+
+def _no_longer_ready(health: Health, gate: Gate, config: ServerConfig) -> None:
+    """First no traffic from balancers, then no new work."""
+    health.set_ready(False)
+    gate.draining = True
+    log.info("draining", grace_seconds=config.grace_seconds)
 
 
 def open_ledger(
@@ -143,11 +265,19 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
     return ledger
 
 
-def _stop_asked() -> asyncio.Event:
-    stop_asked = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop_asked.set)
-    return stop_asked
+def _books_in_memory(config: ServerConfig) -> Ledger:
+    """Books for measuring what a durable ledger costs. StartError beyond loopback: nobody is to sell by them."""
+    if not is_loopback(config.listen.rpartition(":")[0]):
+        raise StartError(f"--ledger {IN_MEMORY} is for measurements on loopback, got --listen {config.listen}")
+    log.warning("the books are in memory: for measurements, and lost at exit")
+    return MemoryLedger()
+
+
+async def _key_of_anyone(books: Ledger) -> str:
+    """Makes the one account of books in memory, of as many pictures as books can count; returns its key."""
+    text, stored = new_key("anyone")
+    await books.create_account("anyone", MAX_COUNT, stored)
+    return text
 
 
 def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
@@ -168,37 +298,61 @@ def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
     return config
 
 
-def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        # Refused by gRPC itself, before a message is decoded.
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        # Of one connection; a client waits with the next one. A proxy may bring many callers over one.
+        ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
+        # Of the server: every stream may have one of its own. Further ones are closed at once.
+        ("grpc.max_allowed_incoming_connections", config.max_streams + SPARE_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         # Without this a second server on the same port starts without a word and takes half of the calls.
         ("grpc.so_reuseport", 0),
-        # Agents behind NAT ping every 30 s; the default would end their streams as floods.
+        # Agents behind NAT ping every 30 s, also while nothing is said; the default would end their streams as
+        # floods. Who pings more often than every 10 s is cut off after the third time.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_ping_strikes", 2),
+        # An agent that died without a word gives back its streams' places when it leaves these unanswered.
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        # The one above is not obeyed on its own: measured with grpcio 1.85.1, where a minute is the default.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ]
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+def _certificates(config: ServerConfig) -> Certificates | None:
+    """What --tls-cert and the flags beside it name. Raises StartError."""
+    if config.tls_cert is None or config.tls_key is None:
+        if config.tls_cert or config.tls_key:
+            raise StartError("expected --tls-cert and --tls-key together, got one of them")
+        if config.tls_client_ca:
+            raise StartError("--tls-client-ca: expected --tls-cert and --tls-key with it, got neither")
+        return None
+    try:
+        return Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
+    except TlsError as error:
+        raise StartError(str(error)) from None
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certificates | None) -> str:
     """Binds the port and returns HOST:PORT. Raises StartError."""
     host, _, port = config.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StartError(f"--listen: expected HOST:PORT, got {config.listen!r}")
-    credentials = None
-    if config.tls_cert and config.tls_key:
-        credentials = _tls(config.tls_cert, config.tls_key)
-    elif config.tls_cert or config.tls_key:
-        raise StartError("expected --tls-cert and --tls-key together, got one of them")
-    elif not is_loopback(host) and not config.insecure_listen:
+    if certificates is None and not is_loopback(host) and not config.insecure_listen:
         raise StartError(
             f"--listen {config.listen} is not loopback: give --tls-cert and --tls-key, "
             "or --insecure-listen if keys and pictures may travel unencrypted"
         )
     try:
         _try_address(host.strip("[]"), int(port))
-        if credentials is not None:
-            bound = server.add_secure_port(config.listen, credentials)
+        if certificates is not None:
+            bound = server.add_secure_port(config.listen, certificates.credentials())
         else:
             bound = server.add_insecure_port(config.listen)
     except (OSError, RuntimeError) as error:
@@ -228,29 +382,20 @@ def _try_address(host: str, port: int) -> None:
         raise failure
 
 
-def _tls(cert: Path, key: Path) -> grpc.ServerCredentials:
-    pair = (_read(key, "--tls-key"), _read(cert, "--tls-cert"))
-    try:  # gRPC itself would take any bytes here, and fail later without a reason
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except ssl.SSLError as error:
-        raise StartError(
-            f"--tls-cert {cert}, --tls-key {key}: expected a PEM certificate and its unencrypted private key "
-            f"({error.reason or error})"
-        ) from None
-    return grpc.ssl_server_credentials([pair])
-
-
-def _serve_metrics(metrics: Metrics, config: ServerConfig) -> int:
+def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certificates | None) -> int:
+    """Plain HTTP on loopback; beyond it as --listen: with TLS, or with leave. Raises StartError."""
+    host = config.metrics_host.strip("[]")
+    tls = None
+    if not is_loopback(host):
+        if certificates is None and not config.insecure_listen:
+            raise StartError(
+                f"--metrics-host {host} is not loopback: give --tls-cert and --tls-key, "
+                "or --insecure-listen if metrics may travel unencrypted"
+            )
+        tls = certificates.context if certificates is not None else None
     try:
-        return metrics.serve("127.0.0.1", config.metrics_port)
+        return metrics.serve(host, config.metrics_port, tls)
     except OSError as error:
         raise StartError(
             f"--metrics-port {config.metrics_port}: {error.strerror}; give another (0 picks a free one)"
         ) from None
-
-
-def _read(path: Path, flag: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StartError(f"{flag} {path}: {error.strerror}") from None

@@ -1,14 +1,23 @@
 """The terms of an account: which answers it is sold, and how much it may ask for at a time."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-MOST_DECIMALS = 7  # what a 32-bit float holds of a probability
+from protos.codec import MOST_DECIMALS
+
+MOST_COUNT = 2**31 - 1
 
 
 class TermsError(ValueError):
     """Terms that cannot be meant, in one line: where, expected, got."""
+
+    def __init__(self, field: str, expected: str, got: object) -> None:
+        super().__init__(f"{field}: expected {expected}, got {got!r}")
+        self.field = field
+        self.expected = expected
+        self.got = got
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +38,39 @@ class Terms:
     """Most pictures asked for and not yet answered on one server."""
 
     def __post_init__(self) -> None:
-        for name, fine, expected in (
-            ("answers", self.answers in (None, "soft", "hard"), "soft or hard"),
-            ("top_k", _whole(self.top_k, 1, 2**31 - 1), "a whole number, 1 or more"),
-            ("decimals", _whole(self.decimals, 1, MOST_DECIMALS), f"a whole number, 1 to {MOST_DECIMALS}"),
-            ("pictures_per_second", _positive(self.pictures_per_second), "a number above 0"),
-            ("max_streams", _whole(self.max_streams, 1, 2**31 - 1), "a whole number, 1 or more"),
-            (
-                "max_outstanding_pictures",
-                _whole(self.max_outstanding_pictures, 1, 2**31 - 1),
-                "a whole number, 1 or more",
-            ),
-        ):
-            if not fine:
-                raise TermsError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if self.answers not in (None, "soft", "hard"):
+            raise TermsError("answers", "soft or hard", self.answers)
+        if not _whole(self.decimals, MOST_DECIMALS):
+            raise TermsError("decimals", f"a whole number, 1 to {MOST_DECIMALS}", self.decimals)
+        if not _positive(self.pictures_per_second):
+            raise TermsError("pictures_per_second", "a number above 0 and below 1e9", self.pictures_per_second)
+        for name in ("top_k", "max_streams", "max_outstanding_pictures"):
+            if not _whole(getattr(self, name), MOST_COUNT):
+                raise TermsError(name, f"a whole number, 1 to {MOST_COUNT}", getattr(self, name))
 
     def over(self, default: "Terms") -> "Terms":
         """These terms, with another's where they say nothing."""
-        return Terms(**(_said(default) | _said(self)))
+        return Terms(**(default.said() | self.said()))
+
+    def changed(self, said: "Terms", unset: Collection[str] = ()) -> "Terms":
+        """These terms with what ``said`` says, and without the fields that ``unset`` names.
+
+        Raises TermsError for a name that is no field's, and for one that is set and unset at once.
+        """
+        for name in unset:
+            if name not in FIELDS:
+                raise TermsError("unset", f"some of {', '.join(FIELDS)}", name)
+            if getattr(said, name) is not None:
+                raise TermsError(name, "to be set or unset", "both")
+        return replace(said.over(self), **dict.fromkeys(unset))
+
+    def said(self) -> dict[str, Any]:
+        """Name -> value of what is said, in the order of the fields."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def to_json(self) -> str:
         """Only what is said, in a fixed order; "{}" for no terms of its own."""
-        return json.dumps(_said(self), sort_keys=True)
+        return json.dumps(self.said(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Terms":
@@ -58,19 +78,17 @@ class Terms:
         try:
             said = json.loads(text)
         except ValueError:
-            raise TermsError(f"expected terms as a JSON object, got {text[:80]!r}") from None
-        known = {field.name for field in fields(cls)}
-        if not isinstance(said, dict) or not said.keys() <= known:
-            raise TermsError(f"expected a JSON object with some of {', '.join(sorted(known))}, got {text[:80]!r}")
+            raise TermsError("terms", "a JSON object", text[:80]) from None
+        if not isinstance(said, dict) or not said.keys() <= set(FIELDS):
+            raise TermsError("terms", f"a JSON object with some of {', '.join(FIELDS)}", text[:80])
         return cls(**said)
 
 
-def _said(terms: Terms) -> dict[str, Any]:
-    return {name: value for name, value in asdict(terms).items() if value is not None}
+FIELDS = tuple(field.name for field in fields(Terms))
 
 
-def _whole(value: object, least: int, most: int) -> bool:
-    return value is None or (type(value) is int and least <= value <= most)
+def _whole(value: object, most: int) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= most)
 
 
 def _positive(value: object) -> bool:

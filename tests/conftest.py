@@ -72,6 +72,7 @@ class Server:
     def balances(self, account: str = "device") -> dict[str, int]:
         """granted, posted, held and balance."""
         found: dict[str, int] = json.loads(teacher_admin(self.ledger, "account", "show", account, "--format", "json"))
+        found.pop("terms", None)
         return found
 
     def log(self) -> str:

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from edge_agent.config import ConfigError, DistillConfig, RunConfig, as_layers, build_config, parse_setting
 
+K = {"address": "kserve://127.0.0.1:8001/m"}
+
 
 def test_later_layers_win_and_sections_are_merged():
     config = build_config(
@@ -43,6 +45,23 @@ def test_resolved_config_reads_back_as_itself():
         ({"images": "a", "deprivatize": {"noise_count": -1}}, r"deprivatize\.noise_count: expected 0 or more"),
         ({"images": "a", "adapt": {"strength": 2.0}}, r"adapt\.strength: expected 0 to below 2"),
         ({"images": "a", "adapt": {"memory_bytes": 2**23}}, r"adapt\.memory_bytes: expected 65536 to 4000000"),
+        ({"images": "a", "teacher": {"layuot": "NCHW"}}, r"teacher\.layuot"),
+        ({"images": "a", "teacher": 5}, "teacher: expected a value of type str"),
+        ({"images": "a", "teacher": {"address": 5}}, "teacher: expected a value of type str"),
+        ({"images": "a", "teacher": {"layout": "NCHW"}}, r"expected an address kserve://HOST:PORT/MODEL"),
+        ({"images": "a", "kserve": {}}, r"expected the section \[teacher\]"),
+        ({"images": "a", "teacher": K | {"layout": "CHW"}}, r"teacher\.layout: expected NCHW or NHWC, got 'CHW'"),
+        ({"images": "a", "teacher": K | {"mean": "0.5"}}, r"teacher\.mean: expected a number or a list of numbers"),
+        ({"images": "a", "teacher": K | {"mean": [0.5, 0.5]}}, r"teacher\.mean: expected 1 or 3 numbers"),
+        ({"images": "a", "teacher": K | {"std": [0.0]}}, r"teacher\.std: expected 1 or 3 above 0"),
+        ({"images": "a", "teacher": K | {"mean": float("nan")}}, r"teacher\.mean"),
+        ({"images": "a", "teacher": K | {"scale": -1}}, r"teacher\.scale"),
+        ({"images": "a", "teacher": K | {"scale": float("inf")}}, r"teacher\.scale"),
+        ({"images": "a", "teacher": K | {"channels": 4}}, r"teacher\.channels: expected 1 or 3"),
+        ({"images": "a", "teacher": K | {"height": -1}}, r"teacher\.height"),
+        ({"images": "a", "teacher": K | {"width": -1}}, r"teacher\.width"),
+        ({"images": "a", "teacher": K | {"classes": 1}}, r"teacher\.classes: expected 2 or more"),
+        ({"images": "a", "teacher": K | {"output_kind": "scores"}}, r"teacher\.output_kind: expected logits"),
         ({}, "--images"),
     ],
 )
@@ -50,6 +69,18 @@ def test_what_cannot_be_meant_is_one_line_that_names_it(layer, said):
     with pytest.raises(ConfigError, match=said) as error:
         build_config(layer)
     assert "\n" not in str(error.value)
+
+
+def test_address_and_section_of_a_teacher_come_together_and_read_back():
+    section = {"address": "kserve://h:1/m", "layout": "NHWC", "mean": 0.5, "std": [1, 2, 3], "scale": 1}
+    config = build_config(
+        {"images": "a", "teacher": section}, {"teacher": "kserve://h:2/m"}, {"teacher": {"scale": 255}}
+    )
+    assert (config.teacher, config.kserve.layout, config.kserve.scale) == ("kserve://h:2/m", "NHWC", 255.0)
+    assert (config.kserve.mean, config.kserve.std) == ((0.5,), (1.0, 2.0, 3.0))
+    assert build_config(tomllib.loads(tomli_w.dumps(as_layers(config)))) == config
+    plain = build_config({"images": "a"})
+    assert as_layers(plain)["teacher"] == "127.0.0.1:50051" and "kserve" not in as_layers(plain)
 
 
 def test_a_whole_number_is_fine_where_a_real_one_is_wanted():
@@ -65,6 +96,7 @@ def test_a_whole_number_is_fine_where_a_real_one_is_wanted():
         ("student=resnet20", {"student": "resnet20"}),
         ("adapt.strength=0.5", {"adapt": {"strength": 0.5}}),
         ("insecure=true", {"insecure": True}),
+        ("teacher.std=[1, 2.5, 3]", {"teacher": {"std": [1, 2.5, 3]}}),
     ],
 )
 def test_settings_are_read_as_toml_or_else_as_text(text, layer):

@@ -208,6 +208,52 @@ def test_temperature_keeps_the_size_of_the_gradient() -> None:
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
+def test_each_answer_is_softened_with_the_smallest_probability_of_its_own_rounding() -> None:
+    answers_NK, logits_NK = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[1.0, -1.0]] * 3)
+    answers = Pool(
+        images_NCHW=torch.zeros(3, 1, 8, 8, dtype=torch.uint8),
+        latents_NL=torch.zeros(3, 5),
+        probabilities_NK=answers_NK,
+        epsilon_N1=torch.tensor([[1e-7], [1e-3], [1e-1]]),
+    )
+    config = dataclasses.replace(SMALL, temperature=2.0)
+    together_N = distill.answer_loss(answers, answers_NK, logits_NK, config, answers.epsilons())
+    alone = [
+        distill.answer_loss(answers, answers_NK[:1], logits_NK[:1], config, epsilon).item()
+        for epsilon in (1e-7, 1e-3, 1e-1)
+    ]
+    assert together_N.tolist() == pytest.approx(alone)
+    assert len(set(alone)) == 3
+    plain = dataclasses.replace(answers, epsilon_N1=None)
+    assert plain.epsilons().equal(torch.full((3, 1), 1e-7))
+
+
+def test_rounded_answers_train_with_their_own_smallest_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    original = distill.answer_loss
+
+    def noting(pool_: Pool, answers_NK: Tensor, logits_NK: Tensor, config: Any, epsilon_N1: Tensor) -> Tensor:
+        seen.append((epsilon_N1[:, 0] == answers_NK[:, 0]).all())
+        return original(pool_, answers_NK, logits_NK, config, epsilon_N1)
+
+    monkeypatch.setattr(distill, "answer_loss", noting)
+    first_N1 = torch.linspace(0.1, 0.9, 72)[:, None]
+    answers = dataclasses.replace(
+        pool(), probabilities_NK=torch.cat([first_N1, 1 - first_N1], dim=1), epsilon_N1=first_N1
+    )
+    train_student(
+        tiny_student(),
+        small_generator(),
+        answers,
+        config=dataclasses.replace(SMALL, passes=2),
+        seed=0,
+        device=CPU,
+        checkpoint=Keep(),
+        progress=silent,
+    )
+    assert len(seen) == 8 and all(seen)
+
+
 def test_generator_and_pool_stay_as_they_were() -> None:
     generator, answers = small_generator(), pool()
     before = {name: value.clone() for name, value in generator.state_dict().items()}
@@ -248,6 +294,13 @@ def test_pool_with_parts_of_different_length_is_refused() -> None:
     images_NCHW, classes_N = two_kinds(4, seed=0)
     with pytest.raises(ValueError, match=r"got \[4, 3, 4\]"):
         Pool(images_NCHW=images_NCHW, latents_NL=torch.zeros(3, 5), class_indices_N=classes_N)
+    with pytest.raises(ValueError, match=r"got \[4, 4, 4, 3\]"):
+        Pool(
+            images_NCHW=images_NCHW,
+            latents_NL=torch.zeros(4, 5),
+            probabilities_NK=torch.full((4, 2), 0.5),
+            epsilon_N1=torch.full((3, 1), 0.5),
+        )
 
 
 @pytest.mark.parametrize("hard", [False, True])

@@ -74,6 +74,50 @@ def test_repeats_count_towards_the_bytes_sent(journal):
     assert journal.totals().sent_bytes == 140
 
 
+def test_every_sending_counts_its_pictures_the_first_when_it_is_planned(journal):
+    journal.plan("distill", batch())
+    assert journal.totals().sent_pictures == 3
+    journal.count_repeat("a")
+    journal.count_repeat("a")
+    assert journal.totals().sent_pictures == 9
+    journal.plan("distill", batch(slot=1, batch_id="b", count=5))
+    totals = journal.totals("distill")
+    assert (totals.sent_pictures, totals.planned_pictures, totals.charged_pictures) == (14, 8, 0)
+
+
+def test_bytes_count_as_they_travel_where_that_is_another_message(journal):
+    journal.plan("distill", batch(), sent_bytes=1000)
+    journal.count_repeat("a", sent_bytes=2000)
+    assert journal.totals().sent_bytes == 3000
+
+
+def test_pictures_sent_stay_counted_when_a_smaller_batch_takes_the_place(journal):
+    journal.plan("distill", batch())
+    journal.count_repeat("a")
+    journal.replan("distill", "a", batch(batch_id="b", count=1))
+    assert journal.totals().sent_pictures == 6
+    journal.count_repeat("b")
+    assert journal.totals().sent_pictures == 7
+
+
+@pytest.mark.parametrize("counted", ["plan", "count_repeat"])
+def test_a_sending_is_counted_durably_when_the_call_returns(tmp_path, counted):
+    repeat = 'journal.count_repeat("a")' if counted == "count_repeat" else "pass"
+    script = f"""
+import os, signal
+from pathlib import Path
+from edge_agent.journal import Batch, Journal
+journal = Journal.open(Path({str(tmp_path / "journal.db")!r}))
+journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=3, request=b"request", latents=b""))
+{repeat}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60)
+    journal = Journal.open(tmp_path / "journal.db")
+    assert journal.totals().sent_pictures == (6 if counted == "count_repeat" else 3)
+    journal.close()
+
+
 def test_position_and_id_are_taken_once(journal):
     journal.plan("distill", batch())
     with pytest.raises(sqlite3.IntegrityError):
@@ -115,7 +159,7 @@ def test_journal_of_another_format_is_refused(tmp_path):
     journal = Journal.open(tmp_path / "journal.db")
     journal.set_facts(format=99)
     journal.close()
-    with pytest.raises(RunFolderProblem, match="format 2, got 99"):
+    with pytest.raises(RunFolderProblem, match="format 3, got 99"):
         Journal.open(tmp_path / "journal.db")
 
 
@@ -158,7 +202,8 @@ def test_journal_of_format_1_is_upgraded_in_place_and_loses_nothing(tmp_path):
     old.close()
     for _ in range(2):
         journal = Journal.open(path)
-        assert (journal.run_id, journal.fact("format")) == ("old", 2)
+        assert (journal.run_id, journal.fact("format")) == ("old", 3)
+        assert journal.totals().sent_pictures == 6
         assert journal.charges() == {"a": 3}
         assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
         assert list(journal.receipts()) == []
@@ -168,6 +213,43 @@ def test_journal_of_format_1_is_upgraded_in_place_and_loses_nothing(tmp_path):
     journal.keep_answer("b", answer=b"x", charged_count=3, received_bytes=8, receipt=receipt)
     assert list(journal.receipts()) == [("b", receipt)]
     journal.close()
+
+
+def test_journal_of_format_2_is_upgraded_in_place_and_knows_what_was_sent(tmp_path):
+    path = tmp_path / "journal.db"
+    old = sqlite3.connect(path)
+    old.executescript(
+        """
+        CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+        CREATE TABLE batches (
+            phase TEXT NOT NULL,
+            slot INTEGER NOT NULL,
+            batch_id TEXT NOT NULL UNIQUE,
+            picture_count INTEGER NOT NULL CHECK (picture_count > 0),
+            request BLOB NOT NULL,
+            latents BLOB NOT NULL,
+            sent_bytes INTEGER NOT NULL,
+            received_bytes INTEGER NOT NULL DEFAULT 0,
+            charged_count INTEGER NOT NULL DEFAULT 0,
+            answer BLOB,
+            receipt_account TEXT,
+            receipt_sequence INTEGER,
+            receipt_head BLOB,
+            PRIMARY KEY (phase, slot)
+        ) STRICT;
+        INSERT INTO facts VALUES ('format', '2'), ('run_id', '"old"');
+        INSERT INTO batches VALUES ('distill', 0, 'a', 3, x'0101', x'02', 2, 8, 3, x'03', 'device', 3, x'04');
+        INSERT INTO batches VALUES ('distill', 1, 'b', 5, x'0101', x'02', 6, 0, 0, NULL, NULL, NULL, NULL);
+        """
+    )
+    old.close()
+    for _ in range(2):
+        journal = Journal.open(path)
+        assert (journal.run_id, journal.fact("format")) == ("old", 3)
+        assert journal.totals().sent_pictures == 3 + 3 * 5
+        assert journal.charges() == {"a": 3}
+        assert list(journal.receipts()) == [("a", Receipt(account="device", sequence=3, head=b"\x04"))]
+        journal.close()
 
 
 def test_full_store_is_a_disk_problem_and_what_was_kept_stays(journal):

@@ -17,6 +17,8 @@ from networks.gan import Generator
 from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service import policy
+from teacher_service.terms import Terms
 
 DESCRIPTION = Description(
     model_digest="m", labels=("a", "b", "c"), channels=1, height=8, width=8, max_batch_pictures=64
@@ -226,6 +228,41 @@ def test_policy_changed_on_the_way_makes_smoothed_probabilities(journal, generat
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.3)
     assert torch.allclose(pool.probabilities_NK[0], torch.tensor([0.7, 0.2, 0.1]))
     assert torch.allclose(pool.probabilities_NK[16], torch.tensor([0.8, 0.1, 0.1]))
+
+
+def test_every_policy_of_a_run_is_kept_with_its_answers_and_told(journal, generator):
+    def selling(**terms):
+        account = Account(1000)
+        original = account.result
+
+        def result(batch, **changes):
+            made = original(batch, **changes)
+            rows_NK = np.tile(np.float32([0.712, 0.184, 0.104]), (batch.picture_count, 1))
+            made.answer.MergeFrom(policy.apply(Terms(**terms), rows_NK))
+            return made
+
+        account.result = result
+        return account
+
+    sold = [{}, {"top_k": 1}, {"decimals": 1}, {"top_k": 2, "decimals": 2}, {"answers": "hard", "decimals": 2}]
+    for index, terms in enumerate([*sold, {}], start=1):
+        fill(selling(**terms), journal, outbox(journal, generator, budget=16 * index))
+    assert pools.bought(journal) == {
+        "soft": 32, "top-1": 16, "soft, 1 decimal": 16, "top-2, 2 decimals": 16, "hard": 16
+    }  # fmt: skip
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.3)
+    rows = [
+        [0.712, 0.184, 0.104],
+        [0.712, 0.144, 0.144],
+        [0.7, 0.2, 0.1],
+        [0.71, 0.18, 0.11],
+        [0.8, 0.1, 0.1],
+        [0.712, 0.184, 0.104],
+    ]
+    assert torch.allclose(pool.probabilities_NK[::16], torch.tensor(rows), atol=1e-6)
+    assert pool.epsilon_N1[::16, 0].tolist() == pytest.approx([1e-7, 1e-7, 0.05 / 3, 0.005 / 3, 1e-7, 1e-7])
+    train, held_out = split_pool(pool, 16)
+    assert torch.equal(torch.cat([train.epsilon_N1, held_out.epsilon_N1]), pool.epsilon_N1)
 
 
 def test_empty_pool_is_refused(journal, generator):

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
-from edge_agent import responses
+from edge_agent import losses, responses
 from edge_agent.deprivatize import draw_latents
+from protos import codec
+from protos.mekd.v1.teacher_inference_pb2 import Answer
 
 
 def test_logits_are_recovered_up_to_a_constant() -> None:
@@ -19,6 +21,45 @@ def test_probability_of_zero_is_taken_as_epsilon() -> None:
     centred_NK = responses.centred_log_probabilities(torch.tensor([[1.0, 0.0]]), epsilon=1e-4)
     half = 0.5 * math.log(1e4)
     torch.testing.assert_close(centred_NK, torch.tensor([[half, -half]]))
+
+
+def test_smallest_probability_follows_the_rounding_and_is_shared_by_the_classes() -> None:
+    assert responses.epsilon(None, 10) == responses.EPSILON
+    assert responses.epsilon(2, 10) == pytest.approx(0.0005)
+    assert responses.epsilon(2, 1000) == pytest.approx(0.000005)
+    assert responses.epsilon(7, 10) == responses.EPSILON  # never below what float32 can tell
+    p_NK = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    centred_NK = responses.centred_log_probabilities(p_NK, torch.tensor([[1e-4], [1e-2]]))
+    assert centred_NK[:, 0].tolist() == pytest.approx([0.5 * math.log(1e4), 0.5 * math.log(1e2)])
+
+
+@pytest.mark.parametrize("class_count", [10, 100])
+@pytest.mark.parametrize("decimals", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_softened_rounded_answers_are_nearest_to_the_unrounded_ones_with_that_smallest_probability(
+    class_count: int, decimals: int, temperature: float
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    true_NK = (3.0 * torch.randn(500, class_count, generator=rng)).softmax(dim=1)
+    sold_NK = true_NK.double().round(decimals=decimals).float()
+    answer = Answer(probabilities=codec.encode_probabilities(sold_NK.numpy()), decimals=decimals)
+    rounded_NK = torch.from_numpy(codec.decode_answer(answer, picture_count=500, class_count=class_count))
+    wanted_NK = responses.soften(true_NK, temperature)
+
+    def off_by(epsilon: float) -> float:
+        found_NK = responses.soften(rounded_NK, temperature, epsilon)
+        return float(losses.kl_divergence(wanted_NK, found_NK.log()).mean())
+
+    best = off_by(responses.epsilon(decimals, class_count))
+    for other in (codec.rounding_error(decimals), responses.EPSILON):
+        assert best <= off_by(other) + 1e-9
+
+
+def test_rounding_moves_the_class_axes_by_no_more_than_it_moved_the_answer() -> None:
+    p_NK = torch.tensor([[0.123456, 0.3, 0.576544]])
+    moved_NK = responses.class_axes(p_NK.double().round(decimals=2).float()) - responses.class_axes(p_NK)
+    scale = responses.expected_largest_normal(3) * 3 / 2
+    assert moved_NK.abs().max() <= scale * codec.rounding_error(2)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0])

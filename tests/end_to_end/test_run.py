@@ -108,7 +108,7 @@ def test_spent_budget_stops_cleanly_and_goes_on_after_a_grant(world):
     spent = world.agent()
     assert spent.returncode == 3, spent.stderr
     assert "70 answers" in spent.stderr and "Traceback" not in spent.stderr
-    assert world.books() == {"name": "device", "granted": 70, "posted": 70, "held": 0, "balance": 0}
+    assert world.books() == {"name": "device", "granted": 70, "posted": 70, "held": 0, "balance": 0, "terms": {}}
     world.admin("account", "grant", "device", "500")
     assert world.agent().returncode == 0
     assert world.summary()["queries"]["charged"] == 200
@@ -125,6 +125,22 @@ def test_raised_budget_asks_for_the_rest_and_a_lowered_one_is_refused(world):
     assert lowered.returncode == 2
     assert "80" in lowered.stderr
     assert world.summary()["queries"]["budget"] == 80, "a refused command is no part of the run"
+    assert_books_agree(world)
+
+
+def test_terms_that_change_during_a_run_are_taken_as_they_come_and_told(world):
+    world.account(1000)
+    for budget, terms in ((64, ()), (128, ("--top-k", "2", "--decimals", "2")), (200, ("--answers", "hard"))):
+        if terms:
+            world.admin("account", "set", "device", *terms)
+        world.start_server()  # a running one would notice within five seconds
+        done = world.agent(budget=budget)
+        assert done.returncode == 0, done.stderr
+        world.stop_server()
+    assert world.summary()["answers"] == {"soft": 64, "top-2, 2 decimals": 64, "hard": 72}
+    assert world.books()["terms"] == {"answers": "hard", "top_k": 2, "decimals": 2}
+    assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
+    world.start_server()
     assert_books_agree(world)
 
 

@@ -59,6 +59,9 @@ def test_a_row_with_a_variable_missing_fails_where_it_is_made(reason: Reason) ->
 # Written out, not derived from the table: who waits for an exhausted budget waits for ever.
 WAITING_HELPS = {
     Reason.OVERLOADED: 0.2,
+    Reason.RATE_LIMITED: 1.0,
+    Reason.TOO_MANY_STREAMS: 2.0,
+    Reason.TOO_MANY_OUTSTANDING: 0.2,
     Reason.DRAINING: 1.0,
     Reason.LEDGER_UNAVAILABLE: 2.0,
     Reason.BATCH_IN_FLIGHT: 0.5,
@@ -74,14 +77,41 @@ def test_retry_advice_is_given_only_where_waiting_helps(reason: Reason) -> None:
     assert seconds == refusal.retry_seconds == WAITING_HELPS.get(reason)
 
 
+@EVERY
+@pytest.mark.parametrize("seconds", [0.0, 0.0004, 1 / 3, 1.0, 86_400.5])
+def test_a_computed_wait_travels_where_waiting_helps(reason: Reason, seconds: float) -> None:
+    refusal = Refusal.of(reason, **variables_of(reason)).after(seconds)
+    assert Refusal.from_status(Status.FromString(refusal.to_status().SerializeToString())) == refusal
+    if reason not in WAITING_HELPS:
+        assert refusal.retry_seconds is None
+    else:
+        assert seconds <= refusal.retry_seconds < seconds + 0.001 + 1e-9
+    assert Refusal.of(reason, **variables_of(reason)).after(-5).retry_seconds in (None, 0.0)
+
+
+def test_a_wait_of_another_server_is_kept_and_never_negative() -> None:
+    for nanos, kept in ((250_000_000, 0.25), (-5, 0.0)):
+        status = Refusal.of(Reason.DRAINING).to_status()
+        advice = RetryInfo()
+        advice.retry_delay.nanos = nanos
+        status.details[-1].Pack(advice)
+        assert Refusal.from_status(status).retry_seconds == kept
+
+
 CODES = {
     Reason.BUDGET_EXHAUSTED: code_pb2.RESOURCE_EXHAUSTED,
     Reason.OVERLOADED: code_pb2.UNAVAILABLE,
+    Reason.RATE_LIMITED: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_STREAMS: code_pb2.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_OUTSTANDING: code_pb2.RESOURCE_EXHAUSTED,
     Reason.DRAINING: code_pb2.UNAVAILABLE,
+    Reason.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
     Reason.LEDGER_UNAVAILABLE: code_pb2.UNAVAILABLE,
     Reason.INVALID_IMAGES: code_pb2.INVALID_ARGUMENT,
     Reason.BATCH_ID_REUSED: code_pb2.ALREADY_EXISTS,
     Reason.BATCH_IN_FLIGHT: code_pb2.ABORTED,
+    Reason.UNKNOWN_MODEL: code_pb2.NOT_FOUND,
+    Reason.UNIMPLEMENTED: code_pb2.UNIMPLEMENTED,
     Reason.UNAUTHENTICATED: code_pb2.UNAUTHENTICATED,
     Reason.PERMISSION_DENIED: code_pb2.PERMISSION_DENIED,
     Reason.ENGINE_FAILED: code_pb2.INTERNAL,

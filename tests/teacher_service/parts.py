@@ -13,23 +13,32 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc.status_pb2 import Status
+from tritonclient.grpc.service_pb2_grpc import (
+    GRPCInferenceServiceStub,
+    add_GRPCInferenceServiceServicer_to_server,
+)
 
 from protos import codec
 from protos.errors import Refusal
 from protos.mekd.v1 import quota_ledger_pb2_grpc, teacher_inference_pb2_grpc
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service.auth import Authenticator, AuthInterceptor, new_key
-from teacher_service.batcher import Batcher
+from teacher_service.batcher import Batcher, EngineCall
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
 from teacher_service.inference import InferenceServicer
+from teacher_service.interceptors import Gate, RpcMetrics
+from teacher_service.kserve import KserveServicer
 from teacher_service.ledger import OPERATORS, Account, Ledger, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.limits import Limits
 from teacher_service.metrics import Metrics
 from teacher_service.money_path import MoneyPath
 from teacher_service.quota import QuotaServicer
+from teacher_service.statistics import Statistics
+from teacher_service.streams import Calls
 
 TIMEOUT_SECONDS = 15.0
 
@@ -139,13 +148,15 @@ class Service:
     engine: GatedEngine
     batcher: Batcher
     metrics: Metrics
-    inference: InferenceServicer
+    calls: Calls
     money_path: MoneyPath
     authenticator: Authenticator
     channel: grpc.aio.Channel
     key: str
     clock: "Clock"
+    address: str
     streams: list[Stream] = field(default_factory=list)
+    gate: Gate | None = None
 
     def metadata(self, key: str | None = None) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {key or self.key}"),)
@@ -153,6 +164,10 @@ class Service:
     @property
     def stub(self) -> Any:
         return teacher_inference_pb2_grpc.TeacherInferenceStub(self.channel)
+
+    @property
+    def kserve(self) -> Any:
+        return GRPCInferenceServiceStub(self.channel)
 
     @property
     def quota(self) -> Any:
@@ -204,19 +219,41 @@ async def serving(
     ledger = ledger or MemoryLedger()
     engine = engine or GatedEngine()
     config = ServerConfig(model=Path("array:10,1,8,8"), **settings)
+    statistics = Statistics(max_accounts=config.metrics_max_accounts)
+
+    def engine_called(call: EngineCall) -> None:
+        metrics.engine_batch(call.picture_count, call.seconds, call.waited_seconds)
+        statistics.engine_call(call)
+
     batcher = Batcher(
         engine.answer,
-        max_batch_pictures=config.max_engine_pictures,
+        max_batch_pictures=min(config.max_engine_pictures, engine.batch_pictures),
         max_queue_pictures=config.max_queue_pictures,
-        on_batch=lambda pictures: metrics.engine_batch(pictures),
+        calls_at_once=engine.calls_at_once,
+        on_call=engine_called,
     )
     metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
     clock = Clock()
     authenticator = Authenticator(ledger, clock)
-    money_path = MoneyPath(engine=engine, ledger=ledger, batcher=batcher, metrics=metrics, config=config)
-    inference = InferenceServicer(money_path, authenticator, engine, config)
-    server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),))
+    limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams, clock=clock)
+    money_path = MoneyPath(
+        engine=engine,
+        ledger=ledger,
+        batcher=batcher,
+        metrics=metrics,
+        limits=limits,
+        statistics=statistics,
+        config=config,
+    )
+    calls = Calls(money_path, authenticator, window_batches=config.window_batches)
+    inference = InferenceServicer(calls, money_path, authenticator, engine, config)
+    open_inference = KserveServicer(
+        calls, money_path, authenticator, engine, statistics, config, is_ready=lambda: not money_path.draining
+    )
+    gate = Gate(authenticator, limits)
+    server = grpc.aio.server(interceptors=(RpcMetrics(metrics), AuthInterceptor(authenticator), gate))
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
+    add_GRPCInferenceServiceServicer_to_server(open_inference, server)
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
     port = server.add_insecure_port("127.0.0.1:0")
     batcher.start()
@@ -225,8 +262,12 @@ async def serving(
         key, stored = new_key("device")
         await ledger.create_account("device", budget, stored)
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    service = Service(ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, key, clock)
+    address = f"127.0.0.1:{port}"
+    channel = grpc.aio.insecure_channel(address, options)
+    service = Service(
+        ledger, engine, batcher, metrics, calls, money_path, authenticator, channel, key, clock, address
+    )
+    service.gate = gate
     try:
         yield service
     finally:

@@ -1,5 +1,6 @@
 import asyncio
 import pickle
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service import auth, ledger_sql
 from teacher_service.auth import ALLOWED, CACHE_SECONDS, Authenticator, AuthInterceptor, Caller, new_key
-from teacher_service.ledger import Key, LedgerUnavailable, Role
+from teacher_service.ledger import Key, LedgerError, LedgerUnavailable, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.terms import Terms
 from tests.teacher_service.parts import Clock, refusal_of, serving
 
 
@@ -43,7 +45,7 @@ def test_a_key_is_shown_in_its_form_and_kept_as_a_digest() -> None:
 async def test_a_valid_key_names_its_account(form: str) -> None:
     books, text, _ = await with_key(Role.ADMIN)
     caller = await Authenticator(books).identify([("authorization", form.format(text))])
-    assert caller == Caller("device", Role.ADMIN)
+    assert caller == Caller("device", Role.ADMIN, Terms())
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,37 @@ async def test_revocation_is_noticed_when_the_cache_has_run_out_and_not_later() 
     refusal = await refused(authenticator, f"Bearer {text}")
     assert refusal.variables == {"got": f"key {stored.key_id}, which was revoked"}
     assert CACHE_SECONDS <= 5.0  # the contract's bound
+
+
+async def test_changed_terms_are_noticed_when_the_cache_has_run_out_and_not_later() -> None:
+    books, text, _ = await with_key()
+    await books.set_terms("device", Terms(top_k=3))
+    clock = Clock()
+    authenticator = Authenticator(books, clock)
+    metadata = [("authorization", f"Bearer {text}")]
+    assert (await authenticator.identify(metadata)).terms == Terms(top_k=3)
+    await books.set_terms("device", Terms(answers="hard"))
+    clock.seconds += CACHE_SECONDS - 0.001
+    assert (await authenticator.identify(metadata)).terms == Terms(top_k=3)
+    clock.seconds += 0.001
+    assert (await authenticator.identify(metadata)).terms == Terms(answers="hard", top_k=3)
+
+
+async def test_terms_that_nobody_understands_sell_nothing(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    for name in ("device", "other"):
+        text, stored = new_key(name)
+        await books.create_account(name, 10, stored)
+        with sqlite3.connect(tmp_path / "ledger.db") as store:
+            store.execute("UPDATE accounts SET terms = '{\"answers\": \"loud\"}' WHERE name = 'device'")
+        if name == "device":
+            refusal = await refused(Authenticator(books), f"Bearer {text}")
+            assert refusal.reason is Reason.LEDGER_UNAVAILABLE
+        else:  # and trouble nobody else
+            await Authenticator(books).identify([("authorization", f"Bearer {text}")])
+    with pytest.raises(LedgerError, match="account device on these books: answers: expected soft or hard"):
+        await books.terms("device")
+    await books.close()
 
 
 async def test_a_use_of_a_cached_key_does_not_prolong_its_stay() -> None:
@@ -217,6 +250,6 @@ async def test_a_ledger_failure_while_authenticating_is_a_refusal(
     async with serving(SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")) as service:
         await service.ledger.close()
         with pytest.raises(LedgerUnavailable):
-            await service.ledger.key("x")
+            await service.ledger.credential("x")
         made = service.stub.Describe(wire.DescribeRequest(), metadata=service.metadata())
         assert (await asyncio.wait_for(call(made), 10)).reason is Reason.LEDGER_UNAVAILABLE

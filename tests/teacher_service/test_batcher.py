@@ -1,8 +1,10 @@
 import asyncio
 import contextlib
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -21,11 +23,13 @@ class Doubler:
         self.calls: list[list[int]] = []
         self.fail_on: dict[int, BaseException] = {}  # by picture value
         self.shorten = 0
+        self.seconds = 0.0  # that a call takes at least
 
     def __call__(self, images_NCHW: np.ndarray) -> np.ndarray:
         values_N = images_NCHW[:, 0, 0, 0]
         self.calls.append(values_N.tolist())
         assert self.gate.wait(10)
+        time.sleep(self.seconds)
         for value in self.fail_on.keys() & set(values_N.tolist()):
             raise self.fail_on[value]
         return (2.0 * values_N.astype(np.float32))[: len(values_N) - self.shorten, None]
@@ -72,7 +76,7 @@ async def test_an_idle_engine_answers_at_once() -> None:
 
 async def test_whoever_waits_while_the_engine_is_busy_forms_the_next_batch() -> None:
     engine, sizes = Doubler(), []
-    async with running(engine, on_batch=sizes.append) as batcher:
+    async with running(engine, on_call=lambda call: sizes.append(call.picture_count)) as batcher:
         first = await blocked(engine, batcher)
         waiting = [await asked(batcher, *values) for values in ((1,), (2, 3), (4,), (5,))]
         engine.gate.set()
@@ -82,14 +86,30 @@ async def test_whoever_waits_while_the_engine_is_busy_forms_the_next_batch() -> 
     assert sizes == [1, 4, 1]
 
 
-async def test_a_batch_grows_beyond_the_limit_only_by_one_submission_that_is_larger_alone() -> None:
+async def test_submissions_go_whole_into_a_batch_and_larger_ones_in_parts() -> None:
     engine = Doubler()
     async with running(engine) as batcher:
         first = await blocked(engine, batcher)
         waiting = [await asked(batcher, *values) for values in ((1, 2, 3), (4, 5), (6, 7, 8, 9, 10, 11), (12,))]
         engine.gate.set()
-        await asyncio.gather(first, *waiting)
-    assert engine.calls == [[0], [1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
+        answers = await asyncio.gather(first, *waiting)
+    assert engine.calls == [[0], [1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11, 12]]
+    assert answers[3].ravel().tolist() == [12, 14, 16, 18, 20, 22]
+
+
+async def test_a_submission_that_fails_in_one_part_fails_whole_and_its_rest_is_not_computed() -> None:
+    engine = Doubler()
+    async with running(engine) as batcher:
+        engine.fail_on[2] = ValueError("broken")
+        with pytest.raises(ValueError, match="broken"):
+            await batcher.ask(images(*range(1, 13)))
+        assert (await batcher.ask(images(20))).tolist() == [[40.0]]
+    assert engine.calls == [[1, 2, 3, 4], [20]]
+
+
+async def test_no_pictures_are_answered_with_no_answers() -> None:
+    async with running(Doubler()) as batcher:
+        assert (await batcher.ask(images())).shape == (0, 1)
 
 
 async def test_the_departed_are_skipped_and_not_computed() -> None:
@@ -125,15 +145,155 @@ async def test_a_cancelled_caller_is_skipped_and_the_owner_lives_on() -> None:
 async def test_places_are_bounded_and_come_back() -> None:
     engine = Doubler()
     async with running(engine, max_queue_pictures=5) as batcher:
-        with batcher.place(3):
-            with pytest.raises(QueueFull), batcher.place(3):
+        with batcher.place(3, "a"):
+            with pytest.raises(QueueFull), batcher.place(3, "b"):
                 pass
-            with batcher.place(2):
+            with batcher.place(2, "b"):
                 assert batcher.taken_pictures == 5
             assert batcher.taken_pictures == 3
-        with contextlib.suppress(ValueError), batcher.place(5):
+        with contextlib.suppress(ValueError), batcher.place(5, "a"):
             raise ValueError
         assert batcher.taken_pictures == 0
+
+
+def takes_what_it_gets(batcher: Batcher, owner: str, picture_count: int) -> list[contextlib.ExitStack]:
+    """Places of one owner, until it is refused another."""
+    places = []
+    with contextlib.suppress(QueueFull):
+        while True:
+            place = contextlib.ExitStack()
+            place.enter_context(batcher.place(picture_count, owner))
+            places.append(place)
+    return places
+
+
+async def test_an_owner_fills_half_of_the_queue_and_two_a_third_each() -> None:
+    async with running(Doubler(), max_queue_pictures=120) as batcher:
+        places = {owner: takes_what_it_gets(batcher, owner, 4) for owner in "ab"}
+        assert [len(places[owner]) * 4 for owner in "ab"] == [60, 28]
+        for _ in range(30):  # as batches are answered, each takes what it can
+            for owner in "ab":
+                places[owner].pop().close()
+            for owner in "ab":
+                places[owner] += takes_what_it_gets(batcher, owner, 4)
+        assert all(36 <= len(places[owner]) * 4 <= 44 for owner in "ab")
+
+
+async def test_a_newcomer_finds_a_place_however_greedy_the_others_are() -> None:
+    chance = random.Random(1)
+    async with running(Doubler(), max_queue_pictures=100) as batcher:
+        greedy: dict[str, list[contextlib.ExitStack]] = {owner: [] for owner in "abcde"}
+        for _ in range(2000):
+            owner = chance.choice("abcde")
+            if greedy[owner] and chance.random() < 0.5:
+                greedy[owner].pop().close()
+            greedy[owner] += takes_what_it_gets(batcher, owner, chance.choice((1, 2, 4)))
+            with batcher.place(4, "newcomer"):
+                pass
+            assert batcher.taken_pictures == sum(batcher._taken_by_owner.values()) <= 100
+        for places in greedy.values():
+            for place in places:
+                place.close()
+        assert (batcher.taken_pictures, batcher._taken_by_owner) == (0, {})
+
+
+@pytest.mark.parametrize("window", [1, 8])
+async def test_one_stream_gets_its_half_beside_sixty_four_of_another_owner(window: int) -> None:
+    engine = Doubler()
+    engine.seconds = 0.002
+    async with running(engine, max_batch_pictures=4) as batcher:
+
+        async def stream(owner: str, value: int) -> None:
+            while True:
+                await batcher.ask(images(value, value), owner=owner)
+
+        callers = [asyncio.create_task(stream("many", 0)) for _ in range(64)]
+        await until(lambda: len(engine.calls) > 5)
+        begun = len(engine.calls)
+        callers += [asyncio.create_task(stream("one", 1)) for _ in range(window)]
+        await until(lambda: len(engine.calls) > begun + 100)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+    served = [value for call in engine.calls[begun : begun + 100] for value in call]
+    assert 0.45 < sum(served) / len(served) < 0.55
+    assert len(served) >= 390  # and no call went half empty for it
+
+
+async def test_whoever_comes_first_into_a_long_queue_of_another_goes_with_the_next_batch() -> None:
+    engine = Doubler()
+    async with running(engine) as batcher:
+        first = asyncio.create_task(batcher.ask(images(0), owner="many"))
+        engine.gate.clear()
+        await until(lambda: engine.calls)
+        many = [asyncio.create_task(batcher.ask(images(1), owner="many")) for _ in range(40)]
+        await asyncio.sleep(0)
+        one = asyncio.create_task(batcher.ask(images(2), owner="one"))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(first, one, *many)
+    assert 2 in engine.calls[1]
+
+
+async def test_a_caller_whose_deadline_passes_is_told_at_once_while_the_engine_is_busy() -> None:
+    engine = Doubler()
+    async with running(engine, max_queue_pictures=3) as batcher:
+        first = await blocked(engine, batcher)
+        with pytest.raises(CallerGone), batcher.place(2):
+            await asyncio.wait_for(batcher.ask(images(1, 2), deadline=time.monotonic() + 0.05), 5)
+        assert not first.done() and batcher.taken_pictures == 0
+        with pytest.raises(CallerGone):
+            await batcher.ask(images(4), deadline=time.monotonic() - 1)
+        in_time = asyncio.create_task(batcher.ask(images(3), deadline=time.monotonic() + 60))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert (await in_time).tolist() == [[6.0]]
+        await first
+    assert engine.calls == [[0], [3]]
+
+
+async def test_a_deadline_that_passes_while_the_engine_computes_the_submission_changes_nothing() -> None:
+    engine = Doubler()
+    async with running(engine) as batcher:
+        engine.gate.clear()
+        computing = asyncio.create_task(batcher.ask(images(1), deadline=time.monotonic() + 0.05))
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        assert (await computing).tolist() == [[2.0]]
+
+
+async def test_a_second_call_begins_beside_the_first_only_with_a_full_batch() -> None:
+    engine = Doubler()
+    async with running(engine, calls_at_once=2) as batcher:
+        first = await blocked(engine, batcher)
+        waiting = [await asked(batcher, 1), await asked(batcher, 2)]
+        await asyncio.sleep(0.05)
+        assert engine.calls == [[0]]
+        waiting.append(await asked(batcher, 3, 4))
+        await until(lambda: len(engine.calls) == 2)
+        waiting.append(await asked(batcher, *range(5, 13)))  # two more batches, and both threads are busy
+        await asyncio.sleep(0.05)
+        assert engine.calls == [[0], [1, 2, 3, 4]]
+        engine.gate.set()
+        answers = await asyncio.gather(first, *waiting)
+    assert sorted(engine.calls[2:]) == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    assert [answer.ravel().tolist() for answer in answers] == [
+        [0], [2], [4], [6, 8], [10, 12, 14, 16, 18, 20, 22, 24],
+    ]  # fmt: skip
+
+
+async def test_every_call_is_told_with_its_size_its_seconds_and_what_was_waited_for_it() -> None:
+    engine, told = Doubler(), []
+    async with running(engine, on_call=told.append) as batcher:
+        engine.fail_on[9] = ValueError("broken")
+        first = await blocked(engine, batcher)
+        waiting = [await asked(batcher, 1), await asked(batcher, 2, 3), await asked(batcher, 9, 9, 9)]
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        await asyncio.gather(first, *waiting, return_exceptions=True)
+    assert [call.picture_count for call in told] == [1, 3]  # the failed one gave no answers
+    assert told[0].seconds >= 0.1 and len(told[0].waited_seconds) == 1
+    assert len(told[1].waited_seconds) == 2 and min(told[1].waited_seconds) >= 0.1
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), MemoryError()])

@@ -60,7 +60,8 @@ def test_an_account_lives_through_grant_show_list_and_statement(ledger: str) -> 
     said = admin_says(ledger, "account", "grant", "device", "8")
     assert said == "name device  granted 58  posted 0  held 0  balance 58\n"
     device = {"name": "device", "granted": 58, "posted": 0, "held": 0, "balance": 58}
-    assert json.loads(admin_says(ledger, "account", "show", "device", "--format", "json")) == device
+    shown = json.loads(admin_says(ledger, "account", "show", "device", "--format", "json"))
+    assert shown == device | {"terms": {}}
     rows = [json.loads(line) for line in admin_says(ledger, "account", "list", "--format", "json").splitlines()]
     assert [row["name"] for row in rows] == ["another", "device"] and rows[1] == device
     entries = [
@@ -71,6 +72,44 @@ def test_an_account_lives_through_grant_show_list_and_statement(ledger: str) -> 
         ("grant", 8, "issuer", "available"),
     ]
     assert len(admin_says(ledger, "statement", "device").splitlines()) == 2
+
+
+def test_terms_are_made_set_unset_and_shown(ledger: str) -> None:
+    flags = ("--answers", "soft", "--top-k", "3", "--decimals", "2", "--pictures-per-second", "0.5")
+    limits = ("--max-streams", "4", "--max-outstanding-pictures", "512")
+    terms = {"answers": "soft", "top_k": 3, "decimals": 2, "pictures_per_second": 0.5}
+    terms |= {"max_streams": 4, "max_outstanding_pictures": 512}
+
+    def shown(name: str) -> object:
+        return json.loads(admin_says(ledger, "account", "show", name, "--format", "json"))["terms"]
+
+    admin_says(ledger, "account", "create", "device", "--budget", "50", *flags, *limits)
+    admin_says(ledger, "account", "create", "plain", "--budget", "50")
+    assert (shown("device"), shown("plain")) == (terms, {})
+    said = admin_says(ledger, "account", "set", "device", "--top-k", "5", "--unset", "decimals", "--unset", "answers")
+    assert (
+        said
+        == admin_says(ledger, "account", "show", "device")
+        == (
+            "name device  granted 50  posted 0  held 0  balance 50  top_k 5  pictures_per_second 0.5  max_streams 4  "
+            "max_outstanding_pictures 512\n"
+        )
+    )
+    admin_says(ledger, "account", "set", "plain", *flags, *limits)
+    assert shown("plain") == terms
+    assert len(admin_says(ledger, "statement", "plain").splitlines()) == 1
+
+
+def test_terms_through_a_server_that_has_the_books(start_server: Any, ledger: str) -> None:
+    key = admin_says(ledger, "key", "create", "--role", "admin").strip()
+    server = start_server(ledger=ledger)
+    environment = os.environ | {"MEKD_LEDGER_KEY": key}
+    remote = ("--ledger", f"grpc://{server.address}", "account")
+    made = run("teacher-admin", *remote, "create", "far", "--budget", "5", "--decimals", "2", env=environment)
+    assert made.returncode == 0 and KEY.fullmatch(made.stdout.strip()), made
+    done = run("teacher-admin", *remote, "set", "far", "--top-k", "3", "--unset", "decimals", env=environment)
+    assert (done.returncode, done.stdout) == (0, "name far  granted 5  posted 0  held 0  balance 5  top_k 3\n"), done
+    assert admin_says(ledger, "account", "show", "far") == done.stdout
 
 
 def test_keys_are_added_listed_without_their_secret_and_revoked(ledger: str) -> None:
@@ -138,6 +177,22 @@ def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Pat
         (("account", "grant", "device", "-5"), "No such option"),
         (("account", "grant", "device", "--", "-5"), "error: expected a grant of 1 to"),
         (("account", "grant", "device", "9007199254740992"), "error: expected a grant of 1 to 9007199254740942"),
+        (("account", "create", "new", "--budget", "5", "--top-k", "0"), "error: --top-k: expected a whole number, 1"),
+        (
+            ("account", "set", "device", "--decimals", "9"),
+            "error: --decimals: expected a whole number, 1 to 7, got 9",
+        ),
+        (
+            ("account", "set", "device", "--pictures-per-second", "nan"),
+            "error: --pictures-per-second: expected a num",
+        ),
+        (
+            ("account", "set", "device", "--top-k", "3", "--unset", "top-k"),
+            "error: top_k: expected to be set or unset",
+        ),
+        (("account", "set", "device"), "expected something to set or --unset, got nothing"),
+        (("account", "set", "device", "--unset", "budget"), "'budget' is not one of 'answers', 'top-k'"),
+        (("account", "set", "nobody", "--top-k", "3"), "error: expected the name of an account on these books"),
         (("account", "show", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
         (("statement", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
         (("key", "create", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
@@ -147,7 +202,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Pat
     assert json.loads(admin_says(ledger, "account", "list", "--format", "json"))["granted"] == 50
 
 
-@pytest.mark.parametrize("url", ["memory:", "ledger.db", "mysql://host/db"])
+@pytest.mark.parametrize("url", ["memory", "ledger.db", "mysql://host/db"])
 def test_another_kind_of_ledger_is_refused_with_the_form_that_is_expected(url: str, tmp_path: Path) -> None:
     for name, arguments in (
         ("teacher-admin", ("account", "create", "a", "--budget", "5")),
@@ -274,3 +329,17 @@ def test_help_names_every_flag_and_shows_commands_to_copy() -> None:
     for name in ("teacher-serve", "teacher-admin"):
         done = run(name, "--help")
         assert done.returncode == 0 and "--ledger" in done.stdout and f"{name} " in done.stdout
+
+
+def test_books_in_memory_are_for_measuring_on_loopback_alone(tmp_path: Path) -> None:
+    said = refused(
+        "teacher-serve",
+        *("--model", "array:10,1,8,8", "--ledger", "memory:", "--listen", "0.0.0.0:0", "--insecure-listen"),
+        cwd=tmp_path,
+    )
+    assert said == "error: --ledger memory: is for measurements on loopback, got --listen 0.0.0.0:0"
+    for name, arguments in (
+        ("teacher-admin", ("--ledger", "memory:", "account", "create", "a", "--budget", "5")),
+        ("teacher-serve", ("--ledger-only", "--ledger", "memory:", "--listen", "127.0.0.1:0")),
+    ):
+        assert "expected a ledger as sqlite:///FILE" in refused(name, *arguments, cwd=tmp_path)

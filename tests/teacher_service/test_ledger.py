@@ -24,6 +24,7 @@ from teacher_service.ledger import (
 )
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.terms import FIELDS, Terms
 
 
 class Time:
@@ -621,17 +622,17 @@ async def test_keys_are_kept_until_revoked_and_then_known_as_revoked(books: Ledg
     _, second = new_key("a", Role.ADMIN)
     for key in (first, second):
         await books.add_key(key)
-    assert await books.key(first.key_id) == first
+    assert await books.credential(first.key_id) == (first, Terms())
     assert {key.key_id: key.role for key in await books.keys("a")} == {
         first.key_id: Role.CUSTOMER,
         second.key_id: Role.ADMIN,
     }
     await books.revoke_key(first.key_id)
     await books.revoke_key(first.key_id)  # again is as well
-    found = await books.key(first.key_id)
-    assert found is not None and found.revoked and found.secret_sha256 == first.secret_sha256
-    assert await books.key(second.key_id) == second
-    assert await books.key("0" * 16) is None
+    found = await books.credential(first.key_id)
+    assert found is not None and found.key.revoked and found.key.secret_sha256 == first.secret_sha256
+    assert await books.credential(second.key_id) == (second, Terms())
+    assert await books.credential("0" * 16) is None
     assert await books.keys("other") == []
     with pytest.raises(LedgerError, match="expected the id of a key on these books, got 'none'"):
         await books.revoke_key("none")
@@ -644,7 +645,67 @@ async def test_an_account_and_its_first_key_are_made_together_or_not_at_all(book
     _, late = new_key("a")
     with pytest.raises(LedgerError, match="exists"):
         await books.create_account("a", 5, late)
-    assert await books.key(late.key_id) is None
+    assert await books.credential(late.key_id) is None
+
+
+# --- terms ---
+
+EVERY_TERM = Terms(
+    answers="soft", top_k=3, decimals=2, pictures_per_second=0.5, max_streams=4, max_outstanding_pictures=2**31 - 1
+)
+
+
+async def test_an_account_has_no_terms_of_its_own_until_they_are_set(books: Ledger) -> None:
+    _, key = new_key("a")
+    await books.create_account("a", 1, key)
+    await books.create_account("b", 1)
+    assert await books.terms("a") == Terms()
+    assert await books.set_terms("a", EVERY_TERM) == await books.terms("a") == EVERY_TERM
+    assert await books.credential(key.key_id) == (key, EVERY_TERM)
+    assert await books.terms("b") == Terms()
+
+
+async def test_terms_are_made_with_the_account_or_neither_is(books: Ledger) -> None:
+    _, key = new_key("a")
+    await books.create_account("a", 1, key, EVERY_TERM)
+    assert await books.credential(key.key_id) == (key, EVERY_TERM)
+    with pytest.raises(LedgerError, match="exists"):
+        await books.create_account("a", 1, None, Terms(answers="hard"))
+    assert await books.terms("a") == EVERY_TERM
+
+
+async def test_a_change_of_terms_leaves_what_it_does_not_name(books: Ledger) -> None:
+    await books.create_account("a", 1)
+    await books.set_terms("a", Terms(answers="hard", top_k=3))
+    assert await books.set_terms("a", Terms(top_k=5, max_streams=2), ["answers"]) == Terms(top_k=5, max_streams=2)
+    assert await books.set_terms("a", Terms()) == Terms(top_k=5, max_streams=2)
+    assert await books.set_terms("a", Terms(), FIELDS) == await books.terms("a") == Terms()
+
+
+async def test_terms_of_nobody_or_of_no_meaning_are_refused_and_change_nothing(books: Ledger) -> None:
+    await books.create_account("a", 1, None, EVERY_TERM)
+    for name in ("nobody", ""):
+        with pytest.raises(LedgerError, match=f"expected the name of an account on these books, got '{name}'"):
+            await books.terms(name)
+        with pytest.raises(LedgerError, match="expected the name of an account on these books"):
+            await books.set_terms(name, Terms())
+    with pytest.raises(LedgerError, match=r"unset: expected some of answers, top_k, .*, got 'head'"):
+        await books.set_terms("a", Terms(top_k=1), ["head"])
+    with pytest.raises(LedgerError, match="top_k: expected to be set or unset, got 'both'"):
+        await books.set_terms("a", Terms(top_k=1), ["top_k"])
+    assert await books.terms("a") == EVERY_TERM
+
+
+async def test_terms_move_no_pictures_and_money_moves_no_terms(books: Ledger) -> None:
+    await books.create_account("a", 100, None, EVERY_TERM)
+    before = await books.account("a")
+    await books.hold(wish())
+    await asyncio.gather(books.set_terms("a", Terms(top_k=7)), books.post("a", "b", b"answer"))
+    await books.grant("a", 5)
+    assert await books.terms("a") == EVERY_TERM.changed(Terms(top_k=7))
+    assert await state(books) == (105, 5, 0, 100)
+    assert [entry.kind.value for entry in await books.statement("a")] == ["grant", "hold", "post", "grant"]
+    assert before.head == (await books.statement("a"))[0].head
 
 
 async def test_closing_twice_is_closing_once(books: Ledger) -> None:

@@ -22,6 +22,7 @@ from teacher_service.auth import new_key
 from teacher_service.cli import admin
 from teacher_service.ledger import HoldRequest, now_ms
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.terms import Terms
 
 
 @pytest.fixture
@@ -259,12 +260,14 @@ def test_restore_that_would_lose_something_says_what_and_needs_force(url: str, t
         receipts += runner.run(charge(ledger, "late", "later"))
         runner.run(ledger.create_account("b", 9, new_key("b")[1]))
         runner.run(ledger.revoke_key(later))
+        runner.run(ledger.set_terms("a", Terms(answers="hard")))
         made_later = runner.run(ledger.keys("b"))[0].key_id
     refused = run(url, "restore", tmp_path / "backup")
     assert refused.exit_code == 2
     lost = [
         "account a: 4 entries after 3, with 2 answers of 10 pictures that would be charged to nobody",
         "account b: 1 entries after 0, with 0 answers of 0 pictures that would be charged to nobody",
+        'account a: terms {"answers": "hard"}, would be {} again',
         f"key {later}: revoked after the backup, would be valid again",
         f"key {made_later}: made after the backup, would be gone",
     ]

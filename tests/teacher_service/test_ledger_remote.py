@@ -32,6 +32,7 @@ from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavail
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.terms import Terms
 from tests.conftest import teacher_admin
 from tests.teacher_service import test_ledger
 from tests.teacher_service.parts import (
@@ -357,7 +358,7 @@ async def test_a_ledger_that_is_away_fails_closed_and_quickly(monkeypatch: pytes
             lambda: remote.post("a", "b", b""),
             lambda: remote.void("a", "b"),
             lambda: remote.account("a"),
-            lambda: remote.key("x"),
+            lambda: remote.credential("x"),
         ):
             with pytest.raises(
                 LedgerUnavailable, match=r"the ledger at grpc://127\.0\.0\.1:\d+ is away \(UNAVAILABLE: "
@@ -417,7 +418,7 @@ async def test_a_teacher_does_not_pass_other_teachers_through(tmp_path: Path) ->
         second = RemoteLedger(at, key=first.keys[Role.TEACHER])
         with pytest.raises(LedgerError, match="ask the ledger itself"):
             await second.hold(wish())
-        assert await second.key("0" * 16) is None  # reading passes
+        assert await second.credential("0" * 16) is None  # reading passes
         await second.close()
 
 
@@ -456,7 +457,7 @@ async def test_statements_accounts_and_keys_come_whole_however_many_there_are(
         assert list(await remote.statement("c0", after_sequence=2, limit=7)) == list(whole)[2:9]
         assert list(await remote.keys("operators")) == list(await books.keys("operators"))
         stored = (await books.keys("operators"))[0]
-        assert await remote.key(stored.key_id) == stored
+        assert await remote.credential(stored.key_id) == (stored, Terms())
         await remote.add_key(stored)  # once more changes nothing
         with pytest.raises(LedgerError, match="got the id of another"):
             await remote.add_key(type(stored)(**(vars(stored) | {"revoked": True})))
@@ -629,3 +630,22 @@ def test_a_teacher_with_a_wrong_key_or_address_does_not_start(start_server: Any,
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
         assert customer not in done.stderr
     assert ledger.server.stop(signal.SIGINT) == 0
+
+
+async def test_terms_that_an_older_ledger_drops_are_not_taken_for_kept() -> None:
+    class Older(QuotaLedgerServicer):
+        async def CreateAccount(
+            self, request: wire.CreateAccountRequest, _context: Any
+        ) -> wire.CreateAccountResponse:
+            return wire.CreateAccountResponse(account=wire.Account(name=request.account))
+
+    server = grpc.aio.server()
+    add_QuotaLedgerServicer_to_server(Older(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key="mekd_x")
+    assert (await remote.create_account("a", 5)).name == "a"
+    with pytest.raises(LedgerError, match=r"'a' was made without its terms: the ledger at .* knows none; update it"):
+        await remote.create_account("a", 5, None, Terms(top_k=3))
+    await remote.close()
+    await server.stop(0)

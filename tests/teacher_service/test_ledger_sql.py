@@ -743,7 +743,8 @@ async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any)
     await ledger.statement("a", after_sequence=1)
     await ledger.statement("a", run_id="run")
     await ledger.run_posted("a", "run")
-    await ledger.key("0" * 16)
+    await ledger.credential("0" * 16)
+    await ledger.terms("a")
 
     def sweep_and_explain(transaction: Any) -> list[str]:
         ledger._renew_and_sweep(transaction.connection)

@@ -1,8 +1,23 @@
+import contextlib
+import json
+import re
+import socket
+import ssl
+import time
 import urllib.request
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
-from teacher_service.metrics import Metrics
+from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service.metrics import Metrics, RpcCounters
+from tests.teacher_service.certificates import Authority
+from tests.teacher_service.parts import Service, pictures, serving, until
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def texts(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
@@ -20,8 +35,13 @@ def used() -> Metrics:
     metrics.batch_done(protocol="mekd", account="a", outcome="charged", pictures=5, seconds=0.02)
     metrics.batch_done(protocol="mekd", account="a", outcome="charged", pictures=4, seconds=0.3)
     metrics.batch_done(protocol="mekd", account="b", outcome="overloaded", pictures=3, seconds=0.001)
-    metrics.engine_batch(9)
+    metrics.engine_batch(9, 0.25, [0.5, 1.0])
     metrics.balance("a", 91)
+    counters = metrics.rpc("bidi_stream", "mekd.v1.TeacherInference", "Infer")
+    counters.started()
+    counters.received()
+    counters.sent()
+    counters.handled("OK", 0.5)
     return metrics
 
 
@@ -30,11 +50,21 @@ def test_names_and_labels_are_those_of_the_contract() -> None:
         family.name: {name for sample in family.samples for name in sample.labels} - {"le"}
         for family in used().registry.collect()
     }
-    assert families == {
+    of_process = {name for name in families if name.startswith("process_")}
+    assert {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} <= of_process
+    rpc = {"grpc_type", "grpc_service", "grpc_method"}
+    assert {name: labels for name, labels in families.items() if name not in of_process} == {
+        "grpc_server_started": rpc,
+        "grpc_server_handled": rpc | {"grpc_code"},
+        "grpc_server_msg_received": rpc,
+        "grpc_server_msg_sent": rpc,
+        "grpc_server_handling_seconds": rpc,
         "mekd_pictures": {"account", "outcome"},  # _total in the exposition, see below
         "mekd_requests": {"protocol", "outcome"},
         "mekd_request_duration_seconds": {"protocol"},
         "mekd_engine_batch_pictures": set(),
+        "mekd_engine_seconds": set(),
+        "mekd_queue_wait_seconds": set(),
         "mekd_queue_pictures": set(),
         "mekd_account_balance_pictures": {"account"},
     }
@@ -52,6 +82,8 @@ def test_what_happened_is_counted_once() -> None:
     }
     assert found["mekd_request_duration_seconds_sum"] == {("protocol=mekd",): pytest.approx(0.321)}
     assert found["mekd_engine_batch_pictures_sum"] == {(): 9.0}
+    assert found["mekd_engine_seconds_sum"] == {(): 0.25}
+    assert (found["mekd_queue_wait_seconds_sum"], found["mekd_queue_wait_seconds_count"]) == ({(): 1.5}, {(): 2.0})
     assert found["mekd_queue_pictures"] == {(): 7.0}
     assert found["mekd_account_balance_pictures"] == {("account=a",): 91.0}
 
@@ -84,3 +116,171 @@ def test_metrics_are_served_over_http() -> None:
     assert "# HELP mekd_queue_pictures" in text
     with pytest.raises(OSError, match="in use"):
         used().serve("127.0.0.1", port)
+
+
+# --- HTTPS ---
+
+
+def page(url: str, context: ssl.SSLContext | None = None) -> str:
+    handlers: list[Any] = [urllib.request.ProxyHandler({})]
+    if context is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    with urllib.request.build_opener(*handlers).open(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_metrics_beyond_loopback_are_encrypted_and_renewed_as_the_port_itself(
+    start_server: Any, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path / "authority")
+    cert, key = authority.issue("IP:127.0.0.1")
+    pair = ("--tls-cert", str(cert), "--tls-key", str(key))
+    server = start_server(*pair, "--metrics-host", "0.0.0.0")
+    address = f"127.0.0.1:{server.metrics_port()}"
+    trusting = ssl.create_default_context(cafile=authority.pem)
+    assert "# HELP mekd_queue_pictures" in page(f"https://{address}/metrics", trusting)
+    with pytest.raises(OSError):
+        page(f"http://{address}/metrics")
+    # Who connects and says nothing holds up nobody.
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.metrics_port())))
+        started = time.monotonic()
+        assert "mekd_" in page(f"https://{address}/metrics", trusting)
+        assert time.monotonic() - started < 5
+    fresh = Authority(tmp_path / "fresh")
+    for place, source in zip((key, cert), reversed(fresh.issue("IP:127.0.0.1")), strict=True):
+        source.replace(place)
+    assert "mekd_" in page(f"https://{address}/metrics", ssl.create_default_context(cafile=fresh.pem))
+    assert server.stop() == 0
+
+
+def test_metrics_beyond_loopback_ask_for_a_certificate_where_the_port_does(start_server: Any, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("IP:127.0.0.1")
+    pair = ("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.pem))
+    server = start_server(*pair, "--metrics-host", "0.0.0.0")
+    url = f"https://127.0.0.1:{server.metrics_port()}/metrics"
+    trusting = ssl.create_default_context(cafile=authority.pem)
+    with pytest.raises(OSError):
+        page(url, trusting)
+    trusting.load_cert_chain(*authority.issue("DNS:prometheus"))
+    assert "mekd_" in page(url, trusting)
+
+
+def test_metrics_beyond_loopback_without_tls_need_leave(start_server: Any) -> None:
+    server = start_server("--metrics-host", "0.0.0.0", "--insecure-listen")
+    assert "mekd_" in page(f"http://127.0.0.1:{server.metrics_port()}/metrics")
+
+
+# --- calls ---
+
+
+def rpcs(service: Service, name: str) -> dict[tuple[str, ...], float]:
+    """Label values -> value, of one metric of calls."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in service.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+DESCRIBE = ("unary", "mekd.v1.TeacherInference", "Describe")
+INFER = ("bidi_stream", "mekd.v1.TeacherInference", "Infer")
+WATCH = ("server_stream", "mekd.v1.QuotaLedger", "WatchBalance")
+
+
+async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
+    async with serving() as service:
+        await service.stub.Describe(wire.DescribeRequest(), metadata=service.metadata())
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await service.stub.Describe(wire.DescribeRequest())
+        stream = await service.stream()
+        for index in range(3):
+            await stream.send(f"b{index}", pictures(2))
+            await stream.result()
+        assert rpcs(service, "grpc_server_started_total")[INFER] == 1
+        assert (*INFER, "OK") not in rpcs(service, "grpc_server_handled_total")
+        await stream.call.done_writing()
+        assert await stream.call.read() is grpc.aio.EOF
+        cancelled = await service.stream()
+        cancelled.call.cancel()
+        late = service.stub.Infer(metadata=service.metadata(), timeout=0.3)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await late.read()
+        wrong = service.open()
+        await wrong.call.write(wire.InferRequest())
+        await wrong.ended_by()
+        watching = service.quota.WatchBalance(quota_wire.WatchBalanceRequest(), metadata=service.metadata())
+        await watching.read()
+        watching.cancel()
+
+        def handled() -> dict[tuple[str, ...], float]:
+            return {
+                labels: value
+                for labels, value in rpcs(service, "grpc_server_handled_total").items()
+                if labels[:3] in (DESCRIBE, INFER, WATCH)
+            }
+
+        await until(lambda: sum(handled().values()) == 8)
+        assert handled() == {
+            (*DESCRIBE, "OK"): 1,
+            (*DESCRIBE, "Unauthenticated"): 2,
+            (*INFER, "OK"): 1,
+            (*INFER, "Canceled"): 1,
+            (*INFER, "DeadlineExceeded"): 1,
+            (*INFER, "InvalidArgument"): 1,
+            (*WATCH, "Canceled"): 1,
+        }
+        assert rpcs(service, "grpc_server_started_total")[INFER] == 4
+        assert rpcs(service, "grpc_server_msg_received_total")[INFER] == 4 + 1 + 1  # the configs, too
+        assert rpcs(service, "grpc_server_msg_sent_total")[INFER] == 4 + 1
+        assert rpcs(service, "grpc_server_msg_sent_total")[DESCRIBE] == 1
+        assert rpcs(service, "grpc_server_handling_seconds_count")[INFER] == 4
+
+
+async def test_names_that_callers_make_up_are_counted_together() -> None:
+    async with serving() as service:
+        for index in range(30):
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await service.channel.unary_unary(f"/made.up{index}/Method{index}")(b"")
+            assert ended.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        other = ("other", "other", "other")
+        assert rpcs(service, "grpc_server_started_total") == {other: 30}
+        assert rpcs(service, "grpc_server_handled_total") == {(*other, "Unimplemented"): 30}
+
+
+def test_codes_are_written_as_go_writes_them() -> None:
+    seen: list[str] = []
+    nothing = lambda *_: None  # noqa: E731
+    counters = RpcCounters(started=nothing, received=nothing, sent=nothing, ended=seen.append, took_seconds=nothing)
+    for code in grpc.StatusCode:
+        counters.handled(code.name, 0.0)
+    expected = """OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound AlreadyExists PermissionDenied
+        Unauthenticated ResourceExhausted FailedPrecondition Aborted OutOfRange Unimplemented Internal Unavailable
+        DataLoss"""
+    assert set(seen) == set(expected.split())
+
+
+# --- what is shown and watched of them ---
+
+
+def test_every_metric_that_dashboards_and_alerts_name_is_one_of_ours() -> None:
+    ours = {sample.name for family in used().registry.collect() for sample in family.samples} | {"up"}
+    for path in ("deploy/prometheus/alerts.yml", "deploy/grafana/dashboard.json"):
+        text = (ROOT / path).read_text("utf-8")
+        named = set(re.findall(r"\b(?:mekd|grpc_server|process)_[a-z_]+\b", text))
+        assert named and named <= ours, f"{path}: {named - ours}"
+
+
+def test_dashboard_and_rules_are_well_formed() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text("utf-8"))
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    assert all(target["expr"] for panel in panels for target in panel["targets"])
+    for expression in [target["expr"] for panel in panels for target in panel["targets"]]:
+        assert expression.count("(") == expression.count(")"), expression
+    rules = (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8")
+    assert rules.count("- alert:") == rules.count("expr:") == rules.count("summary:") > 0

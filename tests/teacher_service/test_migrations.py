@@ -1,16 +1,19 @@
 """The schema: what the steps make is what the program expects, on both stores; nobody opens what they do not know."""
 
 import asyncio
+import hashlib
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from teacher_service import ledger_tables, migrations
-from teacher_service.ledger import LedgerError
+from teacher_service import audit, ledger_tables, migrations
+from teacher_service.ledger import HoldRequest, LedgerError, Posted
 from teacher_service.ledger_sql import SCHEMA_REVISION, SqlLedger
+from teacher_service.terms import Terms
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -63,7 +66,7 @@ def test_the_program_expects_the_newest_step() -> None:
     assert migrations.revisions()[0] == SCHEMA_REVISION
 
 
-@pytest.mark.parametrize("revision", ["0002", "9999", "fade0ffcafe"])
+@pytest.mark.parametrize("revision", ["0004", "9999", "fade0ffcafe"])
 def test_a_schema_that_this_program_does_not_know_is_refused_and_left_alone(url: str, revision: str) -> None:
     asyncio.run(SqlLedger.open(url).close())
     run(url, f"UPDATE alembic_version SET version_num = '{revision}'")
@@ -72,6 +75,62 @@ def test_a_schema_that_this_program_does_not_know_is_refused_and_left_alone(url:
         SqlLedger.open(url)
     run(url, f"UPDATE alembic_version SET version_num = '{SCHEMA_REVISION}'")
     asyncio.run(SqlLedger.open(url).close())
+
+
+def made_at_0001(url: str) -> bytes:
+    """A ledger as the first release left it: account "a", a batch "b" posted of 100 granted. Returns the head."""
+    if url.startswith("postgres"):  # made from a template that has a ledger
+        run(url, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    head, answer, pictures = bytes(32), b"answer", bytes(range(32))
+    lines = [
+        ("grant", "", "", 100, b""),
+        ("hold", "b", "run", 5, pictures),
+        ("post", "b", "run", 5, hashlib.sha256(answer).digest()),
+    ]
+    with engine.begin() as connection:
+        command.upgrade(migrations._config(connection), "0001")
+        add = connection.execute
+        account = (
+            "INSERT INTO accounts (name, granted, posted, held, sequence, head) VALUES ('a', 100, 5, 0, 3, :head)"
+        )
+        entry = "INSERT INTO entries VALUES ('a', :sequence, 7, :kind, :batch, :run, :count, :digest, :head)"
+        add(sa.text(account), {"head": head})
+        for sequence, (kind, batch, run_id, count, digest) in enumerate(lines, start=1):
+            line = f"a|{sequence}|7|{kind}|{batch}|{run_id}|{count}|{digest.hex()}"
+            head = hashlib.sha256(head + line.encode()).digest()
+            values = {"sequence": sequence, "kind": kind, "batch": batch, "run": run_id, "count": count}
+            add(sa.text(entry), values | {"digest": digest, "head": head})
+        add(sa.text("UPDATE accounts SET head = :head"), {"head": head})
+        hold = "INSERT INTO holds VALUES ('a', 'b', 'run', :digest, 5, 'posted', 'gone')"
+        add(sa.text(hold), {"digest": pictures})
+        kept = "INSERT INTO answers (account, batch_id, answer, sequence, head) VALUES ('a', 'b', :answer, 3, :head)"
+        add(sa.text(kept), {"answer": answer, "head": head})
+        key = "INSERT INTO keys VALUES (:id, 'a', 'customer', :digest, 0)"
+        add(sa.text(key), {"id": "0" * 16, "digest": bytes(32)})
+    engine.dispose()
+    return head
+
+
+def test_a_ledger_of_the_first_release_keeps_all_it_has_and_gets_terms_that_say_nothing(url: str) -> None:
+    head = made_at_0001(url)
+
+    async def look() -> None:
+        books = SqlLedger.open(url)
+        account = await books.account("a")
+        assert (account.granted, account.posted, account.held, account.head) == (100, 5, 0, head)
+        found = await books.credential("0" * 16)
+        assert found is not None and (found.key.account, found.terms) == ("a", Terms())
+        wish = HoldRequest(account="a", batch_id="b", run_id="run", digest=bytes(range(32)), picture_count=5)
+        again = await books.hold(wish)
+        assert isinstance(again, Posted) and again.answer == b"answer"
+        assert await books.set_terms("a", Terms(decimals=2)) == await books.terms("a") == Terms(decimals=2)
+        await books.grant("a", 1)
+        await books.close()
+
+    asyncio.run(look())
+    assert differences(url) == []
+    assert audit.verify(url).agrees
 
 
 def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> None:

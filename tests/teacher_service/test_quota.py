@@ -12,6 +12,7 @@ from teacher_service import quota
 from teacher_service.auth import CACHE_SECONDS, new_key
 from teacher_service.ledger import OPERATORS, HoldRequest, Role
 from teacher_service.ledger_memory import MemoryLedger
+from teacher_service.terms import Terms
 from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving
 
 
@@ -155,6 +156,7 @@ MAY_CALL = {
     "ListAccounts": "admin",
     "CreateAccount": "admin",
     "Grant": "admin",
+    "SetTerms": "admin",
     "CreateKey": "admin",
     "ListKeys": "admin",
     "RevokeKey": "admin",
@@ -226,6 +228,14 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
         ("CreateKey", {"key": STORED | {"key_id": "0" * 15}}, "key.key_id"),
         ("CreateKey", {"key": STORED | {"secret_digest": b"short"}}, "key.secret_digest"),
         ("CreateAccount", {"account": "another", "key": STORED}, "key.account"),
+        ("CreateAccount", {"account": "new", "terms": wire.Terms(top_k=0)}, "terms.top_k"),
+        ("SetTerms", {"account": "customer", "terms": wire.Terms(decimals=8)}, "terms.decimals"),
+        (
+            "SetTerms",
+            {"account": "customer", "terms": wire.Terms(pictures_per_second=-1)},
+            "terms.pictures_per_second",
+        ),
+        ("SetTerms", {"account": "customer", "terms": wire.Terms(answers=9)}, "terms.answers"),  # type: ignore[arg-type]
         ("ListAccounts", {"page_size": -1}, "page_size"),
         ("StreamStatement", {"after_sequence": -1}, "after_sequence"),
     ],
@@ -248,6 +258,9 @@ async def test_what_makes_no_sense_is_refused_by_the_name_of_its_field(
         ("CreateAccount", {"account": "customer"}),
         ("CreateAccount", {"account": "No Name"}),
         ("CreateAccount", {"account": "new", "picture_count": 0}),
+        ("SetTerms", {"account": "nobody", "terms": wire.Terms(top_k=3)}),
+        ("SetTerms", {"account": "customer", "unset_fields": ["head"]}),
+        ("SetTerms", {"account": "customer", "terms": wire.Terms(top_k=3), "unset_fields": ["top_k"]}),
         ("CreateKey", {"key": STORED}),
         ("RevokeKey", {"key_id": "0" * 16}),
     ],
@@ -260,6 +273,19 @@ async def test_what_the_books_cannot_do_is_told_to_the_operator_and_changes_noth
         refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
         assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and "expected" in refusal.message
         assert refusal.retry_seconds is None and await server.ledger.accounts() == before
+        assert await server.ledger.terms("customer") == Terms()
+
+
+async def test_a_teacher_reads_the_terms_of_its_customers_where_it_looks_up_a_key_or_an_account() -> None:
+    books = MemoryLedger()
+    async with ledger_serving(books) as server:
+        terms = Terms(answers="soft", decimals=3, pictures_per_second=0.1)
+        await books.set_terms("customer", terms)
+        (stored,) = await books.keys("customer")
+        teacher = server.connect(Role.TEACHER)
+        assert await teacher.credential(stored.key_id) == (stored, terms)
+        assert await teacher.terms("customer") == terms
+        await teacher.close()
 
 
 # --- streams ---

@@ -17,13 +17,16 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import codec
+from protos.errors import Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
+from teacher_service.ledger import MAX_COUNT
 from teacher_service.server import SERVICES, StartError, _fitting, is_loopback
 from tests.conftest import program, teacher_admin
 from tests.teacher_service.parts import pictures
@@ -41,11 +44,12 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None = None) ->
 class Client:
     """One Infer stream of a plain gRPC client, sending from a queue of its own."""
 
-    def __init__(self, channel: grpc.Channel, key: str) -> None:
+    def __init__(self, channel: grpc.Channel, key: str | None) -> None:
         self._ready = threading.Condition()
         self._messages: list[wire.InferRequest | None] = [wire.InferRequest(config=wire.StreamConfig(run_id="run"))]
         stub = TeacherInferenceStub(channel)
-        self.call: Any = stub.Infer(self._outgoing(), metadata=(("authorization", f"Bearer {key}"),), timeout=30)
+        metadata = (("authorization", f"Bearer {key}"),) if key is not None else ()
+        self.call: Any = stub.Infer(self._outgoing(), metadata=metadata, timeout=30)
         assert next(self.call).HasField("accepted")
 
     def _outgoing(self) -> Iterator[wire.InferRequest]:
@@ -76,6 +80,11 @@ class Client:
         return response.result  # type: ignore[no-any-return]
 
 
+def status_of(error: grpc.RpcError) -> Refusal:
+    """The refusal that ended a call of a plain client."""
+    return Refusal.from_status(Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"]))
+
+
 def fails(*flags: str, cwd: Path) -> str:
     """``teacher-serve`` exits with 2 and one line; returns it."""
     command = [program("teacher-serve"), *flags]
@@ -103,6 +112,19 @@ def test_the_server_says_one_line_when_it_is_ready_and_answers(start_server: Any
     assert server.stop() == 0
     assert server.process.stdout.read() == ""  # nothing but the one line
     assert server.balances() == {"name": "device", "granted": 10, "posted": 3, "held": 0, "balance": 7}
+
+
+def test_books_in_memory_have_one_account_whose_key_is_the_second_line(start_server: Any) -> None:
+    server = start_server(ledger="memory:")
+    word, key = server.process.stdout.readline().split()
+    assert word == "key" and key.startswith("mekd_")
+    with connect(server.address) as channel:
+        client = Client(channel, key)
+        first, again = client.ask("b", 3), client.ask("b", 3)
+    assert first.balance_count == MAX_COUNT - 3
+    assert again.replayed and again.answer == first.answer
+    assert server.log().count("the books are in memory: for measurements, and lost at exit") == 1
+    assert server.stop() == 0
 
 
 def test_metrics_are_served_on_loopback(start_server: Any) -> None:

@@ -1,4 +1,11 @@
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.modelfile import LoadedModel, ModelFacts
-from networks.registry import build
+from networks.modelfile import LoadedModel, ModelFacts, load_model
+from networks.registry import CLASSIFIERS, build
+from teacher_service import torch_engine
 from teacher_service.engine import Engine, EngineError
-from teacher_service.torch_engine import TorchEngine
+from teacher_service.torch_engine import BATCH_TOLERANCE, TorchEngine, _CudaLane, _fused, _graph_sizes
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.2, 0.3)
 
@@ -96,7 +104,7 @@ def test_read_only_pictures_and_an_empty_batch_are_answered() -> None:
 def test_an_answer_that_is_not_finite_is_an_error(number: float) -> None:
     def fails_on_white(images: Tensor) -> Tensor:
         means = channel_means(images)
-        return torch.where(means > 2, number, means)
+        return torch.where(means > 3.5, number, means)
 
     engine = TorchEngine(loaded(Function(fails_on_white)))
     with pytest.raises(EngineError, match="expected finite answers"):
@@ -107,8 +115,8 @@ def test_an_answer_that_is_not_finite_is_an_error(number: float) -> None:
     ("function", "output", "said"),
     [
         (lambda x: channel_means(x) * torch.nan, "logits", "finite"),
-        (lambda x: channel_means(x)[:, :2], "logits", r"expected answers \(2, 3\), got \(2, 2\)"),
-        (lambda x: channel_means(x)[:1], "logits", r"expected answers \(2, 3\), got \(1, 3\)"),
+        (lambda x: channel_means(x)[:, :2], "logits", r"expected answers \(16, 3\), got \(16, 2\)"),
+        (lambda x: channel_means(x)[:1], "logits", r"expected answers \(16, 3\), got \(1, 3\)"),
         (lambda x: channel_means(x) * 0 + 3, "probabilities", "sum 9 .* --output logits"),
         (lambda x: channel_means(x) * 0 + torch.tensor([1.5, -0.5, 0]), "probabilities", "smallest -0.5"),
         (lambda x: x @ torch.zeros(5, 5), "logits", "cannot run on device 'cpu'"),
@@ -126,3 +134,193 @@ def test_a_model_that_cannot_answer_does_not_start(
 def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     with pytest.raises(EngineError, match=f"device '{device}'"):
         TorchEngine(loaded(Function(channel_means)), device=device)
+
+
+# --- what of the answers is the same, and how nearly ---
+
+
+def trained_a_little(name: str) -> nn.Module:
+    """A network of random weights whose batch norms have seen some pictures."""
+    torch.manual_seed(0)
+    module = build(name, class_count=3, channels=3)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the mean of all that it sees, without a memory of its beginning
+    with torch.no_grad():
+        for _ in range(5):
+            module.train()(torch.randn(16, 3, 8, 12))
+    return module.eval()
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSIFIERS if not name.startswith(("resnet1", "resnet4"))])
+def test_a_fused_network_has_no_batch_norms_left_and_answers_alike(name: str) -> None:
+    module = trained_a_little(name)
+    images = torch.randn(4, 3, 8, 12)
+    fused = _fused(module)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fused.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images).softmax(1), module(images).softmax(1), atol=1e-5, rtol=0)
+        assert "BatchNorm2d" in repr(module) or name.startswith("vgg")  # the given one is left as it was
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_answer_depends_on_its_batch_by_no_more_than_is_said(precision: Any) -> None:
+    engine = TorchEngine(loaded(trained_a_little("resnet20")), device="cpu", precision=precision)
+    images = pictures(512)
+    together = engine.answer(images)
+    # In bf16 a sum rounded the other way is rounded to 8 bits in the next layer: on other machines it may be more.
+    tolerance = BATCH_TOLERANCE if precision == "fp32" else 0.05
+    for size in (1, 7, 128):
+        apart = np.concatenate([engine.answer(images[i : i + size]) for i in range(0, 256, size)])[:256]
+        np.testing.assert_allclose(apart, together[:256], atol=tolerance, rtol=0)
+    company = engine.answer(images[::-1].copy())[::-1]
+    np.testing.assert_allclose(company, together, atol=tolerance, rtol=0)
+
+
+def test_the_same_for_a_trained_resnet56_on_smooth_pictures_and_noise() -> None:
+    if "MEKD_DATA" not in os.environ:
+        pytest.skip("needs MEKD_DATA, a folder with teachers/rn56.pt")
+    given = {"height": 32, "width": 32, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    teacher = load_model(Path(os.environ["MEKD_DATA"]) / "teachers" / "rn56.pt", given=given)
+    exact = copy.deepcopy(teacher.module).double()
+    engine = TorchEngine(teacher, device="cpu")
+    images = torch_engine._pictures(70, 3, 32, 32)
+    together = engine.answer(images)
+    for size in (1, 7):
+        apart = np.concatenate([engine.answer(images[i : i + size]) for i in range(0, 70, size)])
+        np.testing.assert_allclose(apart, together, atol=BATCH_TOLERANCE, rtol=0)
+    normalised = (images / 255 - np.reshape(given["mean"], (3, 1, 1))) / np.reshape(given["std"], (3, 1, 1))
+    with torch.no_grad():
+        np.testing.assert_allclose(together, exact(torch.tensor(normalised)).softmax(1), atol=2e-5, rtol=0)
+
+
+def test_any_number_of_pictures_is_answered_whatever_the_size_of_a_call() -> None:
+    engine = TorchEngine(loaded(Function(channel_means)), device="cpu", max_batch_pictures=20)
+    assert engine.batch_pictures == 20
+    images = pictures(47)
+    answers = engine.answer(images)
+    assert answers.shape == (47, 3)
+    np.testing.assert_allclose(answers[40:], engine.answer(images[40:]), atol=1e-6)
+
+
+# --- precision ---
+
+
+def test_a_lower_precision_says_how_far_it_is_from_fp32_and_is_another_model() -> None:
+    module = trained_a_little("resnet20")
+    images = pictures(64)
+    digests, exact = set(), TorchEngine(loaded(module), device="cpu")
+    assert exact.largest_deviation is None
+    for precision in ("bf16", "fp16"):
+        engine = TorchEngine(loaded(module), device="cpu", precision=precision)  # type: ignore[arg-type]
+        assert engine.largest_deviation is not None and 1e-5 < engine.largest_deviation < 0.2
+        answers = engine.answer(images)
+        assert answers.dtype == np.float32
+        np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(answers, exact.answer(images), atol=4 * engine.largest_deviation)
+        digests.add(engine.model_digest)
+    assert exact.model_digest == "d" * 64 and len(digests | {exact.model_digest}) == 3
+    assert digests == {
+        TorchEngine(loaded(module), device="cpu", precision=precision).model_digest  # type: ignore[arg-type]
+        for precision in ("bf16", "fp16")
+    }
+
+
+def test_a_network_that_fp16_cannot_hold_does_not_start() -> None:
+    module = build("resnet8", class_count=3, channels=3)
+    with torch.no_grad():
+        module.linear.weight.fill_(60_000).mul_(torch.tensor([[1.0], [-1.0], [1.0]]))
+    with pytest.raises(EngineError, match="expected finite answers"):
+        TorchEngine(loaded(module), device="cpu", precision="fp16")
+
+
+# --- compiled ---
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler, found none")
+def test_a_compiled_network_answers_alike_at_every_size(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from torch import nn
+from tests.teacher_service.test_torch_engine import Function, channel_means, loaded, pictures
+from teacher_service.torch_engine import BATCH_TOLERANCE, TorchEngine
+module = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), Function(channel_means))
+exact = TorchEngine(loaded(module), device="cpu")
+compiled = TorchEngine(loaded(module), device="cpu", compiled=True)
+assert compiled._module._compiled_call_impl is not None
+for size in (1, 2, 7, 64, 600):
+    np.testing.assert_allclose(compiled.answer(pictures(size)), exact.answer(pictures(size)), atol=BATCH_TOLERANCE)
+"""
+    # In a process of its own: the compiler's workers and warnings are no affair of the other tests.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- lanes of CUDA: what of them a machine without a GPU can try ---
+
+
+def test_graph_sizes_end_with_the_largest_batch() -> None:
+    assert _graph_sizes(512) == [1, 8, 64, 512]
+    assert _graph_sizes(100) == [1, 8, 64, 100]
+    assert _graph_sizes(1) == [1]
+
+
+def test_a_lane_stages_pads_and_cuts_batches() -> None:
+    lane = _CudaLane(torch.device("cpu"), 20, (3, 8, 12))
+    seen: list[int] = []
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images.float().sum(dim=(2, 3))
+
+    def record(size: int) -> None:  # as capture does on CUDA
+        static, answers = torch.zeros((size, 3, 8, 12), dtype=torch.uint8), torch.zeros((size, 3))
+
+        def replay() -> None:
+            answers.copy_(forward(static))
+
+        lane._graphs[size] = (replay, static, answers)
+
+    for sizes in ([], [1, 8]):
+        for size in sizes:
+            record(size)
+        seen.clear()
+        for count in (1, 5, 8, 9, 20):
+            images = pictures(count)
+            images.setflags(write=False)
+            np.testing.assert_array_equal(lane.run(forward, images), images.sum(axis=(2, 3), dtype=np.float32))
+        assert seen == ([1, 8, 8, 9, 20] if sizes else [1, 5, 8, 9, 20])
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_cuda_two_calls_at_once_answer_as_the_cpu_does(compiled: bool) -> None:
+    module = trained_a_little("resnet20")
+    exact = TorchEngine(loaded(copy.deepcopy(module)), device="cpu")
+    engine = TorchEngine(loaded(module), device="cuda", compiled=compiled)
+    assert engine.calls_at_once == 2
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(20):
+            images = random.integers(0, 256, (random.integers(1, 200), 3, 8, 12), dtype=np.uint8)
+            if not np.allclose(engine.answer(images), exact_answer(images), atol=1e-4):
+                wrong.append(seed)
+
+    lock = threading.Lock()
+
+    def exact_answer(images: np.ndarray) -> np.ndarray:
+        with lock:
+            return exact.answer(images)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -26,6 +26,12 @@ class EntryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_KIND_POST: _ClassVar[EntryKind]
     ENTRY_KIND_VOID: _ClassVar[EntryKind]
     ENTRY_KIND_EXPIRE: _ClassVar[EntryKind]
+
+class SoldAnswers(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOLD_ANSWERS_UNSPECIFIED: _ClassVar[SoldAnswers]
+    SOLD_ANSWERS_SOFT: _ClassVar[SoldAnswers]
+    SOLD_ANSWERS_HARD: _ClassVar[SoldAnswers]
 ROLE_UNSPECIFIED: Role
 ROLE_CUSTOMER: Role
 ROLE_TEACHER: Role
@@ -36,6 +42,9 @@ ENTRY_KIND_HOLD: EntryKind
 ENTRY_KIND_POST: EntryKind
 ENTRY_KIND_VOID: EntryKind
 ENTRY_KIND_EXPIRE: EntryKind
+SOLD_ANSWERS_UNSPECIFIED: SoldAnswers
+SOLD_ANSWERS_SOFT: SoldAnswers
+SOLD_ANSWERS_HARD: SoldAnswers
 
 class GetBalanceRequest(_message.Message):
     __slots__ = ("run_id", "account")
@@ -150,6 +159,22 @@ class Account(_message.Message):
     sequence: int
     head: bytes
     def __init__(self, name: _Optional[str] = ..., granted_count: _Optional[int] = ..., posted_count: _Optional[int] = ..., held_count: _Optional[int] = ..., balance_count: _Optional[int] = ..., sequence: _Optional[int] = ..., head: _Optional[bytes] = ...) -> None: ...
+
+class Terms(_message.Message):
+    __slots__ = ("answers", "top_k", "decimals", "pictures_per_second", "max_streams", "max_outstanding_pictures")
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    DECIMALS_FIELD_NUMBER: _ClassVar[int]
+    PICTURES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MAX_OUTSTANDING_PICTURES_FIELD_NUMBER: _ClassVar[int]
+    answers: SoldAnswers
+    top_k: int
+    decimals: int
+    pictures_per_second: float
+    max_streams: int
+    max_outstanding_pictures: int
+    def __init__(self, answers: _Optional[_Union[SoldAnswers, str]] = ..., top_k: _Optional[int] = ..., decimals: _Optional[int] = ..., pictures_per_second: _Optional[float] = ..., max_streams: _Optional[int] = ..., max_outstanding_pictures: _Optional[int] = ...) -> None: ...
 
 class StoredKey(_message.Message):
     __slots__ = ("key_id", "account", "role", "secret_digest", "revoked")
@@ -274,10 +299,12 @@ class LookupKeyRequest(_message.Message):
     def __init__(self, key_id: _Optional[str] = ...) -> None: ...
 
 class LookupKeyResponse(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "terms")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     key: StoredKey
-    def __init__(self, key: _Optional[_Union[StoredKey, _Mapping]] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, key: _Optional[_Union[StoredKey, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class GetAccountRequest(_message.Message):
     __slots__ = ("account",)
@@ -286,10 +313,12 @@ class GetAccountRequest(_message.Message):
     def __init__(self, account: _Optional[str] = ...) -> None: ...
 
 class GetAccountResponse(_message.Message):
-    __slots__ = ("account",)
+    __slots__ = ("account", "terms")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     account: Account
-    def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class ListAccountsRequest(_message.Message):
     __slots__ = ("after_name", "page_size")
@@ -308,20 +337,24 @@ class ListAccountsResponse(_message.Message):
     def __init__(self, accounts: _Optional[_Iterable[_Union[Account, _Mapping]]] = ..., next_after_name: _Optional[str] = ...) -> None: ...
 
 class CreateAccountRequest(_message.Message):
-    __slots__ = ("account", "picture_count", "key")
+    __slots__ = ("account", "picture_count", "key", "terms")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_COUNT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     account: str
     picture_count: int
     key: StoredKey
-    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class CreateAccountResponse(_message.Message):
-    __slots__ = ("account",)
+    __slots__ = ("account", "terms")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     account: Account
-    def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
     __slots__ = ("account", "picture_count")
@@ -336,6 +369,22 @@ class GrantResponse(_message.Message):
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     account: Account
     def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
+
+class SetTermsRequest(_message.Message):
+    __slots__ = ("account", "terms", "unset_fields")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    UNSET_FIELDS_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    terms: Terms
+    unset_fields: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, account: _Optional[str] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., unset_fields: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetTermsResponse(_message.Message):
+    __slots__ = ("terms",)
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    terms: Terms
+    def __init__(self, terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class CreateKeyRequest(_message.Message):
     __slots__ = ("key",)

@@ -106,6 +106,11 @@ class QuotaLedgerStub:
                 request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.SerializeToString,
                 response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.FromString,
                 _registered_method=True)
+        self.SetTerms = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/SetTerms',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsResponse.FromString,
+                _registered_method=True)
         self.CreateKey = channel.unary_unary(
                 '/mekd.v1.QuotaLedger/CreateKey',
                 request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.CreateKeyRequest.SerializeToString,
@@ -229,6 +234,13 @@ class QuotaLedgerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTerms(self, request, context):
+        """Admin. Changes what an account is sold and how much it may ask for at a time; what is not said stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateKey(self, request, context):
         """Admin. The caller makes the secret and keeps it; only its digest travels. Sent again, it changes nothing.
         """
@@ -322,6 +334,11 @@ def add_QuotaLedgerServicer_to_server(servicer, server):
                     servicer.Grant,
                     request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.FromString,
                     response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.SerializeToString,
+            ),
+            'SetTerms': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTerms,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsResponse.SerializeToString,
             ),
             'CreateKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateKey,
@@ -719,6 +736,33 @@ class QuotaLedger:
             '/mekd.v1.QuotaLedger/Grant',
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantRequest.SerializeToString,
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.GrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTerms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/SetTerms',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.SetTermsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,105 @@
+"""grpc.health.v1: whether this server is alive, and whether it can sell answers just now.
+
+Two kinds of names: ``LIVENESS`` says SERVING for as long as the process works at all, the others (the empty name, and
+every service's) only while the ledger can be read and the server is not stopping. Unlike the servicer of
+grpcio-health-checking this one holds no lock while it writes, so a watcher that does not read holds up nobody.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2 as wire
+from grpc_health.v1.health_pb2_grpc import HealthServicer
+
+from teacher_service.ledger import OPERATORS, Ledger, LedgerError, LedgerUnavailable
+
+log = structlog.get_logger()
+
+LIVENESS = "liveness"
+PROBE_SECONDS = 2.0
+PROBE_TIMEOUT_SECONDS = 3.0
+
+Status = wire.HealthCheckResponse
+
+
+class Health(HealthServicer):
+    """The state of each name, to whoever asks or watches."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = ("", *names)
+        self._status: dict[str, Any] = dict.fromkeys(self._names, Status.NOT_SERVING)
+        self._status[LIVENESS] = Status.SERVING
+        self._changed = asyncio.Event()
+
+    def set_ready(self, ready: bool) -> None:
+        """Changes every name but liveness."""
+        self._status.update(dict.fromkeys(self._names, Status.SERVING if ready else Status.NOT_SERVING))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """What the empty name says."""
+        return bool(self._status[""] == Status.SERVING)
+
+    async def Check(self, request: wire.HealthCheckRequest, context: Any) -> wire.HealthCheckResponse:
+        """The state of one name; NOT_FOUND for one that is not there."""
+        status = self._status.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no service of this name")
+        return Status(status=status)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """The state of every name."""
+        return wire.HealthListResponse(  # type: ignore[attr-defined]  # newer than its stubs
+            statuses={name: Status(status=now) for name, now in self._status.items()}
+        )
+
+    async def Watch(self, request: wire.HealthCheckRequest, context: Any) -> AsyncIterator[wire.HealthCheckResponse]:
+        """The state of one name, now and whenever it has changed."""
+        last = None
+        while True:
+            changed = self._changed
+            status = self._status.get(request.service, Status.SERVICE_UNKNOWN)
+            if status == last:
+                await changed.wait()
+                continue
+            last = status
+            yield Status(status=status)
+
+
+async def follow(ledger: Ledger, health: Health) -> None:
+    """Not ready while the ledger cannot be read, ready when it is back; for ever."""
+    ready = True
+    probe: asyncio.Task[bool] | None = None
+    try:
+        while True:
+            # A probe that hangs is waited for and not joined by others: what is away is asked once at a time.
+            probe = probe or asyncio.create_task(_answers(ledger), name="ledger-probe")
+            await asyncio.wait({probe}, timeout=PROBE_TIMEOUT_SECONDS)
+            found = probe.done() and probe.result()
+            probe = None if probe.done() else probe
+            if found != ready:
+                ready = found
+                health.set_ready(ready)
+                if ready:
+                    log.info("ledger is back")
+                else:
+                    log.error("ledger is away, not ready until it is back")
+            await asyncio.sleep(PROBE_SECONDS)
+    finally:
+        if probe is not None:
+            probe.cancel()
+
+
+async def _answers(ledger: Ledger) -> bool:
+    try:
+        await ledger.account(OPERATORS)
+    except LedgerUnavailable:
+        return False
+    except LedgerError:  # it answers: there is no such account
+        pass
+    return True

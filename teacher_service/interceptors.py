@@ -1,0 +1,235 @@
+"""What happens to every call, whichever service it is for: counted first, and let in only while there is room.
+
+The order is: count, then authenticate (``auth.AuthInterceptor``), then the gate, then see whether it can be read.
+"""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from protos.errors import Reason, Refusal
+from teacher_service.auth import (
+    ALLOWED,
+    Authenticator,
+    Handler,
+    abort,
+    around,
+    behaviour_of,
+    caller_of,
+    refuse_all,
+    with_behaviour,
+)
+from teacher_service.limits import Limits
+from teacher_service.metrics import Metrics, RpcCounters
+from teacher_service.terms import Terms
+
+STREAMS_WITHOUT_CREDENTIAL = 256
+"""Health watches and reflection, over all callers."""
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Bounds the streams that are open, and lets nothing new in while the server drains. Behind authentication."""
+
+    def __init__(self, authenticator: Authenticator, limits: Limits) -> None:
+        self._authenticator = authenticator
+        self._limits = limits
+        self._without_credential = 0
+        self.draining = False
+
+    async def intercept_service(
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> "Handler | None":
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if self.draining and ALLOWED.get(details.method) is not None:  # the others ask after the server's health
+            return refuse_all(handler, Refusal.of(Reason.DRAINING))
+        if not handler.response_streaming:
+            return handler
+        if ALLOWED.get(details.method) is None:
+            return around(handler, self._place_without_credential)
+        return around(handler, functools.partial(self._place, handler.request_streaming))
+
+    @contextlib.asynccontextmanager
+    async def _place(self, of_account: bool, context: Any) -> AsyncIterator[None]:
+        """A place among the open streams; among the account's own, too, where it does not only listen."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                caller = await caller_of(self._authenticator, context)
+                terms = caller.terms if of_account else Terms()
+                stack.enter_context(self._limits.stream(caller.account, terms))
+            except Refusal as refusal:
+                await abort(context, refusal)
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _place_without_credential(self, context: Any) -> AsyncIterator[None]:
+        if self._without_credential >= STREAMS_WITHOUT_CREDENTIAL:
+            whose = "callers without a key together"
+            await abort(context, Refusal.of(Reason.TOO_MANY_STREAMS, whose=whose, limit=STREAMS_WITHOUT_CREDENTIAL))
+        self._without_credential += 1
+        try:
+            yield
+        finally:
+            self._without_credential -= 1
+
+
+class Readable(grpc.aio.ServerInterceptor):
+    """Refuses bytes that are no message of their method, as any bad argument is. Innermost: who called is known.
+
+    gRPC itself would say UNKNOWN, and each of them, from anybody at all, would put a traceback into the log.
+    """
+
+    async def intercept_service(
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> "Handler | None":
+        handler = await continuation(details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        parse, behaviour = handler.request_deserializer, behaviour_of(handler)
+
+        def read(message: bytes) -> Any:
+            try:
+                return parse(message)
+            except DecodeError:
+                got = f"{len(message)} bytes that are none"
+                expected = f"a message of {details.method}"
+                return Refusal.of(Reason.INVALID_REQUEST, field="message", expected=expected, got=got)
+
+        def given(request: Any) -> Any:
+            return _ReadRequests(request) if handler.request_streaming else _unless_refused(request)
+
+        async def answer(request: Any, context: Any) -> Any:
+            try:
+                return await behaviour(given(request), context)
+            except Refusal as refusal:
+                await abort(context, refusal)
+
+        async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                async with contextlib.aclosing(behaviour(given(request), context)) as responses:
+                    async for response in responses:
+                        yield response
+            except Refusal as refusal:
+                await abort(context, refusal)
+
+        guarded: Any = with_behaviour(handler, answer_stream if inspect.isasyncgenfunction(behaviour) else answer)
+        readable: Handler = guarded._replace(request_deserializer=read)
+        return readable
+
+
+def _unless_refused(request: Any) -> Any:
+    if isinstance(request, Refusal):  # in place of what could not be read
+        raise request
+    return request
+
+
+class _ReadRequests:
+    """A stream of requests that ends with a refusal where one could not be read."""
+
+    def __init__(self, requests: Any) -> None:
+        self._requests = aiter(requests)
+
+    def __aiter__(self) -> "_ReadRequests":
+        return self
+
+    async def __anext__(self) -> Any:
+        return _unless_refused(await anext(self._requests))
+
+
+class RpcMetrics(grpc.aio.ServerInterceptor):
+    """Counts calls and messages under the names of go-grpc-prometheus. Before everything else."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> "Handler | None":
+        handler = await continuation(details)
+        if handler is None:  # a name that a caller made up: gRPC answers UNIMPLEMENTED
+            self._metrics.rpc_unknown()
+            return None
+        service, _, method = details.method.lstrip("/").partition("/")
+        kind = {(False, False): "unary", (True, False): "client_stream", (False, True): "server_stream"}.get(
+            (handler.request_streaming, handler.response_streaming), "bidi_stream"
+        )
+        return _counted(handler, self._metrics.rpc(kind, service, method))
+
+
+def _counted(handler: "Handler", counters: RpcCounters) -> "Handler":
+    behaviour = behaviour_of(handler)
+
+    def received(request: Any) -> Any:
+        if handler.request_streaming:
+            return _CountedRequests(request, counters.received)
+        counters.received()
+        return request
+
+    async def counted(request: Any, context: Any) -> Any:
+        with _handling(counters, context):
+            response = await behaviour(received(request), context)
+            counters.sent()
+            return response
+
+    async def counted_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        with _handling(counters, context):
+            async with contextlib.aclosing(behaviour(received(request), context)) as responses:
+                async for response in responses:
+                    yield response
+                    counters.sent()
+
+    return with_behaviour(handler, counted_stream if inspect.isasyncgenfunction(behaviour) else counted)
+
+
+@contextlib.contextmanager
+def _handling(counters: RpcCounters, context: Any) -> Iterator[None]:
+    started = time.perf_counter()
+    counters.started()
+    code: grpc.StatusCode | None = grpc.StatusCode.UNKNOWN
+    try:
+        yield
+        code = _code_of(context) or grpc.StatusCode.OK
+    except grpc.aio.AbortError:
+        code = _code_of(context)
+        raise
+    # The last of these is how a caller looks who left while it was being written to.
+    except (asyncio.CancelledError, GeneratorExit, grpc.aio.InternalError):
+        remaining = context.time_remaining()
+        late = remaining is not None and remaining <= 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        raise
+    finally:
+        counters.handled((code or grpc.StatusCode.UNKNOWN).name, time.perf_counter() - started)
+
+
+def _code_of(context: Any) -> grpc.StatusCode | None:
+    """The code that a handler set; grpc.aio gives it as it was given, or as a bare number."""
+    found = context.code()
+    number = found.value[0] if isinstance(found, grpc.StatusCode) else found
+    return next((code for code in grpc.StatusCode if code.value[0] == number), None)
+
+
+class _CountedRequests:
+    """A stream of requests that is counted as it is read."""
+
+    def __init__(self, requests: Any, received: Callable[[], None]) -> None:
+        self._requests = requests
+        self._received = received
+
+    def __aiter__(self) -> "_CountedRequests":
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await anext(self._requests)
+        self._received()
+        return request

@@ -1,0 +1,910 @@
+"""KServeTeacher against a real gRPC server of the KServe V2 protocol; what it sends, counts, reads and refuses."""
+
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.rpc.status_pb2 import Status
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from edge_agent import kserve
+from edge_agent import pool as pools
+from edge_agent import teacher as teachers
+from edge_agent.config import KServeConfig
+from edge_agent.egress import EgressDoor, PrivatePictureStopped
+from edge_agent.failures import BadCredential, BadInput, BudgetSpent, TeacherAway
+from edge_agent.journal import Journal
+from edge_agent.kserve import Address, KServeTeacher, Reading, read_model
+from edge_agent.pool import PoolOutbox, fill_pool, load_pool
+from networks.gan import Generator
+from protos import codec
+from protos.errors import Reason, Refusal
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+from tests.edge_agent.kserve_parts import CLASSES, Model, probabilities_of, serving
+from tests.teacher_service.certificates import Authority
+
+LOGITS = KServeConfig(output_kind="logits")
+NOTHING_LOCAL = EgressDoor(np.zeros((0, 1, 8, 8), np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(teachers, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(kserve, "LONGEST_PAUSE_SECONDS", 0.1)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    opened = Journal.open(tmp_path / "journal.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    made = Generator(class_count=CLASSES, noise_count=5, side=8, channels=1, width=4)
+    return made.eval().requires_grad_(False)
+
+
+def open_teacher(address: str, given: KServeConfig = LOGITS, *, door: EgressDoor = NOTHING_LOCAL, **options):
+    return KServeTeacher(address, given, **{"wait_seconds": 5, "check_egress": door.check, **options})
+
+
+def ask(
+    address, journal, generator, given=LOGITS, *, budget=100, batch_pictures=16, outbox_door=NOTHING_LOCAL, **more
+):
+    """As the agent does; returns the outbox."""
+    teacher = open_teacher(address, given, **more)
+    try:
+        description = teacher.describe()
+        outbox = PoolOutbox(
+            journal,
+            generator,
+            outbox_door,
+            description,
+            budget=budget,
+            batch_pictures=batch_pictures,
+            seed=0,
+            counts_sent=True,
+            message_bytes=teacher.message_bytes,
+        )
+        fill_pool(teacher, journal, outbox, description, progress=lambda answered: None)
+    finally:
+        teacher.close()
+    return description
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kserve://h:1/m", Address("h:1", "m", "", False)),
+        ("kserve://[::1]:8001/resnet/3", Address("[::1]:8001", "resnet", "3", False)),
+        ("kserves://h.example:443/m", Address("h.example:443", "m", "", True)),
+    ],
+)
+def test_address_is_read_and_written_back(text, expected):
+    assert Address.parse(text) == expected and str(expected) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["kserve://h:1", "kserve:///m", "http://h:1/m", "kserve://h:1/m/1/2", "kserve://h:1/"]
+)
+def test_address_that_is_none_says_what_one_looks_like(text):
+    with pytest.raises(BadInput, match="kserve://HOST:PORT/MODEL") as error:
+        Address.parse(text)
+    one_line(error)
+
+
+@pytest.mark.parametrize("text", ["kserve://nowhere/m", "kserve://h:port/m"])
+def test_host_without_a_port_is_one_line(text):
+    with pytest.raises(BadInput, match="expected HOST:PORT"):
+        open_teacher(text)
+
+
+def test_key_does_not_travel_unencrypted_beyond_loopback():
+    with pytest.raises(BadInput, match="give kserves://, or --insecure"):
+        open_teacher("kserve://10.0.0.1:8001/m", api_key="k")
+    open_teacher("kserve://10.0.0.1:8001/m", api_key="k", insecure=True).close()
+    open_teacher("kserves://10.0.0.1:8001/m", api_key="k").close()
+    open_teacher("kserve://10.0.0.1:8001/m").close()
+
+
+def test_authority_without_encryption_is_a_mistake(tmp_path):
+    with pytest.raises(BadInput, match="--tls-ca: expected kserves://"):
+        open_teacher("kserve://10.0.0.1:8001/m", tls_ca=tmp_path / "ca.pem")
+
+
+# --- what metadata and [teacher] say together ---
+
+
+def metadata(inputs, outputs):
+    made = service_pb2.ModelMetadataResponse(name="m", versions=["1"], platform="p")
+    for tensors, target in ((inputs, made.inputs), (outputs, made.outputs)):
+        for name, datatype, shape in tensors:
+            target.add(name=name, datatype=datatype, shape=shape)
+    return made
+
+
+def triton(max_batch_size: int = 0, **formats: int) -> model_config_pb2.ModelConfig:
+    config = model_config_pb2.ModelConfig(max_batch_size=max_batch_size)
+    for name, number in formats.items():
+        config.input.add(name=name, format=number)
+    return config
+
+
+PICTURES = [("x", "UINT8", [-1, 3, 32, 32])]
+ROWS = [("y", "FP32", [-1, 10])]
+
+
+def read(inputs=PICTURES, outputs=ROWS, config=None, **given) -> Reading:
+    return read_model(metadata(inputs, outputs), config, KServeConfig(**given))
+
+
+def test_everything_unambiguous_needs_no_settings():
+    found = read(outputs=[("probabilities", "FP32", [-1, 10])], config=triton(32))
+    assert found == Reading(
+        input="x",
+        datatype="UINT8",
+        batched=True,
+        layout="NCHW",
+        channels=3,
+        height=32,
+        width=32,
+        scale=255.0,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        output="probabilities",
+        output_kind="probabilities",
+        labels=tuple("0123456789"),
+        max_batch_pictures=32,
+    )
+
+
+def test_everything_that_is_missing_is_asked_for_by_name_in_one_line():
+    with pytest.raises(BadInput, match=r"\[teacher\] of run\.toml") as error:
+        read([("x", "FP32", [-1, 3, 1, 3])], [("y", "FP32", [-1, -1])])
+    line = one_line(error)
+    for name in ("layout", "scale", "mean", "std", "output_kind"):
+        assert f"{name} (" in line, line
+    with pytest.raises(BadInput, match="classes") as error:
+        read(outputs=[("y", "FP32", [-1, -1])], output_kind="logits")
+    with pytest.raises(BadInput, match="height, width"):
+        read([("x", "UINT8", [-1, 3, -1, -1])], output_kind="logits")
+
+
+def test_tensors_of_several_are_asked_for_first():
+    two = [*PICTURES, ("mask", "UINT8", [-1, 1])]
+    with pytest.raises(BadInput, match=r"input \(one of x, mask\), output \(one of y, z\)"):
+        read(two, [*ROWS, ("z", "INT64", [-1])])
+    found = read(two, [*ROWS, ("z", "INT64", [-1])], input="x", output="z", classes=7)
+    assert (found.input, found.output, found.output_kind, len(found.labels)) == ("x", "z", "labels", 7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "given", "layout"),
+    [
+        ([-1, 3, 32, 32], None, "", "NCHW"),
+        ([-1, 32, 32, 1], None, "", "NHWC"),
+        ([-1, 3, 3, 3], triton(8, x=model_config_pb2.ModelInput.FORMAT_NHWC), "", "NHWC"),
+        ([-1, 1, 3, 1], None, "NCHW", "NCHW"),
+    ],
+)
+def test_layout_comes_from_the_configuration_or_the_only_possible_place_of_channels(shape, config, given, layout):
+    assert read([("x", "UINT8", shape)], config=config, layout=given, output_kind="logits").layout == layout
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "batched", "most"),
+    [
+        ([-1, 3, 8, 8], triton(16), True, 16),
+        ([-1, 3, 8, 8], triton(0), True, kserve.UNLIMITED),
+        ([-1, 3, 8, 8], None, True, kserve.UNLIMITED),
+        ([1, 3, 8, 8], triton(0), True, 1),
+        ([3, 8, 8], triton(0), False, 1),
+    ],
+)
+def test_batch_dimension_and_its_limit(shape, config, batched, most):
+    rows = ROWS if batched else [("y", "FP32", [10])]
+    found = read([("x", "UINT8", shape)], rows, config, output_kind="logits")
+    assert (found.batched, found.max_batch_pictures, len(found.labels)) == (batched, most, 10)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "given", "said"),
+    [
+        ([("x", "UINT8", [8, 3, 32, 32])], ROWS, {"output_kind": "logits"}, "always 8 pictures"),
+        ([("x", "UINT8", [-1, 3072])], ROWS, {"output_kind": "logits"}, "expected pictures, 3 dimensions"),
+        ([("x", "BYTES", [-1, 1])], ROWS, {}, "got BYTES"),
+        (PICTURES, [("y", "BYTES", [-1, 1])], {}, "expected a tensor of numbers, got BYTES"),
+        (PICTURES, ROWS, {"output_kind": "logits", "scale": 1.0}, "UINT8, which takes pixels as they are"),
+        (PICTURES, ROWS, {"output_kind": "logits", "height": 64}, "teacher.height: expected 32"),
+        (PICTURES, ROWS, {"output_kind": "logits", "classes": 11}, "teacher.classes: expected 10"),
+        (PICTURES, ROWS, {"output_kind": "logits", "layout": "NHWC"}, "expected 1 or 3 channels, got 32"),
+        (PICTURES, [("y", "INT64", [-1])], {"output_kind": "logits", "classes": 4}, "expected labels for an output"),
+        (PICTURES, [("y", "INT64", [-1, 5])], {"classes": 4}, "expected one label a picture"),
+        (PICTURES, [("y", "FP32", [-1, 1])], {"output_kind": "probabilities"}, "two or more classes"),
+        (PICTURES, [("y", "FP32", [-1, 10, 4])], {"output_kind": "logits"}, "two or more classes"),
+        (PICTURES, ROWS, {"input": "z"}, "teacher.input: expected one of x, got 'z'"),
+        (PICTURES, ROWS, {"output": "z"}, "teacher.output: expected one of y, got 'z'"),
+        (
+            [("x", "FP32", [-1, 1, 8, 8])],
+            ROWS,
+            {"output_kind": "logits", "scale": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0,)},
+            "teacher.mean: expected 1 or 1 numbers, got 3",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_it(inputs, outputs, given, said):
+    with pytest.raises(BadInput) as error:
+        read(inputs, outputs, **given)
+    assert said in one_line(error)
+
+
+def test_convolutional_head_counts_its_classes():
+    assert len(read(outputs=[("y", "FP32", [-1, 10, 1, 1])], output_kind="logits").labels) == 10
+
+
+def named(labels: str) -> model_config_pb2.ModelConfig:
+    config = triton(8)
+    config.parameters["labels"].string_value = labels
+    return config
+
+
+def test_names_of_classes_come_from_a_parameter_of_the_configuration():
+    whole = [("y", "INT64", [-1])]
+    assert read(outputs=whole, config=named('["cat", "dog"]')).labels == ("cat", "dog")
+    assert read(outputs=[("logits", "FP32", [-1, 2])], config=named('["cat", "dog"]')).labels == ("cat", "dog")
+    assert read(outputs=[("logits", "FP32", [-1, 3])], config=named('["cat", "dog"]')).labels == ("0", "1", "2")
+    for none in ("", "no JSON", '["cat"]', '["cat", "cat"]', "[1, 2]", "{}"):
+        with pytest.raises(BadInput, match="classes"):
+            read(outputs=whole, config=named(none))
+
+
+def test_numbers_for_all_channels_are_numbers_for_each():
+    found = read([("x", "FP32", [-1, 3, 8, 8])], output_kind="logits", scale=1.0, mean=(0.5,), std=(0.1, 0.2, 0.3))
+    assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
+
+
+# --- pictures there, answers back ---
+
+REAL = {"scale": 1.0, "mean": (0.5,), "std": (0.25,)}
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "labels"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("datatype", ["UINT8", "FP16", "FP32", "FP64"])
+def test_pictures_arrive_as_they_are_and_answers_are_what_the_model_said(journal, generator, datatype, layout, kind):
+    answer_type = "INT64" if kind == "labels" else "FP32"
+    model = Model(datatype=datatype, layout=layout, kind=kind, answer_type=answer_type)
+    given = {} if datatype == "UINT8" else REAL
+    if given:
+        model.scale, model.mean, model.std = 1.0, 0.5, 0.25
+    with serving(model) as address:
+        description = ask(
+            address, journal, generator, KServeConfig(output_kind=kind, classes=CLASSES, **given), budget=40
+        )
+    assert description.labels == ("0", "1", "2", "3")
+    pool = load_pool(journal, generator, description, label_smoothing=0.1)
+    sent_NCHW = pool.images_NCHW.numpy()
+    arrived = {image.tobytes() for images_NCHW in model.received for image in images_NCHW}
+    assert arrived == {image.tobytes() for image in sent_NCHW} and len(sent_NCHW) == 40
+    if kind == "labels":
+        assert pool.class_indices_N.tolist() == probabilities_of(sent_NCHW).argmax(axis=1).tolist()
+    else:
+        assert np.allclose(pool.probabilities_NK.numpy(), probabilities_of(sent_NCHW), atol=1e-6)
+
+
+def test_colours_and_their_own_means_keep_their_channels():
+    rng = np.random.default_rng(0)
+    images_NCHW = rng.integers(0, 256, (5, 3, 4, 6), dtype=np.uint8)
+    numbers = {"scale": 255.0, "mean": (120.0, 110.0, 100.0), "std": (60.0, 61.0, 62.0)}
+    for layout, shape in (("NCHW", [-1, 3, 4, 6]), ("NHWC", [-1, 4, 6, 3])):
+        reading = read([("x", "FP32", shape)], output_kind="logits", layout=layout, **numbers)
+        tensor = reading.tensor(images_NCHW)
+        assert list(tensor.shape) == reading.shape(5)
+        back = tensor if layout == "NCHW" else tensor.transpose(0, 3, 1, 2)
+        for c in range(3):
+            expected = (images_NCHW[:, c].astype(np.float64) - numbers["mean"][c]) / numbers["std"][c]
+            assert np.allclose(back[:, c], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["logits", "labels"])
+def test_typed_contents_are_read_as_well_as_raw_ones(journal, generator, kind):
+    model = Model(kind=kind, answer_type="INT64" if kind == "labels" else "FP32", raw=False, max_batch=None)
+    with serving(model) as address:
+        description = ask(address, journal, generator, KServeConfig(output_kind=kind, classes=CLASSES), budget=20)
+    pool = load_pool(journal, generator, description, label_smoothing=0.1)
+    answers_N = probabilities_of(pool.images_NCHW.numpy()).argmax(axis=1)
+    assert pool.answers_as_probabilities(CLASSES).argmax(1).tolist() == answers_N.tolist()
+
+
+def test_half_precision_answers_are_read(journal, generator):
+    with serving(Model(kind="probabilities", answer_type="FP16")) as address:
+        description = ask(address, journal, generator, KServeConfig(output_kind="probabilities"), budget=20)
+    pool = load_pool(journal, generator, description, label_smoothing=0.1)
+    assert np.allclose(pool.probabilities_NK.numpy(), probabilities_of(pool.images_NCHW.numpy()), atol=1e-3)
+
+
+def test_bfloat16_is_the_upper_half_of_a_float():
+    rows_NK = np.array([[0.5, 0.25], [-3.0, 1.5]], np.float32)
+    response = service_pb2.ModelInferResponse()
+    response.outputs.add(name="y", datatype="BF16", shape=[2, 2])
+    response.raw_output_contents.append((rows_NK.view("<u4") >> 16).astype("<u2").tobytes())
+    assert kserve._values(response, "y").tolist() == rows_NK.tolist()
+
+
+def test_model_without_a_batch_dimension_is_asked_picture_by_picture(journal, generator):
+    told = []
+    model = Model(batch=None, max_batch=0)
+    with serving(model) as address:
+        description = ask(address, journal, generator, budget=5, tell=told.append)
+    assert description.max_batch_pictures == 1 and model.calls == 5
+    assert any("one picture a call" in line for line in told)
+    pool = load_pool(journal, generator, description, label_smoothing=0.1)
+    assert np.allclose(pool.probabilities_NK.numpy(), probabilities_of(pool.images_NCHW.numpy()), atol=1e-6)
+
+
+def test_batches_fit_the_model_and_the_message(journal, generator, monkeypatch):
+    model = Model(max_batch=8, datatype="FP32", scale=1.0)
+    given = KServeConfig(output_kind="logits", scale=1.0, mean=(0.0,), std=(1.0,))
+    with serving(model) as address:
+        assert ask(address, journal, generator, given, budget=20).max_batch_pictures == 8
+        assert max(len(images_NCHW) for images_NCHW in model.received) == 8
+        monkeypatch.setattr(kserve, "MAX_MESSAGE_BYTES", kserve.MESSAGE_MARGIN_BYTES + 3 * 64 * 4)
+        teacher = open_teacher(address, given)
+        assert teacher.describe().max_batch_pictures == 3
+        teacher.close()
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 64])
+def test_bytes_are_those_of_the_very_message(journal, generator, count):
+    model = Model(datatype="FP32")
+    with serving(model) as address:
+        ask(
+            address,
+            journal,
+            generator,
+            KServeConfig(output_kind="logits", scale=255.0, mean=(0.0,), std=(1.0,)),
+            budget=count,
+            batch_pictures=64,
+        )
+    assert journal.totals().sent_bytes == sum(request.ByteSize() for request in model.requests)
+    assert journal.totals().received_bytes > 0
+
+
+def test_several_calls_are_under_way_but_no_more_than_the_window(journal, generator):
+    running = most = 0
+    lock = threading.Lock()
+
+    def slowly(number, context):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+
+    with serving(Model(before=slowly)) as address:
+        ask(address, journal, generator, budget=160)
+    assert 1 < most <= kserve.WINDOW
+
+
+def test_key_travels_as_a_bearer_token_where_there_is_one(journal, generator):
+    model = Model()
+    with serving(model) as address:
+        ask(address, journal, generator, budget=4, api_key="secret")
+        assert all(seen["authorization"] == "Bearer secret" for seen in model.metadata)
+        model.metadata.clear()
+        ask(address, journal, generator, budget=8)
+        assert model.metadata and not any("authorization" in seen for seen in model.metadata)
+
+
+def test_encrypted_connection_trusts_the_authority_and_shows_its_own_certificate(tmp_path, journal, generator):
+    authority, stranger = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    cert, key = authority.issue("IP:127.0.0.1")
+    own = authority.issue("DNS:device")
+    credentials = grpc.ssl_server_credentials(
+        [(key.read_bytes(), cert.read_bytes())], authority.pem.read_bytes(), require_client_auth=True
+    )
+    with serving(Model(), credentials=credentials) as address:
+        ask(address, journal, generator, budget=4, tls_ca=authority.pem, tls_pair=own, api_key="k")
+        assert journal.totals().charged_pictures == 4
+        for trusted, shown in ((stranger.pem, own), (authority.pem, None)):
+            with pytest.raises(TeacherAway):
+                ask(address, journal, generator, budget=8, tls_ca=trusted, tls_pair=shown, wait_seconds=0.2)
+    assert journal.totals().sent_pictures == 4
+
+
+# --- counting ---
+
+
+def test_without_faults_the_budget_is_sent_to_the_picture(journal, generator):
+    model = Model()
+    with serving(model) as address:
+        ask(address, journal, generator, budget=100)
+    totals = journal.totals()
+    assert model.received_pictures == totals.sent_pictures == totals.charged_pictures == 100
+
+
+def test_every_resend_counts_against_the_budget_which_is_never_exceeded(journal, generator):
+    def now_and_then(number, context):
+        if number % 3 == 0:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+
+    model = Model(before=now_and_then)
+    with serving(model) as address:
+        try:
+            ask(address, journal, generator, budget=200)
+        except BudgetSpent as spent:
+            assert "sent and not answered" in str(spent)
+    totals = journal.totals()
+    assert model.received_pictures == totals.sent_pictures <= 200
+    assert totals.charged_pictures < 200
+    assert model.calls > 200 / 16
+
+
+def test_count_is_durable_before_the_picture_arrives(tmp_path, journal, generator):
+    path = tmp_path / "journal.db"
+    behind = []
+    model = Model()
+
+    def look(number, context):
+        seen = Journal.open(path)
+        if seen.totals().sent_pictures < model.received_pictures:
+            behind.append(number)
+        seen.close()
+
+    model.before = look
+    with serving(model) as address:
+        ask(address, journal, generator, budget=100)
+    assert behind == [] and model.calls == 7
+
+
+def test_last_batch_that_fails_stops_cleanly_and_the_next_run_sends_nothing(journal, generator):
+    def last_fails(number, context):
+        if number >= 3:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    model = Model(before=last_fails)
+    with serving(model) as address:
+        with pytest.raises(BudgetSpent, match=r"16 pictures were sent and not answered.*32 answers.*raise --budget"):
+            ask(address, journal, generator, budget=48)
+        assert model.received_pictures == journal.totals().sent_pictures == 48
+        model.before = lambda number, context: None
+        # A raised budget asks for the lost ones first.
+        ask(address, journal, generator, budget=80)
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures) == (80, 64) == (model.received_pictures, 64)
+    assert not journal.unanswered("distill")
+
+
+def test_what_the_budget_has_room_for_is_sent_again_as_a_smaller_batch(journal, generator, monkeypatch):
+    monkeypatch.setattr(kserve, "WINDOW", 1)
+
+    def second_fails(number, context):
+        if number == 2:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    model = Model(before=second_fails)
+    with serving(model) as address:
+        ask(address, journal, generator, budget=38, batch_pictures=16)
+    totals = journal.totals()
+    assert totals.sent_pictures == model.received_pictures == 38
+    assert totals.charged_pictures == 22
+    assert not journal.unanswered("distill")
+
+
+def test_resumed_run_counts_what_it_sends_again(journal, generator):
+    model = Model()
+    with serving(model) as address:
+        teacher = open_teacher(address)
+        description = teacher.describe()
+        box = PoolOutbox(
+            journal, generator, NOTHING_LOCAL, description, budget=100, batch_pictures=16, seed=0, counts_sent=True
+        )
+        first = box.next_batch()  # counted, and the process dies before or after it was sent
+        teacher.close()
+        ask(address, journal, generator, budget=100)
+    assert first.batch_id in {request.id for request in model.requests}
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures, model.received_pictures) == (100, 84, 84)
+
+
+def test_smaller_batches_may_be_asked_for_after_all(journal, generator):
+    def too_large(number, context):
+        if len(model.received[number - 1]) > 8:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (99 vs. 50)")
+
+    model = Model(before=too_large)
+    with serving(model) as address:
+        with pytest.raises(BadInput, match=r"larger than max.*--set batch_pictures=N.*had 16 pictures"):
+            ask(address, journal, generator, budget=200)
+        ask(address, journal, generator, budget=200, batch_pictures=8)
+    totals = journal.totals()
+    assert totals.sent_pictures >= model.received_pictures and totals.sent_pictures == 200
+    assert not journal.unanswered("distill")
+
+
+# --- servers that are away, slow, or fail ---
+
+
+def test_server_that_is_killed_and_comes_back_is_asked_again_and_nothing_is_sent_meanwhile(journal, generator):
+    model = Model()
+    killed = threading.Event()
+
+    def die(number, context):
+        if number == 3 and not killed.is_set():
+            killed.set()
+            time.sleep(5)  # cut by the end of the server
+
+    model.before = die
+    told = []
+    with serving(model) as address:
+        thread_error = []
+
+        def run():
+            own = Journal.open(journal._path)
+            try:
+                ask(address, own, generator, budget=160, wait_seconds=30, tell=told.append)
+            except BaseException as error:
+                thread_error.append(error)
+            finally:
+                own.close()
+
+        agent = threading.Thread(target=run)
+        agent.start()
+        assert killed.wait(10)
+    time.sleep(0.5)
+    while_away = journal.totals().sent_pictures
+    time.sleep(0.5)
+    assert journal.totals().sent_pictures == while_away, "an absent teacher costs nothing"
+    with serving(model, address.removeprefix("kserve://").removesuffix("/m")):
+        agent.join(30)
+    assert not agent.is_alive() and thread_error == []
+    totals = journal.totals()
+    assert totals.sent_pictures == 160 and model.received_pictures <= 160
+    assert 160 - kserve.WINDOW * 16 <= totals.charged_pictures < 160
+    assert any("is away" in line for line in told)
+
+
+def test_slow_server_runs_into_the_deadline_and_is_asked_again(journal, generator, monkeypatch):
+    monkeypatch.setattr(kserve, "CALL_SECONDS", 0.3)
+    monkeypatch.setattr(kserve, "WINDOW", 1)
+
+    def slow_once(number, context):
+        if number == 1:
+            time.sleep(0.8)
+
+    model = Model(before=slow_once)
+    with serving(model) as address:
+        ask(address, journal, generator, budget=128)
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures) == (128, 112)
+
+
+def test_model_that_fails_is_asked_three_times_and_its_words_are_told_in_one_line(journal, generator):
+    def fails(number, context):
+        context.abort(grpc.StatusCode.INTERNAL, "CUDA error:\nout of memory")
+
+    model = Model(before=fails)
+    with (
+        serving(model) as address,
+        pytest.raises(BadInput, match=r"failed 3 times.*CUDA error: out of memory") as error,
+    ):
+        ask(address, journal, generator, budget=10_000)
+    one_line(error)
+    assert journal.totals().sent_pictures == model.received_pictures == 3 * 16
+
+
+def test_server_that_only_ever_refuses_runs_out_of_patience_and_costs_little(journal, generator):
+    def overloaded(number, context):
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
+
+    model = Model(before=overloaded)
+    with serving(model) as address, pytest.raises(TeacherAway, match="Exceeds maximum queue size"):
+        ask(address, journal, generator, budget=100_000, wait_seconds=0.5)
+    assert model.received_pictures <= 16 * 12  # a batch an attempt, and pauses grow
+
+
+def test_server_that_was_never_there_is_waited_for_and_nothing_is_planned(journal, generator):
+    with pytest.raises(TeacherAway, match=r"kserve://127\.0\.0\.1:1/m is away"):
+        ask("kserve://127.0.0.1:1/m", journal, generator, wait_seconds=0.3)
+    assert journal.totals().planned_pictures == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, BadCredential),
+        (grpc.StatusCode.PERMISSION_DENIED, BadCredential),
+        (grpc.StatusCode.INVALID_ARGUMENT, BadInput),
+        (grpc.StatusCode.NOT_FOUND, BadInput),
+    ],
+)
+def test_final_status_is_its_own_failure_and_is_not_tried_again(journal, generator, code, failure):
+    model = Model(before=lambda number, context: context.abort(code, "because"))
+    with serving(model) as address, pytest.raises(failure, match="because") as error:
+        ask(address, journal, generator, budget=16)
+    one_line(error)
+    assert model.calls == 1
+
+
+def test_unknown_model_is_named(journal, generator):
+    with serving(Model()) as address, pytest.raises(BadInput, match="NOT_FOUND: Request for unknown model: 'nope'"):
+        ask(address.replace("/m", "/nope"), journal, generator)
+
+
+def test_server_of_another_protocol_is_one_line(journal, generator):
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(BadInput, match="expected a teacher of this protocol"):
+        ask(f"kserve://127.0.0.1:{port}/m", journal, generator)
+    server.stop(0).wait()
+
+
+def refuse(context, refusal: Refusal) -> None:
+    status: Status = refusal.to_status()
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    (code,) = [code for code in grpc.StatusCode if code.value[0] == status.code]
+    context.abort(code, status.message)
+
+
+def test_advice_to_wait_is_followed(journal, generator):
+    times = []
+
+    def overloaded_once(number, context):
+        times.append(time.monotonic())
+        if number == 1:
+            refuse(context, Refusal.of(Reason.OVERLOADED, limit=1))
+
+    with serving(Model(before=overloaded_once)) as address:
+        ask(address, journal, generator, budget=80)
+    assert times[-1] - times[0] >= 0.2
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures) == (80, 64)
+
+
+def test_budget_of_an_account_behind_the_protocol_ends_the_run(journal, generator):
+    def empty(number, context):
+        refuse(context, Refusal.of(Reason.BUDGET_EXHAUSTED, requested=16, available=0, held=0))
+
+    with serving(Model(before=empty)) as address, pytest.raises(BudgetSpent, match="0 pictures available"):
+        ask(address, journal, generator, budget=160)
+
+
+# --- the door ---
+
+
+def test_local_picture_does_not_leave_this_way_either(journal, generator):
+    box_door = NOTHING_LOCAL  # the first check is out of the way: the one before the network is tested
+    with serving(model := Model()) as address:
+        sample = PoolOutbox(
+            Journal.open(journal._path.with_name("sample.db")),
+            generator,
+            box_door,
+            open_and_describe(address),
+            budget=16,
+            batch_pictures=16,
+            seed=0,
+        ).next_batch()
+        images_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
+        with pytest.raises(PrivatePictureStopped):
+            ask(address, journal, generator, budget=16, door=EgressDoor(images_NCHW[5:6]))
+        assert model.received_pictures == 0
+        # The check can fail: without the door the same picture leaves.
+        ask(address, journal, generator, budget=32)
+        arrived = {image.tobytes() for received_NCHW in model.received for image in received_NCHW}
+        assert images_NCHW[5].tobytes() in arrived
+
+
+def test_local_picture_is_not_even_planned(journal, generator):
+    with serving(model := Model()) as address:
+        description = open_and_describe(address)
+        sample = PoolOutbox(
+            Journal.open(journal._path.with_name("sample.db")),
+            generator,
+            NOTHING_LOCAL,
+            description,
+            budget=16,
+            batch_pictures=16,
+            seed=0,
+        ).next_batch()
+        door = EgressDoor(codec.decode_images(wire.Batch.FromString(sample.request).images)[:1])
+        with pytest.raises(PrivatePictureStopped):
+            ask(address, journal, generator, budget=16, door=door, outbox_door=door)
+    assert model.received_pictures == 0 and journal.totals().sent_pictures == 0
+
+
+def open_and_describe(address):
+    teacher = open_teacher(address)
+    try:
+        return teacher.describe()
+    finally:
+        teacher.close()
+
+
+# --- answers that are none ---
+
+
+def set_rows(*rows):
+    def change(response):
+        values = np.tile(np.array(rows, np.float32), (response.outputs[0].shape[0], 1))
+        response.raw_output_contents[0] = values.tobytes()
+
+    return change
+
+
+def cut(response):
+    response.raw_output_contents[0] = response.raw_output_contents[0][:-4]
+
+
+def rename(response):
+    response.outputs[0].name = "other"
+
+
+def fewer(response):
+    response.outputs[0].shape[0] -= 1
+    response.raw_output_contents[0] = response.raw_output_contents[0][: -4 * CLASSES]
+
+
+def text(response):
+    response.outputs[0].datatype = "BYTES"
+
+
+def nothing(response):
+    del response.raw_output_contents[:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("logits", set_rows([0.0, np.nan, 0.0, 0.0]), "expected finite numbers"),
+        ("logits", set_rows([0.0, np.inf, 0.0, 0.0]), "expected finite numbers"),
+        ("probabilities", set_rows([0.5, 0.5, 0.5, 0.5]), "sum to 1 for each picture.*sum of 2;.*output_kind"),
+        ("probabilities", set_rows([1.5, -0.5, 0.0, 0.0]), "at least 0"),
+        ("logits", cut, "expected the numbers of a tensor"),
+        ("logits", rename, "expected an output output, got other"),
+        ("logits", fewer, r"expected a tensor \[16, 4\], got \[15, 4\]"),
+        ("logits", text, "expected numbers, got BYTES"),
+        ("logits", nothing, r"expected the numbers of a tensor \[16, 4\], got 0"),
+    ],
+)
+def test_answer_that_is_none_is_one_line_and_is_not_kept(journal, generator, kind, change, said):
+    with (
+        serving(Model(kind=kind, change=change)) as address,
+        pytest.raises(BadInput, match=f"read as {kind}, is not one: .*{said}") as error,
+    ):
+        ask(address, journal, generator, KServeConfig(output_kind=kind), budget=16)
+    one_line(error)
+    totals = journal.totals()
+    assert (totals.charged_pictures, totals.sent_pictures) == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0, 1, CLASSES], "labels from 0 to 3, got 0 to 4"),
+        ([0, -1, 1], "got -1 to 1"),
+        ([0.5, 1, 2], "whole"),
+        ([0, 1], "3 labels"),
+    ],
+)
+def test_labels_outside_the_classes_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        kserve._labels(np.array(values), 3, CLASSES)
+
+
+def test_large_logits_do_not_overflow():
+    rows_NK = kserve._probabilities(np.array([[1e4, 0.0], [0.0, -1e4]]), 2, read_two())
+    assert rows_NK.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def read_two():
+    return read(outputs=[("y", "FP32", [-1, 2])], output_kind="logits")
+
+
+# --- the teacher may change under a run ---
+
+
+def digest(address, given=LOGITS):
+    teacher = open_teacher(address, given)
+    try:
+        return teacher.describe().model_digest
+    finally:
+        teacher.close()
+
+
+def test_digest_follows_metadata_and_settings_and_says_that_weights_are_unknown():
+    told = []
+    with serving(Model()) as address:
+        same = digest(address)
+        assert digest(address) == same and same.startswith("metadata-")
+        assert digest(address, KServeConfig(output_kind="probabilities")) != same
+        teacher = open_teacher(address, tell=told.append)
+        teacher.describe()
+        teacher.close()
+    assert any("does not tell its weights" in line for line in told)
+    for changes in ({"versions": ["2"]}, {"sizes": (1, 12, 12)}, {"output": "other"}, {"layout": "NHWC"}):
+        with serving(Model(**changes)) as address:
+            assert digest(address) != same, changes
+    with serving(Model(max_batch=7)) as address:
+        assert digest(address) == same, "an operator may tune the batch size"
+
+
+def test_another_model_stops_the_run_before_anything_is_sent(journal, generator):
+    model = Model()
+    with serving(model) as address:
+        teacher = open_teacher(address)
+        description = teacher.describe()
+        model.versions = ["2"]
+        box = PoolOutbox(
+            journal, generator, NOTHING_LOCAL, description, budget=16, batch_pictures=16, seed=0, counts_sent=True
+        )
+        with pytest.raises(BadInput, match=r"this run began with the model metadata-.*nothing was sent"):
+            fill_pool(teacher, journal, box, description, progress=lambda answered: None)
+        teacher.close()
+    assert model.calls == 0 and journal.totals().sent_pictures == 0
+
+
+def test_answer_of_another_version_stops_the_run(journal, generator):
+    def newer(response):
+        response.model_version = "2"
+
+    with serving(Model(change=newer)) as address, pytest.raises(BadInput, match=r"version 1 of .* by version 2"):
+        ask(address, journal, generator, budget=16)
+
+
+def test_model_that_changed_while_it_was_away_gets_no_more_pictures(journal, generator):
+    def swap(number, context):
+        if number == 2:
+            model.versions = ["2"]
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+
+    model = Model(before=swap)
+    with serving(model) as address, pytest.raises(BadInput, match=r"began with"):
+        ask(address, journal, generator, budget=160)
+    assert model.calls <= kserve.WINDOW + 1
+
+
+def test_version_of_the_address_is_asked_for(journal, generator):
+    model = Model(versions=["1", "3"])
+    with serving(model) as address:
+        ask(f"{address}/3", journal, generator, budget=4)
+        assert {request.model_version for request in model.requests} == {"3"}
+        with pytest.raises(BadInput, match="NOT_FOUND"):
+            ask(f"{address}/9", journal, generator, budget=8)
+
+
+def test_teacher_that_keeps_books_gets_its_batches_back_whole(journal, generator):
+    """Under its id a batch is charged once at most: a smaller one would be another batch."""
+    description = teachers.Description(
+        model_digest="m", labels=("0",) * CLASSES, channels=1, height=8, width=8, max_batch_pictures=64
+    )
+
+    def box(**changes):
+        options = {"budget": 16, "batch_pictures": 16, "seed": 0, **changes}
+        return PoolOutbox(journal, generator, NOTHING_LOCAL, description, **options)
+
+    batch = box().next_batch()
+    assert box(budget=16, batch_pictures=4).next_batch() == batch
+    counting = box(budget=40, batch_pictures=4, counts_sent=True)
+    smaller = counting.next_batch()
+    assert smaller.picture_count == 4 and smaller.batch_id != batch.batch_id
+    assert pools.codec.decode_images(wire.Batch.FromString(smaller.request).images).shape[0] == 4
