@@ -154,8 +154,8 @@ def _refuse_strays(ledger: Path) -> None:
         stray = ledger.with_name(ledger.name + ending)
         if stray.exists() and stray.stat().st_size:
             raise FilesError(
-                f"expected no {stray}: it holds the last entries of a ledger that was moved away; move it back beside "
-                "that ledger, or elsewhere"
+                f"expected no {stray}: it holds the last entries of a ledger that was moved away; move it back "
+                "beside that ledger, or elsewhere"
             )
 
 
