@@ -30,11 +30,13 @@ class Reason(enum.Enum):
     INVALID_REQUEST = enum.auto()
     INVALID_IMAGES = enum.auto()
     BATCH_ID_REUSED = enum.auto()
+    GRANT_ID_REUSED = enum.auto()
     BATCH_IN_FLIGHT = enum.auto()
     HOLD_LOST = enum.auto()
     ANSWER_EXPIRED = enum.auto()
     UNAUTHENTICATED = enum.auto()
     PERMISSION_DENIED = enum.auto()
+    WATCH_LIMIT = enum.auto()
     ENGINE_FAILED = enum.auto()
     UNKNOWN = enum.auto()
 
@@ -79,6 +81,10 @@ TABLE: dict[Reason, Entry] = {
         code_pb2.ALREADY_EXISTS,
         "batch id {batch_id} was used before with another {field}; new pictures need a new id",
     ),
+    Reason.GRANT_ID_REUSED: Entry(
+        code_pb2.ALREADY_EXISTS,
+        "grant id {grant_id} was used before with another {field}; a new grant needs a new id",
+    ),
     Reason.BATCH_IN_FLIGHT: Entry(
         code_pb2.ABORTED, "batch {batch_id} is still being answered; send it again in a moment", 0.5
     ),
@@ -96,6 +102,10 @@ TABLE: dict[Reason, Entry] = {
         code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
     ),
     Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "this key's role does not allow {method}"),
+    Reason.WATCH_LIMIT: Entry(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "{limit} watches of {scope} are open already; end one, or ask with GetBalance",
+    ),
     Reason.ENGINE_FAILED: Entry(
         code_pb2.INTERNAL, "the model failed on this batch; nothing was charged (incident {incident})"
     ),

@@ -25,6 +25,7 @@ T = TypeVar("T")
 BAD_INPUT = 2
 INTERRUPTED = 130
 HEALTH_TIMEOUT_SECONDS = 5.0
+DURATION_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": None}
@@ -46,6 +47,16 @@ def _shape(_context: click.Context, parameter: click.Parameter, text: str | None
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise click.BadParameter(f"expected CHANNELS,HEIGHT,WIDTH, for example 3,32,32; got {text!r}")
     return tuple(int(part) for part in parts)
+
+
+def _duration(_context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """Seconds of 90s, 30m, 12h or 7d."""
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdecimal() and int(number) > 0 and unit in DURATION_SECONDS):
+        raise click.BadParameter(f"expected a whole number above 0 with s, m, h or d, for example 30d; got {text!r}")
+    return float(int(number) * DURATION_SECONDS[unit])
 
 
 def _facts_options(command: Callable[..., T]) -> Callable[..., T]:
@@ -186,6 +197,14 @@ def _given_facts(
     show_default=True,
     help="How long the holds of a server that died stand before others give them back. Servers renew theirs three "
     "times as often; agents wait 15 seconds for it.",
+)
+@click.option(
+    "--answers-keep",
+    "answers_keep_seconds",
+    callback=_duration,
+    metavar="DURATION",
+    help="Delete the bytes of older answers, e.g. 30d, 12h; a repeat of such a batch is refused then, and never "
+    "computed or charged again. Without it they are kept as long as the journal.",
 )
 @click.option(
     "--max-batch-pictures",
@@ -358,17 +377,30 @@ def account_show(ledger: str, name: str, form: str) -> None:
 @click.pass_obj
 def account_list(ledger: str, form: str) -> None:
     """List every account with its balances; as json, one object a line."""
-    for found in _on_books(ledger, lambda books: books.accounts()):
-        _print_account(found, form)
+
+    async def pages(books: Ledger) -> None:
+        after_name = ""
+        while page := await books.accounts(after_name=after_name):
+            for found in page:
+                _print_account(found, form)
+            after_name = page[-1].name
+
+    _on_books(ledger, pages)
 
 
 @account.command("grant")
 @click.argument("name")
 @click.argument("pictures", type=int)
+@click.option(
+    "--grant-id",
+    default="",
+    metavar="ID",
+    help="An order number, a UUID: with it the account is granted this once, however often a script runs again.",
+)
 @click.pass_obj
-def account_grant(ledger: str, name: str, pictures: int) -> None:
+def account_grant(ledger: str, name: str, pictures: int, grant_id: str) -> None:
     """Grant an account more PICTURES; a stopped agent goes on with the same command."""
-    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), "text")
+    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures, grant_id=grant_id)), "text")
 
 
 @account.command("watch")

@@ -185,27 +185,36 @@ class RemoteLedger:
 
     # --- accounts and keys: an admin's key ---
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, *, grant_id: str = ""
+    ) -> Account:
         rules.check_account_name(name)
+        rules.check_grant_id(grant_id, granted)
         count = None if granted is None else _int64(granted, "a grant")
         message = wire.CreateAccountRequest(
-            account=name, picture_count=count, key=key_message(key) if key is not None else None
+            account=name,
+            picture_count=count,
+            key=key_message(key) if key is not None else None,
+            grant_id=grant_id,
         )
-        return account_of((await self._change("CreateAccount", message)).account)
+        return account_of((await self._change("CreateAccount", message, grant_id)).account)
 
-    async def grant(self, name: str, picture_count: int) -> Account:
-        message = wire.GrantRequest(account=name, picture_count=_int64(picture_count, "a grant"))
-        return account_of((await self._change("Grant", message)).account)
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        rules.check_grant_id(grant_id, picture_count)
+        count = _int64(picture_count, "a grant")
+        message = wire.GrantRequest(account=name, picture_count=count, grant_id=grant_id)
+        return account_of((await self._change("Grant", message, grant_id)).account)
 
-    async def accounts(self) -> Sequence[Account]:
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
         found: list[Account] = []
-        after = ""
-        while True:
-            page = await self._call("ListAccounts", wire.ListAccountsRequest(after_name=after))
-            found += [account_of(message) for message in page.accounts]
-            after = page.next_after_name
-            if not after:
-                return found
+        while len(found) < limit:
+            message = wire.ListAccountsRequest(after_name=after_name, page_size=min(limit - len(found), PAGE_ENTRIES))
+            page = await self._call("ListAccounts", message)
+            found += [account_of(account) for account in page.accounts]
+            after_name = page.next_after_name
+            if not after_name:
+                break
+        return found
 
     async def add_key(self, key: Key) -> None:
         await self._change("CreateKey", wire.CreateKeyRequest(key=key_message(key)))
@@ -253,7 +262,10 @@ class RemoteLedger:
         return key_of(found.key) if found.HasField("key") else None
 
     async def watch(self, name: str) -> AsyncGenerator[Account]:
-        """As ``ledger.watch``, told by the server. Raises LedgerUnavailable when the connection is lost."""
+        """As ``ledger.watch``, told by the server. LedgerUnavailable when it stops or the connection is lost.
+
+        Refusal WATCH_LIMIT where too many are open.
+        """
         call = self._stub().WatchBalance(wire.WatchBalanceRequest(account=name), metadata=self._metadata)
         try:
             async for told in call:
@@ -295,17 +307,20 @@ class RemoteLedger:
         except grpc.aio.AioRpcError as error:
             raise self._failure(error) from None
 
-    async def _change(self, method: str, message: Any) -> Any:
+    async def _change(self, method: str, message: Any, grant_id: str = "") -> Any:
         """An operator's change, never sent twice by itself: whether it was made may not be known."""
         try:
             return await self._call(method, message)
         except LedgerUnavailable as error:
-            raise LedgerUnavailable(f"{error}; look whether it was done before you do it again") from None
+            advice = "look whether it was done before you do it again"
+            if grant_id:
+                advice = f"do it again with the same grant id {grant_id}: it is done once"
+            raise LedgerUnavailable(f"{error}; {advice}") from None
 
     def _failure(self, error: grpc.aio.AioRpcError) -> Refusal | LedgerError:
         """What a failed call means here."""
         refusal = _refusal_of(error)
-        if refusal is None or refusal.reason is Reason.LEDGER_UNAVAILABLE:
+        if refusal is None or refusal.reason in (Reason.LEDGER_UNAVAILABLE, Reason.DRAINING):
             code, said = error.code(), " ".join(str(error.details()).split())
             return LedgerUnavailable(f"the ledger at {self._url} is away ({code.name}: {said})")
         if refusal.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):

@@ -16,6 +16,7 @@ expired, by whoever comes first: a starting server, the regular sweep, or a repe
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import queue
 import sqlite3
 import threading
@@ -51,12 +52,15 @@ from teacher_service.ledger import (
 
 T = TypeVar("T")
 
-SCHEMA_REVISION = "0001"  # the newest of migrations/versions; a test compares
+SCHEMA_REVISION = "0002"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
 FRESH_LEASE_PARTS = 10  # another instance's lease is written again when a tenth of it has passed, not at every hold
 MAX_GROUP_COMMANDS = 256
 MAX_WAITING_COMMANDS = 8192
 SWEEP_HOLDS = 1000  # at most so many holds are expired in one transaction
+PRUNE_SECONDS = 60.0  # from one look for old answers to the next
+PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
+PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 BUSY_TIMEOUT_SECONDS = 5
 # What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
 # the disk before it returns.
@@ -104,6 +108,27 @@ _UPDATE_ACCOUNT = (
     .values({number: sa.bindparam(number) for number in _NUMBERS})
 )
 _UPSERT_HOLD = {postgres: _upsert_hold(postgres) for postgres in (False, True)}
+# The kinds as constants, so that the partial indexes serve.
+_SELECT_GRANT, _SELECT_POST = (
+    sa.select(tables.entries).where(
+        tables.entries.c.account == sa.bindparam("of"),
+        tables.entries.c.batch_id == sa.bindparam("id"),
+        tables.entries.c.batch_id != sa.literal("", literal_execute=True),
+        tables.entries.c.kind == sa.literal(kind.value, literal_execute=True),
+    )
+    for kind in (EntryKind.GRANT, EntryKind.POST)
+)
+_NEXT_TO_PRUNE = (
+    sa.select(tables.accounts.c.name, tables.entries.c.create_time_ms)
+    .outerjoin_from(
+        tables.accounts,
+        tables.entries,
+        (tables.entries.c.account == tables.accounts.c.name)
+        & (tables.entries.c.sequence == tables.accounts.c.pruned_sequence + 1),
+    )
+    .where(tables.accounts.c.name > sa.bindparam("after_name"))
+    .order_by(tables.accounts.c.name)
+)
 _INSERT_ENTRY = sa.insert(tables.entries)
 _INSERT_ANSWER = sa.insert(tables.answers)
 
@@ -193,15 +218,18 @@ class _Transaction:
         return self._holds[account, batch_id]
 
     def posted(self, account: Account, batch_id: str) -> Posted:
-        """The answer of a posted batch with its receipt; no receipt's head is ever made up."""
+        """The answer of a posted batch, or None, with its receipt; no receipt's head is ever made up."""
         key = (account.name, batch_id)
         if key not in self._answers:
             query = sa.select(tables.answers).where(
                 tables.answers.c.account == account.name, tables.answers.c.batch_id == batch_id
             )
-            row = self.connection.execute(query).one()
+            kept = self.connection.execute(query).one_or_none()
+            # Without its answer (``prune``) the receipt is read from the journal.
+            row = kept or self.connection.execute(_SELECT_POST, {"of": account.name, "id": batch_id}).one()
             receipt = Receipt(account=account.name, batch_id=batch_id, sequence=row.sequence, head=bytes(row.head))
-            self._answers[key] = Posted(answer=bytes(row.answer), receipt=receipt, account=account)
+            answer = bytes(kept.answer) if kept is not None else None
+            self._answers[key] = Posted(answer=answer, receipt=receipt, account=account)
         return dataclasses.replace(self._answers[key], account=account)  # the books as they are now
 
     def record(self, step: Step) -> Step:
@@ -229,16 +257,21 @@ class _Transaction:
         )
         return posted
 
-    def add_account(self, account: Account) -> None:
+    def add_account(self, account: Account, key: Key | None) -> bool:
+        """Makes an account and its first key, both or neither. Returns whether the name was free."""
         insert = self.insert(tables.accounts).values(tables.account_values(account)).on_conflict_do_nothing()
-        # Not by rowcount, which psycopg's dialect does not tell of an INSERT.
-        if self.connection.execute(insert.returning(tables.accounts.c.name)).first() is None:
-            raise LedgerError(f"expected a new account name, got {account.name!r}, which exists")
+        with self.connection.begin_nested():  # a refused command changes nothing, and its group goes on
+            # Not by rowcount, which psycopg's dialect does not tell of an INSERT; nor below.
+            if self.connection.execute(insert.returning(tables.accounts.c.name)).first() is None:
+                return False
+            if key is not None:
+                self.add_key(key)
         self._accounts[account.name] = account
+        return True
 
     def add_key(self, key: Key) -> None:
         insert = self.insert(tables.keys).values(tables.key_values(key)).on_conflict_do_nothing()
-        if self.connection.execute(insert).rowcount == 0:
+        if self.connection.execute(insert.returning(tables.keys.c.key_id)).first() is None:
             query = sa.select(tables.keys).where(tables.keys.c.key_id == key.key_id)
             if tables.key_of(self.connection.execute(query).one()) != key:
                 raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
@@ -253,6 +286,38 @@ class _Transaction:
             entries.account == receipt.account, entries.sequence == receipt.sequence
         )
         return tables.entry_of(self.connection.execute(query).one())
+
+    def granted_as(self, account: str, grant_id: str) -> Entry | None:
+        """The grant of an id; None where there is none, or no id."""
+        if not grant_id:
+            return None
+        for entry in self._new_entries:
+            if (entry.account, entry.kind, entry.batch_id) == (account, EntryKind.GRANT, grant_id):
+                return entry
+        row = self.connection.execute(_SELECT_GRANT, {"of": account, "id": grant_id}).one_or_none()
+        return tables.entry_of(row) if row is not None else None
+
+    def prune(self, account: str, before_ms: int) -> tuple[int, bool]:
+        """Deletes the oldest answers of a locked account: how many, and whether there may be more to delete.
+
+        It goes along the journal, whose entries lie in the order of the posts, and leaves off at the first young one.
+        """
+        entry, owner, answer = tables.entries.c, tables.accounts.c, tables.answers.c
+        done = self.connection.execute(sa.select(owner.pruned_sequence).where(owner.name == account)).scalar_one()
+        query = sa.select(entry.sequence, entry.create_time_ms, entry.kind, entry.batch_id)
+        query = query.where(entry.account == account, entry.sequence > done)
+        rows = self.connection.execute(query.order_by(entry.sequence).limit(PRUNE_ENTRIES)).all()
+        old = list(itertools.takewhile(lambda row: row.create_time_ms < before_ms, rows))
+        if not old:
+            return 0, False
+        posted = [row.batch_id for row in old if row.kind == EntryKind.POST.value]
+        self.connection.execute(
+            sa.delete(tables.answers).where(answer.account == account, answer.batch_id.in_(posted))
+        )
+        self.connection.execute(
+            sa.update(tables.accounts).where(owner.name == account).values(pruned_sequence=old[-1].sequence)
+        )
+        return len(posted), len(old) == PRUNE_ENTRIES
 
     def is_dead(self, instance_id: str) -> bool:
         """Whether another instance's lease has lapsed (or was given up). Who asks is alive."""
@@ -305,6 +370,7 @@ class SqlLedger:
         self._commands: queue.Queue[_Command | None] = queue.Queue(MAX_WAITING_COMMANDS)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
+        self._pruner: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
@@ -314,7 +380,8 @@ class SqlLedger:
         """Opens the books at ``sqlite:///FILE`` or ``postgresql://…`` and expires what dead servers left held.
 
         An older schema is brought up to date first. Raises LedgerError for another kind of URL, a missing file
-        (unless ``create``), a store that is no ledger or one made by a newer program.
+        (unless ``create``), a store that is no ledger, one made by a newer program, or a PostgreSQL that may lose
+        what it has committed.
         """
         engine = _engine(_checked_url(url, create))
         opened = cls(engine, lease_ms, clock)
@@ -400,24 +467,36 @@ class SqlLedger:
 
     # --- accounts and keys ---
 
-    async def create_account(self, name: str, granted: int | None, key: Key | None = None) -> Account:
+    async def create_account(
+        self, name: str, granted: int | None, key: Key | None = None, *, grant_id: str = ""
+    ) -> Account:
         rules.check_account_name(name)
+        rules.check_grant_id(grant_id, granted)
 
         def apply(transaction: _Transaction) -> Account:
             # All or nothing: a refused grant leaves no account behind, and no account is without its key.
             account = Account(name=name)
-            step = None if granted is None else rules.apply_grant(account, granted, transaction.now_ms)
-            transaction.add_account(account)
-            if key is not None:
-                transaction.add_key(key)
+            step = (
+                None
+                if granted is None
+                else rules.apply_grant(account, granted, transaction.now_ms, grant_id, first_key=key)
+            )
+            if not transaction.add_account(account, key):
+                rules.check_same_account(name, transaction.granted_as(name, grant_id), granted, key)
+                return transaction.account(name)
             return account if step is None else transaction.record(step).account
 
         return await self._write(apply)
 
-    async def grant(self, name: str, picture_count: int) -> Account:
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        rules.check_grant_id(grant_id, picture_count)
+
         def apply(transaction: _Transaction) -> Account:
-            step = rules.apply_grant(transaction.account(name), picture_count, transaction.now_ms)
-            return transaction.record(step).account
+            account = transaction.account(name)
+            if (made := transaction.granted_as(name, grant_id)) is not None:
+                rules.check_same_grant(made, picture_count)
+                return account
+            return transaction.record(rules.apply_grant(account, picture_count, transaction.now_ms, grant_id)).account
 
         return await self._write(apply, name)
 
@@ -436,6 +515,42 @@ class SqlLedger:
 
         await self._write(apply)
 
+    # --- old answers ---
+
+    async def prune_answers(self, before_ms: int) -> int:
+        """Deletes the answers posted before a time, in milliseconds since 1970; returns how many.
+
+        The journal stays, and a repeat of such a batch is answered with None. Each account's are deleted in steps
+        that the writer takes along with its other work, so that nobody waits for all of them.
+        """
+        deleted, after_name = 0, ""
+        while rows := await self._next_to_prune(after_name):
+            for name, oldest_ms in rows:
+                more = oldest_ms is not None and oldest_ms < before_ms
+                while more:
+                    count, more = await self._prune_some(name, before_ms)
+                    deleted += count
+                after_name = name
+        return deleted
+
+    async def _next_to_prune(self, after_name: str) -> Sequence[Any]:
+        query = _NEXT_TO_PRUNE.limit(PRUNE_ACCOUNTS)
+        return await self._read(lambda connection: connection.execute(query, {"after_name": after_name}).all())
+
+    async def _prune_some(self, name: str, before_ms: int) -> tuple[int, bool]:
+        return await self._write(lambda transaction: transaction.prune(name, before_ms), name)
+
+    def begin_pruning(self, keep_ms: int) -> None:
+        """Prunes answers once they are older than this, in the background until the ledger is closed."""
+
+        async def prune() -> None:
+            while True:
+                with contextlib.suppress(LedgerUnavailable):  # the next look finds them
+                    await self.prune_answers(self._clock() - keep_ms)
+                await asyncio.sleep(min(PRUNE_SECONDS, keep_ms / 1000))
+
+        self._pruner = asyncio.create_task(prune(), name="ledger-prune")
+
     # --- reading ---
 
     async def account(self, name: str) -> Account:
@@ -449,8 +564,9 @@ class SqlLedger:
 
         return await self._read(read)
 
-    async def accounts(self) -> Sequence[Account]:
-        query = sa.select(tables.accounts).order_by(tables.accounts.c.name)
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
+        name = tables.accounts.c.name  # compared and ordered as its index is, whatever the database's collation
+        query = sa.select(tables.accounts).where(name > after_name).order_by(name).limit(limit)
         return await self._read(lambda connection: [tables.account_of(row) for row in connection.execute(query)])
 
     async def run_posted(self, account: str, run_id: str) -> int:
@@ -491,6 +607,8 @@ class SqlLedger:
         if self._closed:
             return
         self._closed = True
+        if self._pruner is not None:
+            self._pruner.cancel()
         await asyncio.to_thread(self._commands.put, None)
         await asyncio.to_thread(self._writer.join)
         self._readers.shutdown()
@@ -658,19 +776,41 @@ def _engine(location: URL) -> sa.Engine:
         connect_args = {"options": POSTGRES_SETTINGS, "connect_timeout": BUSY_TIMEOUT_SECONDS}
         # pool_pre_ping: a connection that died while it was idle is found out before it is used.
         # READ COMMITTED: what is read after the account's row was locked is what its last holder left.
-        return sa.create_engine(
+        engine = sa.create_engine(
             location,
             pool_size=2,
             pool_pre_ping=True,
             isolation_level="READ COMMITTED",
             connect_args=connect_args,
         )
+        sa.event.listen(engine, "connect", _check_postgres_durable)
+        return engine
     engine = sa.create_engine(
         location, poolclass=sa.pool.QueuePool, pool_size=2, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
     )
     sa.event.listen(engine, "connect", _configure_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _check_postgres_durable(connection: Any, _record: Any) -> None:
+    """Refuses (LedgerUnavailable) a server that may lose what it has committed, at every new connection.
+
+    The synchronous_commit of POSTGRES_SETTINGS holds everywhere but behind a pooler that drops such options.
+    """
+    rows = connection.execute(
+        "SELECT name FROM pg_settings WHERE setting = 'off' "
+        "AND name IN ('fsync', 'full_page_writes', 'synchronous_commit') ORDER BY name"
+    ).fetchall()
+    connection.rollback()
+    if rows:
+        connection.close()
+        names = [name for (name,) in rows]
+        raise LedgerUnavailable(
+            "expected a PostgreSQL that keeps what it has committed, "
+            f"got {', '.join(f'{name} = off' for name in names)}; set {', '.join(f'{name} = on' for name in names)} "
+            "(ALTER SYSTEM SET …, then SELECT pg_reload_conf()) and start again"
+        )
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

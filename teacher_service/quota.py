@@ -4,9 +4,11 @@ Who may call what stands in ``auth.ALLOWED``, and the interceptor keeps it. What
 account is meant: a customer's is its own.
 """
 
+import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -27,6 +29,9 @@ from teacher_service.ledger_wire import account_message, entry_message, key_mess
 DEFAULT_PAGE_ENTRIES = 500
 MAX_PAGE_ENTRIES = 5000
 MAX_DIGEST_BYTES = 64
+# Every open watch asks the books once a second.
+MAX_WATCHES = 256
+MAX_ACCOUNT_WATCHES = 16
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -37,6 +42,14 @@ class QuotaServicer(QuotaLedgerServicer):
     def __init__(self, ledger: Ledger, authenticator: Authenticator) -> None:
         self._ledger = ledger
         self._authenticator = authenticator
+        self._draining = asyncio.Event()
+        self._watches: Counter[str] = Counter()  # account of the key -> how many are open
+
+    async def drain(self) -> None:
+        """Tells every watch to end, and waits until they have. The caller sets the deadline."""
+        self._draining.set()
+        while self._watches.total():
+            await asyncio.sleep(0.02)
 
     # --- what every role may read ---
 
@@ -91,12 +104,31 @@ class QuotaServicer(QuotaLedgerServicer):
     async def WatchBalance(
         self, request: wire.WatchBalanceRequest, context: Any
     ) -> AsyncIterator[wire.WatchBalanceResponse]:
-        """The balance now and whenever it has changed; a key revoked meanwhile ends it."""
+        """The balance now and whenever it has changed; a key revoked meanwhile ends it, and so does the server."""
         name = await self._account_meant(request.account, "WatchBalance", context)
-        async with contextlib.aclosing(watch(self._ledger, name)) as balances:
-            async for account in balances:
-                await self._account_meant(request.account, "WatchBalance", context)
-                yield wire.WatchBalanceResponse(account=account_message(account))
+        with self._watching((await self._caller(context)).account):
+            async with contextlib.aclosing(watch(self._ledger, name, self._draining)) as balances:
+                async for account in balances:
+                    await self._account_meant(request.account, "WatchBalance", context)
+                    yield wire.WatchBalanceResponse(account=account_message(account))
+        raise Refusal.of(Reason.DRAINING)
+
+    @contextlib.contextmanager
+    def _watching(self, account: str) -> Iterator[None]:
+        """Counts one watch more, of whoever opened it, as long as the context lasts. Refusal: WATCH_LIMIT."""
+        for limit, open_, scope in (
+            (MAX_ACCOUNT_WATCHES, self._watches[account], f"account {account}"),
+            (MAX_WATCHES, self._watches.total(), "this server"),
+        ):
+            if open_ >= limit:
+                raise Refusal.of(Reason.WATCH_LIMIT, limit=limit, scope=scope)
+        self._watches[account] += 1
+        try:
+            yield
+        finally:
+            self._watches[account] -= 1
+            if not self._watches[account]:
+                del self._watches[account]
 
     # --- the money path of a teacher elsewhere ---
 
@@ -177,7 +209,7 @@ class QuotaServicer(QuotaLedgerServicer):
         """Every account, one page."""
         _check_not_negative(page_size=request.page_size)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
-        found = [account for account in await self._ledger.accounts() if account.name > request.after_name]
+        found = await self._ledger.accounts(after_name=request.after_name, limit=limit + 1)
         page = found[:limit]
         return wire.ListAccountsResponse(
             accounts=[account_message(account) for account in page],
@@ -193,13 +225,13 @@ class QuotaServicer(QuotaLedgerServicer):
             raise Refusal.of(
                 Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
             )
-        account = await self._ledger.create_account(request.account, granted, key)
+        account = await self._ledger.create_account(request.account, granted, key, grant_id=request.grant_id)
         return wire.CreateAccountResponse(account=account_message(account))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
         """More pictures."""
-        account = await self._ledger.grant(request.account, request.picture_count)
+        account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
         return wire.GrantResponse(account=account_message(account))
 
     @refusals_as_status

@@ -48,6 +48,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
     )
     metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
     authenticator = Authenticator(ledger)
+    quota = QuotaServicer(ledger, authenticator)
     money_path = MoneyPath(engine=engine, ledger=ledger, batcher=batcher, metrics=metrics, config=config)
     inference = InferenceServicer(money_path, authenticator, engine, config)
     readiness = health.aio.HealthServicer()
@@ -55,7 +56,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         interceptors=(AuthInterceptor(authenticator),), options=_channel_options(config.max_message_bytes)
     )
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
 
     stop_asked = _stop_asked()
@@ -72,7 +73,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         log.info("draining", grace_seconds=config.grace_seconds)
         await readiness.enter_graceful_shutdown()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(inference.drain(), config.grace_seconds)
+            await asyncio.wait_for(asyncio.gather(inference.drain(), quota.drain()), config.grace_seconds)
     finally:
         await server.stop(grace=1.0)
         money_path.stop()
@@ -87,11 +88,12 @@ async def serve_ledger(config: ServerConfig) -> None:
         raise StartError(f"--ledger-only: expected books of its own in --ledger, got {config.ledger}")
     ledger = await _open_ledger(config)
     authenticator = Authenticator(ledger)
+    quota = QuotaServicer(ledger, authenticator)
     readiness = health.aio.HealthServicer()
     server = grpc.aio.server(
         interceptors=(AuthInterceptor(authenticator),), options=_channel_options(config.max_message_bytes)
     )
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     stop_asked = _stop_asked()
     try:
@@ -104,6 +106,8 @@ async def serve_ledger(config: ServerConfig) -> None:
         await stop_asked.wait()
         log.info("draining")
         await readiness.enter_graceful_shutdown()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(quota.drain(), config.grace_seconds)
     finally:
         await server.stop(grace=1.0)
         await ledger.close()
@@ -126,6 +130,10 @@ def open_ledger(
 
 
 async def _open_ledger(config: ServerConfig) -> Ledger:
+    if config.answers_keep_seconds is not None and config.ledger.startswith(SCHEMES):
+        raise StartError(
+            f"--answers-keep: expected books of its own in --ledger, got {config.ledger}; give it to that server"
+        )
     ledger = open_ledger(
         config.ledger,
         key=config.ledger_key,
@@ -133,6 +141,8 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
         insecure=config.ledger_insecure,
         lease_ms=round(config.lease_seconds * 1000),
     )
+    if isinstance(ledger, SqlLedger) and config.answers_keep_seconds is not None:
+        ledger.begin_pruning(round(config.answers_keep_seconds * 1000))
     if isinstance(ledger, RemoteLedger):
         try:
             await ledger.begin()  # a wrong key or address is told now, and not to the first customer

@@ -36,11 +36,13 @@ DOORS = {
         "teacher_service.ledger_tables",
         "teacher_service.migrations",
         "teacher_service.migrations.versions.v0001_ledger",
+        "teacher_service.migrations.versions.v0002_grants_and_pruning",
     },
     ("teacher_service", "alembic"): {
         "teacher_service.migrations",
         "teacher_service.migrations.env",
         "teacher_service.migrations.versions.v0001_ledger",
+        "teacher_service.migrations.versions.v0002_grants_and_pruning",
     },
     ("teacher_service", "prometheus_client"): {"teacher_service.metrics"},
     ("teacher_service", "torch"): {"teacher_service.torch_engine"},

@@ -139,6 +139,7 @@ class Service:
     batcher: Batcher
     metrics: Metrics
     inference: InferenceServicer
+    quota_servicer: QuotaServicer
     money_path: MoneyPath
     authenticator: Authenticator
     channel: grpc.aio.Channel
@@ -214,9 +215,10 @@ async def serving(
     authenticator = Authenticator(ledger, clock)
     money_path = MoneyPath(engine=engine, ledger=ledger, batcher=batcher, metrics=metrics, config=config)
     inference = InferenceServicer(money_path, authenticator, engine, config)
+    quota = QuotaServicer(ledger, authenticator)
     server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),))
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     port = server.add_insecure_port("127.0.0.1:0")
     batcher.start()
     await server.start()
@@ -225,7 +227,9 @@ async def serving(
         await ledger.create_account("device", budget, stored)
     options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
-    service = Service(ledger, engine, batcher, metrics, inference, money_path, authenticator, channel, key, clock)
+    service = Service(
+        ledger, engine, batcher, metrics, inference, quota, money_path, authenticator, channel, key, clock
+    )
     try:
         yield service
     finally:
@@ -247,6 +251,7 @@ class LedgerServer:
     url: str
     keys: dict[Role, str]
     authenticator: Authenticator
+    quota_servicer: QuotaServicer
 
     def connect(self, role: Role = Role.TEACHER) -> RemoteLedger:
         """The books from elsewhere; to be closed by the caller."""
@@ -266,11 +271,12 @@ async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[Ledg
     authenticator = Authenticator(ledger)
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
     server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),), options=options)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota = QuotaServicer(ledger, authenticator)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
-        yield LedgerServer(ledger, f"grpc://127.0.0.1:{bound}", keys, authenticator)
+        yield LedgerServer(ledger, f"grpc://127.0.0.1:{bound}", keys, authenticator, quota)
     finally:
         await server.stop(0.2)
 
@@ -286,9 +292,9 @@ class TwoRoles:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher if name in self.MONEY else self.admin, name)
 
-    async def accounts(self) -> list[Account]:
+    async def accounts(self, **asked: Any) -> list[Account]:
         """Those of the test, without the ones that the server's own keys belong to."""
-        return [found for found in await self.admin.accounts() if found.name not in (OPERATORS, "customer")]
+        return [found for found in await self.admin.accounts(**asked) if found.name not in (OPERATORS, "customer")]
 
     async def close(self) -> None:
         await self.teacher.close()

@@ -139,14 +139,14 @@ class LossyServicer(QuotaLedgerServicer):
 
 
 @contextlib.asynccontextmanager
-async def lossy(server: LedgerServer) -> AsyncIterator[tuple[LossyServicer, RemoteLedger]]:
-    """A teacher's ledger behind a connection that loses replies."""
+async def lossy(server: LedgerServer, role: Role = Role.TEACHER) -> AsyncIterator[tuple[LossyServicer, RemoteLedger]]:
+    """A teacher's ledger, or another role's, behind a connection that loses replies."""
     servicer = LossyServicer(server.url.removeprefix("grpc://"))
     between = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     add_QuotaLedgerServicer_to_server(servicer, between)
     port = between.add_insecure_port("127.0.0.1:0")
     await between.start()
-    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key=server.keys[Role.TEACHER])
+    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key=server.keys[role])
     try:
         yield servicer, remote
     finally:
@@ -168,6 +168,24 @@ async def test_a_post_whose_reply_was_lost_is_charged_once_and_gets_the_same_rec
         account = await books.account("a")
         assert (account.posted, account.held, account.balance) == (5, 0, 5)
         assert [entry.kind for entry in await books.statement("a")] == ["grant", "hold", "post"]
+    await books.close()
+
+
+async def test_a_grant_whose_reply_was_lost_is_made_once_with_an_id_and_advice_tells_so(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    _, key = new_key("a")
+    async with ledger_serving(books) as server, lossy(server, Role.ADMIN) as (between, remote):
+        between.lose = {"CreateAccount": 1, "Grant": 2}
+        with pytest.raises(LedgerUnavailable, match="do it again with the same grant id first: it is done once"):
+            await remote.create_account("a", 10, key, grant_id="first")
+        assert (await remote.create_account("a", 10, key, grant_id="first")).granted == 10
+        with pytest.raises(LedgerUnavailable, match="with the same grant id g: it is done once"):
+            await remote.grant("a", 5, grant_id="g")
+        with pytest.raises(LedgerUnavailable, match="look whether it was done before you do it again"):
+            await remote.grant("a", 100)
+        assert (await remote.grant("a", 5, grant_id="g")).granted == 115
+        assert between.calls == ["CreateAccount", "CreateAccount", "Grant", "Grant", "Grant"]
+    assert [entry.batch_id for entry in await books.statement("a")] == ["first", "g", ""]
     await books.close()
 
 
@@ -483,6 +501,33 @@ async def test_a_watch_tells_the_balance_now_and_every_change(
     await books.close()
 
 
+async def test_a_watch_of_a_ledger_that_stops_is_a_ledger_that_is_away(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server, Role.ADMIN) as remote:
+        async with contextlib.aclosing(remote.watch("a")) as told:
+            await anext(told)
+            draining = asyncio.ensure_future(server.quota_servicer.drain())
+            with pytest.raises(LedgerUnavailable, match=r"is away \(UNAVAILABLE: the server is stopping"):
+                await asyncio.wait_for(anext(told), 5)
+            await draining
+    await books.close()
+
+
+async def test_a_pruned_answer_reaches_a_teacher_elsewhere_as_none_with_its_receipt(store: str) -> None:
+    if store == "memory":
+        pytest.skip("the books in memory keep every answer")
+    books = opened(store)
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server) as remote:
+        assert await remote.hold(wish()) == Held()
+        posted = await remote.post("a", "b", b"answer")
+        await books.prune_answers(rules.now_ms() + 1000)
+        again = await remote.hold(wish())
+        assert isinstance(again, Posted) and (again.answer, again.receipt) == (None, posted.receipt)
+    await books.close()
+
+
 # --- processes ---
 
 
@@ -528,7 +573,9 @@ def test_operators_work_from_a_shell_on_a_ledger_elsewhere(start_server: Any, tm
 
     key = there("account", "create", "device", "--budget", "50").strip()
     assert key.startswith("mekd_")
-    assert there("account", "grant", "device", "8") == "name device  granted 58  posted 0  held 0  balance 58\n"
+    for _ in range(2):
+        said = there("account", "grant", "device", "8", "--grant-id", "order-7")
+        assert said == "name device  granted 58  posted 0  held 0  balance 58\n"
     for command in (
         ("account", "show", "device", "--format", "json"),
         ("account", "list"),

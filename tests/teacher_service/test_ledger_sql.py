@@ -1,6 +1,7 @@
 """What only a durable, shared store can get wrong: crashes, leases, full disks, other programs."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from teacher_service import ledger_sql
 from teacher_service.auth import new_key
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
 from teacher_service.ledger_sql import SqlLedger
+from tests.postgres import Postgres
 from tests.teacher_service.parts import until, write_locked
 
 
@@ -685,6 +688,60 @@ async def test_postgresql_syncs_before_it_answers_whatever_role_and_database_say
     await ledger.close()
 
 
+@contextlib.contextmanager
+def server_setting(postgres: Postgres, name: str) -> Iterator[None]:
+    """The whole PostgreSQL server has a setting off as long as the context lasts."""
+    with psycopg.connect(f"host={postgres.folder} user=mekd dbname=postgres", autocommit=True) as connection:
+
+        def change(statement: str, value: str) -> None:
+            connection.execute(statement)
+            connection.execute("SELECT pg_reload_conf()")
+            while connection.execute(f"SHOW {name}").fetchone() != (value,):  # told by a signal
+                time.sleep(0.01)
+
+        change(f"ALTER SYSTEM SET {name} = off", "off")
+        try:
+            yield
+        finally:
+            change(f"ALTER SYSTEM RESET {name}", "on")
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+async def test_a_postgresql_that_may_lose_what_it_committed_is_refused_at_open(
+    postgres: Postgres, postgres_url: str, setting: str
+) -> None:
+    running = SqlLedger.open(postgres_url)
+    await running.create_account("a", 100)
+    with server_setting(postgres, setting):
+        with pytest.raises(LedgerError) as refused:
+            SqlLedger.open(postgres_url)
+        assert str(refused.value) == (
+            f"expected a PostgreSQL that keeps what it has committed, got {setting} = off; set {setting} = on "
+            "(ALTER SYSTEM SET …, then SELECT pg_reload_conf()) and start again"
+        )
+        # Who runs already notices with its next connection, and sells nothing more.
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        with pytest.raises(LedgerUnavailable, match=f"got {setting} = off"):
+            await running.hold(wish())
+    assert await running.hold(wish()) == Held()
+    await running.close()
+
+
+async def test_a_pooler_that_drops_our_settings_does_not_let_commits_be_forgotten(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "POSTGRES_SETTINGS", "")
+    await SqlLedger.open(postgres_url).close()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {sa.make_url(postgres_url).database} SET synchronous_commit = off")
+    with pytest.raises(LedgerError, match="got synchronous_commit = off; set synchronous_commit = on"):
+        SqlLedger.open(postgres_url)
+
+
 async def test_the_journal_in_postgresql_refuses_to_be_rewritten(postgres_url: str) -> None:
     ledger = SqlLedger.open(postgres_url)
     await ledger.create_account("a", 100)
@@ -744,6 +801,11 @@ async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any)
     await ledger.statement("a", run_id="run")
     await ledger.run_posted("a", "run")
     await ledger.key("0" * 16)
+    await ledger.accounts(after_name="0", limit=10)
+    for _ in range(2):
+        await ledger.grant("a", 1, grant_id="g")
+    assert await ledger.prune_answers(rules.now_ms() + 1000) == 1
+    await ledger.hold(wish("b"))  # its answer is gone
 
     def sweep_and_explain(transaction: Any) -> list[str]:
         ledger._renew_and_sweep(transaction.connection)
@@ -755,6 +817,7 @@ async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any)
         return plans
 
     plans = await ledger._write(sweep_and_explain)
-    assert len(statements) >= 12 and any("holds_under_way" in plan for plan in plans)
+    assert len(statements) >= 18 and any("holds_under_way" in plan for plan in plans)
+    assert any("one_grant_an_id" in plan for plan in plans)
     full = [plan for plan in plans if plan.startswith("SCAN") and "holds_under_way" not in plan]
     assert set(full) <= {"SCAN instances"}  # as many rows as there are servers

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -12,7 +13,7 @@ from teacher_service import quota
 from teacher_service.auth import CACHE_SECONDS, new_key
 from teacher_service.ledger import OPERATORS, HoldRequest, Role
 from teacher_service.ledger_memory import MemoryLedger
-from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving
+from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving, until
 
 
 async def balance(service: Service, run_id: str = "", key: str | None = None) -> wire.GetBalanceResponse:
@@ -226,6 +227,9 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
         ("CreateKey", {"key": STORED | {"key_id": "0" * 15}}, "key.key_id"),
         ("CreateKey", {"key": STORED | {"secret_digest": b"short"}}, "key.secret_digest"),
         ("CreateAccount", {"account": "another", "key": STORED}, "key.account"),
+        ("CreateAccount", {"account": "new", "picture_count": 1, "grant_id": "a b"}, "grant_id"),
+        ("CreateAccount", {"account": "new", "grant_id": "g"}, "grant_id"),
+        ("Grant", {"account": "customer", "picture_count": 1, "grant_id": "a|b"}, "grant_id"),
         ("ListAccounts", {"page_size": -1}, "page_size"),
         ("StreamStatement", {"after_sequence": -1}, "after_sequence"),
     ],
@@ -260,6 +264,44 @@ async def test_what_the_books_cannot_do_is_told_to_the_operator_and_changes_noth
         refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
         assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and "expected" in refusal.message
         assert refusal.retry_seconds is None and await server.ledger.accounts() == before
+
+
+async def test_a_grant_with_an_id_is_made_once_and_its_id_is_on_the_statement() -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        admin = server.keys[Role.ADMIN]
+        key = {"key": STORED}
+        for _ in range(2):
+            fields = {"account": "new", "picture_count": 9, "grant_id": "first"}
+            assert await outcome(server, "CreateAccount", admin, **fields, **key) is None
+            assert await outcome(server, "Grant", admin, account="new", picture_count=5, grant_id="g") is None
+        assert (await server.ledger.account("new")).granted == 14
+        for method, fields, field in (
+            ("CreateAccount", {"picture_count": 8, "grant_id": "first"} | key, "picture_count"),
+            ("CreateAccount", {"picture_count": 9, "grant_id": "first"}, "key"),
+            ("Grant", {"picture_count": 6, "grant_id": "g"}, "picture_count"),
+        ):
+            refusal = await outcome(server, method, admin, account="new", **fields)
+            assert refusal == Refusal.of(Reason.GRANT_ID_REUSED, grant_id=fields["grant_id"], field=field)
+        assert [entry.batch_id for entry in await server.ledger.statement("new")] == ["first", "g"]
+
+
+async def test_a_page_of_accounts_is_asked_of_the_store_and_not_cut_from_all_of_them() -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Noting(MemoryLedger):
+        async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Any:
+            asked.append((after_name, limit))
+            return await super().accounts(after_name=after_name, limit=limit)
+
+    books = Noting()
+    for n in range(5):
+        await books.create_account(f"a{n}", 1)
+    async with ledger_serving(books) as server:
+        asked.clear()
+        remote = server.connect(Role.ADMIN)
+        found = [account.name for account in await remote.accounts(after_name="a1", limit=2)]
+        assert (found, asked) == (["a2", "a3"], [("a1", 3)])  # one more, to know whether there are more
+        await remote.close()
 
 
 # --- streams ---
@@ -322,6 +364,56 @@ async def test_a_revoked_key_ends_a_watch_before_it_tells_anything_more(monkeypa
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await asyncio.wait_for(watching.read(), 5)
         assert refusal_of(ended.value).reason is Reason.UNAUTHENTICATED
+
+
+async def watching(service: Service, key: str | None = None) -> Any:
+    """A watch that has told the balance once."""
+    call = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(key))
+    assert (await asyncio.wait_for(call.read(), 5)).account.balance_count == 100
+    return call
+
+
+async def ended(call: Any) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await asyncio.wait_for(call.read(), 5)
+    return refusal_of(error.value)
+
+
+async def test_a_server_that_stops_ends_its_watches_at_once_and_takes_no_new_ones() -> None:
+    async with serving(budget=100) as service:
+        calls = [await watching(service) for _ in range(3)]
+        started = time.monotonic()
+        await service.quota_servicer.drain()
+        assert time.monotonic() - started < rules.WATCH_SECONDS / 2  # nobody waits for the next look
+        for call in [*calls, service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata())]:
+            assert await ended(call) == Refusal.of(Reason.DRAINING)
+        assert (await balance(service)).balance_count == 100  # the rest is answered until the end
+
+
+async def test_watches_are_bounded_by_account_and_by_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "MAX_ACCOUNT_WATCHES", 2)
+    monkeypatch.setattr(quota, "MAX_WATCHES", 3)
+    async with serving(budget=100) as service:
+        other = await service.new_account("other", 100)
+        third = await service.new_account("third", 100)
+        device = [await watching(service) for _ in range(2)]
+        one_more = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata())
+        refusal = await ended(one_more)
+        assert refusal == Refusal.of(Reason.WATCH_LIMIT, limit=2, scope="account device")
+        assert refusal.retry_seconds is None and "ask with GetBalance" in refusal.message
+        await watching(service, other)
+        one_more = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(third))
+        assert await ended(one_more) == Refusal.of(Reason.WATCH_LIMIT, limit=3, scope="this server")
+        device[0].cancel()  # whoever leaves makes room
+
+        async def room() -> bool:
+            call = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(third))
+            try:
+                return bool((await call.read()).account.name == "third")
+            except grpc.aio.AioRpcError:
+                return False
+
+        await until(room)
 
 
 async def test_a_key_that_sells_or_administers_buys_nothing() -> None:

@@ -308,14 +308,16 @@ class ListAccountsResponse(_message.Message):
     def __init__(self, accounts: _Optional[_Iterable[_Union[Account, _Mapping]]] = ..., next_after_name: _Optional[str] = ...) -> None: ...
 
 class CreateAccountRequest(_message.Message):
-    __slots__ = ("account", "picture_count", "key")
+    __slots__ = ("account", "picture_count", "key", "grant_id")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_COUNT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     account: str
     picture_count: int
     key: StoredKey
-    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ...) -> None: ...
+    grant_id: str
+    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ..., grant_id: _Optional[str] = ...) -> None: ...
 
 class CreateAccountResponse(_message.Message):
     __slots__ = ("account",)
@@ -324,12 +326,14 @@ class CreateAccountResponse(_message.Message):
     def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("account", "picture_count")
+    __slots__ = ("account", "picture_count", "grant_id")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     account: str
     picture_count: int
-    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ...) -> None: ...
+    grant_id: str
+    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., grant_id: _Optional[str] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("account",)

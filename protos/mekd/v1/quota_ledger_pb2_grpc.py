@@ -150,7 +150,8 @@ class QuotaLedgerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchBalance(self, request, context):
-        """Every role. The balance now, then whenever it has changed (at most once a second), until the caller ends it.
+        """Every role. The balance now, then whenever it has changed (at most once a second), until the caller ends it or the
+        server stops (refusal DRAINING). An account's keys, and a server, have at most so many open (WATCH_LIMIT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,14 +217,15 @@ class QuotaLedgerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateAccount(self, request, context):
-        """Admin. A new account with its first grant and key, all or nothing.
+        """Admin. A new account with its first grant and key, all or nothing. With a grant_id, the same sent again finds the
+        account as made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Grant(self, request, context):
-        """Admin. More pictures for an account.
+        """Admin. More pictures for an account. With a grant_id, the same sent again grants nothing more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
