@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     OVERLOADED = enum.auto()
     DRAINING = enum.auto()
     LEDGER_UNAVAILABLE = enum.auto()
+    LEDGER_OUTCOME_UNKNOWN = enum.auto()
     LEDGER_REFUSED = enum.auto()
     STREAM_NOT_CONFIGURED = enum.auto()
     INVALID_REQUEST = enum.auto()
@@ -68,6 +69,12 @@ TABLE: dict[Reason, Entry] = {
         "the ledger cannot be written just now, so nothing is answered and nothing charged; "
         "send the same batch again",
         2.0,
+    ),
+    # What an operator asked for and did not name with an id: done twice it counts twice, so no advice to repeat it.
+    Reason.LEDGER_OUTCOME_UNKNOWN: Entry(
+        code_pb2.UNKNOWN,
+        "the ledger failed, and whether the change was made is not known; "
+        "look whether it was done before you do it again",
     ),
     # What an operator asked of the books and they cannot do: no such account, a name taken, a grant that is no count.
     Reason.LEDGER_REFUSED: Entry(code_pb2.FAILED_PRECONDITION, "{problem}"),

@@ -25,7 +25,7 @@ from teacher_service.auth import Authenticator, Caller, abort
 from teacher_service.batcher import Batcher, CallerGone, QueueFull
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
-from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
+from teacher_service.ledger import HoldRequest, Ledger, LedgerError, LedgerUnavailable, Posted, check_identifier
 from teacher_service.metrics import Metrics
 
 log = structlog.get_logger()
@@ -75,14 +75,17 @@ class MoneyPath:
         if self.draining:
             raise Refusal.of(Reason.DRAINING)
         check_identifier("batch.batch_id", batch.batch_id)
-        codec.check_images(
-            batch.images,
-            channels=self._engine.channels,
-            height=self._engine.height,
-            width=self._engine.width,
-            max_batch_pictures=self._config.max_batch_pictures,
-        )
         try:
+            try:
+                codec.check_images(
+                    batch.images,
+                    channels=self._engine.channels,
+                    height=self._engine.height,
+                    width=self._engine.width,
+                    max_batch_pictures=self._config.max_batch_pictures,
+                )
+            except Refusal as refusal:
+                return await self._answered_before(caller, run_id, batch, refusal)
             with self._batcher.place(batch.images.picture_count):
                 return await self._held_answer(caller, run_id, batch, gone)
         except QueueFull:
@@ -90,23 +93,26 @@ class MoneyPath:
         except LedgerUnavailable as error:
             log.error("ledger unavailable", error=str(error))
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
+        except LedgerError as error:  # the account is not on these books, for example
+            log.error("ledger refused", error=str(error))
+            raise Refusal.of(Reason.LEDGER_REFUSED, problem=error) from None
+
+    async def _answered_before(
+        self, caller: Caller, run_id: str, batch: wire.Batch, refusal: Refusal
+    ) -> wire.BatchResult:
+        """The kept answer of a batch that is refused now and was paid for before; else raises the refusal."""
+        if not codec.fits_its_header(batch.images):
+            raise refusal
+        posted = await self._ledger.replay(_hold_request(caller, run_id, batch))
+        if posted is None:
+            raise refusal
+        return _replayed(batch.batch_id, posted)
 
     async def _held_answer(self, caller: Caller, run_id: str, batch: wire.Batch, gone: "Gone") -> wire.BatchResult:
         images_NCHW = codec.decode_images(batch.images)
-        held = await self._ledger.hold(
-            HoldRequest(
-                account=caller.account,
-                batch_id=batch.batch_id,
-                run_id=run_id,
-                digest=codec.request_digest(batch.images),
-                picture_count=len(images_NCHW),
-            )
-        )
+        held = await self._ledger.hold(_hold_request(caller, run_id, batch))
         if isinstance(held, Posted):
-            if held.answer is None:
-                raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id)
-            kept = wire.Answer.FromString(held.answer)
-            return _result(batch.batch_id, kept, held, replayed=True)
+            return _replayed(batch.batch_id, held)
         try:
             probabilities_NK = await self._batcher.ask(images_NCHW, gone)
             answer = self._policy(probabilities_NK)
@@ -123,7 +129,7 @@ class MoneyPath:
             posted = await self._ledger.post(
                 caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
             )
-        except LedgerUnavailable:
+        except LedgerError:
             # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
             await self._release(caller.account, batch.batch_id)
             raise
@@ -306,6 +312,23 @@ class InferenceServicer(TeacherInferenceServicer):
             response = _refused(batch, Refusal.of(Reason.ENGINE_FAILED, incident=incident))
         if not stream.gone.left:
             stream.outgoing.put_nowait(response)
+
+
+def _hold_request(caller: Caller, run_id: str, batch: wire.Batch) -> HoldRequest:
+    return HoldRequest(
+        account=caller.account,
+        batch_id=batch.batch_id,
+        run_id=run_id,
+        digest=codec.request_digest(batch.images),
+        picture_count=batch.images.picture_count,
+    )
+
+
+def _replayed(batch_id: str, posted: Posted) -> wire.BatchResult:
+    """The answer as kept. Refusal: ANSWER_EXPIRED."""
+    if posted.answer is None:
+        raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch_id)
+    return _result(batch_id, wire.Answer.FromString(posted.answer), posted, replayed=True)
 
 
 def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:

@@ -18,7 +18,7 @@ import enum
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -429,6 +429,12 @@ class Ledger(Protocol):
         instance may repeat its own hold, and renews its lease with it.
         """
 
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        """The batch as it was answered and charged, None where it was not; reads alone, whatever its count is.
+
+        Refusal BATCH_ID_REUSED as in ``hold``. LedgerError where there is no such account.
+        """
+
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
     ) -> Posted:
@@ -491,14 +497,22 @@ class Ledger(Protocol):
         """Gives back what this instance still holds and closes the store."""
 
 
-async def watch(ledger: Ledger, name: str, stop: asyncio.Event | None = None) -> AsyncGenerator[Account]:
+async def watch(
+    ledger: Ledger,
+    name: str,
+    stop: asyncio.Event | None = None,
+    check: Callable[[], Awaitable[object]] | None = None,
+) -> AsyncGenerator[Account]:
     """The account now, then whenever it has changed, until ``stop`` is set. Raises as ``Ledger.account`` does.
 
-    It asks once a second: what changes an account may be another server on the same store.
+    It asks once a second: what changes an account may be another server on the same store. Before each look it
+    awaits ``check``, which ends the watch by raising.
     """
     stop = stop or asyncio.Event()
     told = None
     while not stop.is_set():
+        if check is not None:
+            await check()
         found = await ledger.account(name)
         if found != told:
             told = found

@@ -46,6 +46,14 @@ class MemoryLedger:
         self._record(rules.apply_hold(account, known, request, instance_id or INSTANCE, self._clock()))
         return Held()
 
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        account, key = self._account(request.account), (request.account, request.batch_id)
+        known = self._holds.get(key)
+        rules.check_same_batch(known, request)
+        if not rules.is_replay(known):
+            return None
+        return Posted(answer=self._answers[key], receipt=self._receipts[key], account=account)
+
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
     ) -> Posted:

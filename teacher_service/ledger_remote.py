@@ -40,7 +40,7 @@ from teacher_service.ledger import (
     LedgerUnavailable,
     Posted,
 )
-from teacher_service.ledger_wire import account_of, entry_of, key_message, key_of, posted_of
+from teacher_service.ledger_wire import account_of, answered_of, entry_of, key_message, key_of, posted_of
 
 CALL_SECONDS = 10.0
 POST_SECONDS = 20.0  # how long a post whose outcome is unknown is sent again
@@ -53,6 +53,7 @@ PAGE_ENTRIES = 1000
 SCHEMES = ("grpc://", "grpcs://")
 
 _EXPECTED = "expected a ledger as grpc://HOST:PORT or grpcs://HOST:PORT"
+_AWAY = (Reason.LEDGER_UNAVAILABLE, Reason.LEDGER_OUTCOME_UNKNOWN, Reason.DRAINING)
 _Batch = tuple[str, str]  # account and batch id
 
 
@@ -119,23 +120,31 @@ class RemoteLedger:
             instance_id=self.instance_id,
         )
         self._keep_alive()
-        held = False
+        held, doubted = False, batch in self._doubts
         try:
-            if batch in self._doubts:
+            if doubted:
                 async with self._settling:  # a void on its way must not overtake this hold
                     self._doubts.pop(batch, None)
             answer = await self._call("Hold", message)
             held = answer.HasField("held")
-        except (LedgerUnavailable, asyncio.CancelledError):
-            self._doubts[batch] = None
+        except BaseException as error:
+            # A refusal says nothing of the hold before it, which may stand.
+            if doubted or isinstance(error, (LedgerUnavailable, asyncio.CancelledError)):
+                self._doubts[batch] = None
             raise
         finally:
             if not held:
                 del self._under_way[batch]
         if held:
             return Held()
-        kept = answer.answered
-        return posted_of(request.batch_id, kept.posted, kept.answer if kept.HasField("answer") else None)
+        return answered_of(request.batch_id, answer.answered)
+
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        message = wire.LookupPostRequest(
+            account=request.account, batch_id=request.batch_id, run_id=request.run_id, digest=request.digest
+        )
+        found = await self._call("LookupPost", message)
+        return answered_of(request.batch_id, found.answered) if found.HasField("answered") else None
 
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
@@ -157,7 +166,7 @@ class RemoteLedger:
                     raise
                 await asyncio.sleep(POST_PAUSE_SECONDS)
                 continue
-            except Refusal:
+            except (Refusal, LedgerError):
                 self._under_way.pop((account, batch_id), None)
                 raise
             self._under_way.pop((account, batch_id), None)
@@ -320,7 +329,7 @@ class RemoteLedger:
     def _failure(self, error: grpc.aio.AioRpcError) -> Refusal | LedgerError:
         """What a failed call means here."""
         refusal = _refusal_of(error)
-        if refusal is None or refusal.reason in (Reason.LEDGER_UNAVAILABLE, Reason.DRAINING):
+        if refusal is None or refusal.reason in _AWAY:
             code, said = error.code(), " ".join(str(error.details()).split())
             return LedgerUnavailable(f"the ledger at {self._url} is away ({code.name}: {said})")
         if refusal.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):

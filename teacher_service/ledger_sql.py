@@ -17,9 +17,11 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import queue
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +53,7 @@ from teacher_service.ledger import (
 )
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SCHEMA_REVISION = "0002"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
@@ -59,6 +62,8 @@ MAX_GROUP_COMMANDS = 256
 MAX_WAITING_COMMANDS = 8192
 SWEEP_HOLDS = 1000  # at most so many holds are expired in one transaction
 PRUNE_SECONDS = 60.0  # from one look for old answers to the next
+STEADY_SECONDS = 600.0  # for so long the clock must have run steadily before anything is deleted by it
+STEADY_TOLERANCE_MS = 60_000
 PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
 PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 BUSY_TIMEOUT_SECONDS = 5
@@ -79,12 +84,12 @@ def _insert(table: sa.Table, postgres: bool) -> Any:
     return postgresql.insert(table) if postgres else sqlite.insert(table)
 
 
-def _lock_accounts(postgres: bool) -> sa.Select[Any]:
+def _lock_accounts(postgres: bool, skip_locked: bool) -> sa.Select[Any]:
     name = tables.accounts.c.name
     # A database's own collation may order names otherwise than another's, or than Python does.
     order = sa.collate(name, "C") if postgres else name
     names: sa.BindParameter[Any] = sa.bindparam("names", expanding=True)
-    return sa.select(tables.accounts).where(name.in_(names)).order_by(order).with_for_update()
+    return sa.select(tables.accounts).where(name.in_(names)).order_by(order).with_for_update(skip_locked=skip_locked)
 
 
 def _upsert_hold(postgres: bool) -> Any:
@@ -95,7 +100,9 @@ def _upsert_hold(postgres: bool) -> Any:
     )
 
 
-_LOCK_ACCOUNTS = {postgres: _lock_accounts(postgres) for postgres in (False, True)}
+_LOCK_ACCOUNTS = {
+    (postgres, skip): _lock_accounts(postgres, skip) for postgres in (False, True) for skip in (False, True)
+}
 _SELECT_HOLDS = sa.select(tables.holds).where(
     tables.holds.c.account == sa.bindparam("of"),
     tables.holds.c.batch_id.in_(sa.bindparam("batch_ids", expanding=True)),
@@ -147,6 +154,16 @@ class _Command:
     batch_id: str | None = None
     living: str = ""
 
+    def tell(self, value: Any) -> None:
+        """Tells the caller, unless it was told something already."""
+        if not self.outcome.done():
+            self.outcome.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """The same of what went wrong."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
 
 class _Transaction:
     """What one transaction has read and will write; reads in bulk at the start, writes in bulk at the end."""
@@ -169,13 +186,13 @@ class _Transaction:
         """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring."""
         self.renew_leases({command.living for command in group if command.living})
         self.lock({command.account for command in group if command.account is not None})
-        keys = {(command.account, command.batch_id) for command in group if command.account and command.batch_id}
-        by_account: dict[str, list[str]] = {}
-        for account, batch_id in keys:
-            self._holds[str(account), str(batch_id)] = None
-            by_account.setdefault(str(account), []).append(str(batch_id))
+        by_account: dict[str, set[str]] = {}
+        for command in group:
+            if command.account is not None and command.batch_id is not None:
+                self._holds[command.account, command.batch_id] = None
+                by_account.setdefault(command.account, set()).add(command.batch_id)
         for account, batch_ids in by_account.items():
-            for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": batch_ids}):
+            for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": list(batch_ids)}):
                 self._holds[row.account, row.batch_id] = tables.hold_of(row)
 
     def renew_leases(self, instance_ids: Collection[str]) -> None:
@@ -198,12 +215,14 @@ class _Transaction:
                 [{"instance_id": name, "lease_until_ms": now_ms + self.lease_ms} for name in stale],
             )
 
-    def lock(self, names: Collection[str]) -> None:
-        """Reads accounts, and in PostgreSQL locks them, always in the order of the names' bytes."""
+    def lock(self, names: Collection[str], *, skip_locked: bool = False) -> set[str]:
+        """Reads accounts, and in PostgreSQL locks them, always in the order of the names' bytes. Returns which."""
         if not names:
-            return
-        for row in self.connection.execute(_LOCK_ACCOUNTS[self._postgres], {"names": sorted(names)}):
-            self._accounts[row.name] = tables.account_of(row)
+            return set()
+        lock = _LOCK_ACCOUNTS[self._postgres, skip_locked]
+        found = self.connection.execute(lock, {"names": sorted(names)}).all()
+        self._accounts |= {row.name: tables.account_of(row) for row in found}
+        return {row.name for row in found}
 
     def account(self, name: str) -> Account:
         if name not in self._accounts:
@@ -359,6 +378,13 @@ class _Transaction:
             self.connection.execute(_INSERT_ANSWER, self._new_answers)
 
 
+def _read_account(connection: Connection, name: str) -> Account:
+    row = connection.execute(sa.select(tables.accounts).where(tables.accounts.c.name == name)).one_or_none()
+    if row is None:
+        raise LedgerError(f"expected the name of an account on these books, got {name!r}")
+    return tables.account_of(row)
+
+
 class SqlLedger:
     """``Ledger`` in a SQL store. Open with ``SqlLedger.open``; close with ``await close()``."""
 
@@ -389,7 +415,8 @@ class SqlLedger:
             with _store_errors(), engine.begin() as connection:
                 _bring_schema_up_to_date(connection, _without_password(url))
             with _store_errors(), engine.begin() as connection:
-                opened._renew_and_sweep(connection)
+                opened._renew(connection)
+            opened._try("expiring what the dead left held", opened._sweep)
         except BaseException:
             engine.dispose()
             raise
@@ -415,6 +442,20 @@ class SqlLedger:
             return Held()
 
         return await self._write(apply, request.account, request.batch_id, living=instance_id)
+
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        def read(connection: Connection) -> Posted | None:
+            account = _read_account(connection, request.account)
+            wanted = {"of": request.account, "batch_ids": [request.batch_id]}
+            row = connection.execute(_SELECT_HOLDS, wanted).one_or_none()
+            known = tables.hold_of(row) if row is not None else None
+            rules.check_same_batch(known, request)
+            if not rules.is_replay(known):
+                return None
+            transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
+            return transaction.posted(account, request.batch_id)
+
+        return await self._read(read)
 
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
@@ -541,28 +582,32 @@ class SqlLedger:
         return await self._write(lambda transaction: transaction.prune(name, before_ms), name)
 
     def begin_pruning(self, keep_ms: int) -> None:
-        """Prunes answers once they are older than this, in the background until the ledger is closed."""
+        """Prunes answers once they are older than this, in the background until the ledger is closed.
+
+        Only while the wall clock can be trusted: it must have kept step with the monotonic one, give or take
+        STEADY_TOLERANCE_MS, for STEADY_SECONDS (or ``keep_ms``, if that is shorter) without a break.
+        """
+        steady_seconds = min(STEADY_SECONDS, keep_ms / 1000)
 
         async def prune() -> None:
+            began, began_ms = time.monotonic(), self._clock()
             while True:
-                with contextlib.suppress(LedgerUnavailable):  # the next look finds them
-                    await self.prune_answers(self._clock() - keep_ms)
                 await asyncio.sleep(min(PRUNE_SECONDS, keep_ms / 1000))
+                now, now_ms = time.monotonic(), self._clock()
+                jump_ms = (now_ms - began_ms) - round((now - began) * 1000)
+                if abs(jump_ms) > STEADY_TOLERANCE_MS:
+                    log.warning("the clock jumped by %d ms: no answers are pruned for a while", jump_ms)
+                    began, began_ms = now, now_ms
+                if now - began >= steady_seconds:
+                    with contextlib.suppress(LedgerUnavailable):  # the next look finds them
+                        await self.prune_answers(now_ms - keep_ms)
 
         self._pruner = asyncio.create_task(prune(), name="ledger-prune")
 
     # --- reading ---
 
     async def account(self, name: str) -> Account:
-        query = sa.select(tables.accounts).where(tables.accounts.c.name == name)
-
-        def read(connection: Connection) -> Account:
-            row = connection.execute(query).one_or_none()
-            if row is None:
-                raise LedgerError(f"expected the name of an account on these books, got {name!r}")
-            return tables.account_of(row)
-
-        return await self._read(read)
+        return await self._read(lambda connection: _read_account(connection, name))
 
     async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
         name = tables.accounts.c.name  # compared and ordered as its index is, whatever the database's collation
@@ -648,12 +693,12 @@ class SqlLedger:
 
     def _write_forever(self) -> None:
         renew_seconds = self._lease_ms / 3000
-        next_renewal_ms = self._clock() + self._lease_ms // 3
+        renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
         while True:
             group: list[_Command] = []
             stop = False
             with contextlib.suppress(queue.Empty):
-                command = self._commands.get(timeout=renew_seconds)
+                command = self._commands.get(timeout=max(0.0, renew_at - time.monotonic()))
                 while command is not None:
                     if command.outcome.set_running_or_notify_cancel():  # the departed are skipped
                         group.append(command)
@@ -664,64 +709,101 @@ class SqlLedger:
                     stop = True
             if group:
                 self._commit(group)
-            now_ms = self._clock()
-            # A clock that jumped back must not keep the lease from being renewed.
-            if stop or now_ms >= next_renewal_ms or now_ms < next_renewal_ms - self._lease_ms:
-                # Whatever goes wrong here, the writer lives on, or every caller would wait for ever; posts are
-                # refused once another instance has seen our lease lapse.
-                with contextlib.suppress(Exception), self._engine.begin() as connection:
-                    self._retire(connection) if stop else self._renew_and_sweep(connection)
-                next_renewal_ms = now_ms + self._lease_ms // 3
             if stop:
+                self._try("giving back what is held", self._retire)
                 return
+            # Renewals keep their pace whatever the wall clock does. Where leases are measured with it (SQLite), its
+            # jumps, either way, are followed at once.
+            ahead_ms = self._clock() - renewed_ms
+            if time.monotonic() >= renew_at or not 0 <= ahead_ms < self._lease_ms // 3:
+                self._try("renewing the lease", self._renew)
+                self._try("expiring what the dead left held", self._sweep)
+                renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
 
-    def _commit(self, group: list[_Command]) -> None:
-        """Applies a group in one transaction: a refused command changes nothing, a failed store fails all."""
-        told: list[tuple[_Command, Any]] = []
+    def _try(self, what: str, step: Callable[[Connection], None]) -> None:
+        """One transaction of the server's own.
+
+        Whatever goes wrong is logged and the writer lives on, or every caller would wait for ever; posts are refused
+        once another instance has seen our lease lapse.
+        """
         try:
             with _store_errors(), self._engine.begin() as connection:
+                step(connection)
+        except Exception as error:
+            log.warning("the ledger failed at %s: %s", what, str(error) or repr(error))
+
+    def _commit(self, group: list[_Command]) -> None:
+        """Applies a group in one transaction: a refused command changes nothing, a failed store fails all.
+
+        What nobody expected of a command fails that command alone: the group is undone and applied one by one.
+        """
+        told: list[tuple[_Command, Any]] = []
+        applying = False
+        try:
+            with _store_errors(), self._engine.begin() as connection:
+                applying = True
                 transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
                 transaction.read(group)
                 for command in group:
                     try:
                         value = command.apply(transaction)
                     except (Refusal, LedgerError) as error:
-                        command.outcome.set_exception(error)
+                        command.fail(error)
                         continue
                     if isinstance(value, Held):
-                        command.outcome.set_result(value)
+                        command.tell(value)
                     else:
                         told.append((command, value))
                 transaction.flush()
+                applying = False  # a commit's outcome may be unknown: nothing is applied a second time after it
         except Exception as error:
             failure = error if isinstance(error, LedgerError) else LedgerUnavailable(repr(error))
+            # A store that is away, full or locked (OperationalError) would fail each of them again, slowly.
+            if applying and len(group) > 1 and not isinstance(error.__cause__, sa.exc.OperationalError):
+                log.warning("a group of %d commands is applied one by one: %s", len(group), failure)
+                for command in group:
+                    # Holds that were told are made again; who was refused has gone.
+                    if not command.outcome.done() or command.outcome.exception() is None:
+                        self._commit([command])
+                return
             for command in group:
-                if not command.outcome.done():
-                    command.outcome.set_exception(failure)
+                command.fail(failure)
             return
         for command, value in told:
-            command.outcome.set_result(value)
+            command.tell(value)
 
-    def _renew_and_sweep(self, connection: Connection) -> None:
+    def _renew(self, connection: Connection) -> None:
+        """A transaction of its own: nothing that a sweep meets may cost this server its lease."""
         transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
-        now_ms = transaction.lease_clock_ms()
         renew = transaction.insert(tables.instances).values(
-            instance_id=self.instance_id, lease_until_ms=now_ms + self._lease_ms
+            instance_id=self.instance_id, lease_until_ms=transaction.lease_clock_ms() + self._lease_ms
         )
         connection.execute(
             renew.on_conflict_do_update(
                 index_elements=["instance_id"], set_={"lease_until_ms": renew.excluded.lease_until_ms}
             )
         )
+
+    def _sweep(self, connection: Connection) -> None:
+        """Forgets the dead and expires what they held, but for accounts that somebody has locked just now.
+
+        Never this server itself, however long ago it last renewed: who sweeps is alive.
+        """
+        transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
+        now_ms = transaction.lease_clock_ms()
         # A lapsed lease and none at all mean the same, so the dead need not be remembered.
         # Whom another server is just renewing or forgetting is left to it: two sweeps never wait for each other.
         instance = tables.instances.c
-        lapsed = sa.select(instance.instance_id).where(instance.lease_until_ms < now_ms)
+        lapsed = sa.select(instance.instance_id).where(
+            instance.lease_until_ms < now_ms, instance.instance_id != self.instance_id
+        )
         connection.execute(
             sa.delete(tables.instances).where(instance.instance_id.in_(lapsed.with_for_update(skip_locked=True)))
         )
         living = sa.select(tables.instances.c.instance_id)
-        self._release(transaction, tables.holds.c.instance_id.not_in(living), HoldState.EXPIRED)
+        holder = tables.holds.c.instance_id
+        orphaned = holder.not_in(living) & (holder != self.instance_id)
+        self._release(transaction, orphaned, HoldState.EXPIRED, skip_locked=True)
 
     def _retire(self, connection: Connection) -> None:
         """A living server resolves its own holds; then its lease is given up."""
@@ -730,14 +812,17 @@ class SqlLedger:
         connection.execute(sa.delete(tables.instances).where(tables.instances.c.instance_id == self.instance_id))
 
     @staticmethod
-    def _release(transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState) -> None:
+    def _release(
+        transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState, *, skip_locked: bool = False
+    ) -> None:
         held = sa.literal(HoldState.HELD.value, literal_execute=True)  # a constant, so that the partial index serves
         stale = sa.select(tables.holds).where(tables.holds.c.state == held, which)
         # No ORDER BY here: with one, SQLite walks the primary key, and so every hold there ever was.
         found = transaction.connection.execute(stale.limit(SWEEP_HOLDS)).all()
-        transaction.lock({row.account for row in found})  # the lock first, in the order that every group takes it
+        # The lock first, in the order that every group takes it.
+        locked = transaction.lock({row.account for row in found}, skip_locked=skip_locked)
         # Read again under the lock: what another server has resolved meanwhile is no longer ours to release.
-        keys = [(row.account, row.batch_id) for row in found]
+        keys = [(row.account, row.batch_id) for row in found if row.account in locked]
         where = sa.tuple_(tables.holds.c.account, tables.holds.c.batch_id).in_(keys)
         for row in transaction.connection.execute(stale.where(where)).all() if keys else ():
             hold = tables.hold_of(row)
@@ -773,7 +858,10 @@ def _checked_url(url: str, create: bool) -> URL:
 
 def _engine(location: URL) -> sa.Engine:
     if location.get_backend_name() == "postgresql":
-        connect_args = {"options": POSTGRES_SETTINGS, "connect_timeout": BUSY_TIMEOUT_SECONDS}
+        given = location.query.get("options", ())
+        # After those of the URL, so that ours win.
+        options = " ".join([*((given,) if isinstance(given, str) else given), POSTGRES_SETTINGS])
+        connect_args = {"options": options, "connect_timeout": BUSY_TIMEOUT_SECONDS}
         # pool_pre_ping: a connection that died while it was idle is found out before it is used.
         # READ COMMITTED: what is read after the account's row was locked is what its last holder left.
         engine = sa.create_engine(

@@ -23,8 +23,25 @@ from teacher_service.auth import (
     refusals_as_status,
     refusals_as_stream_status,
 )
-from teacher_service.ledger import HoldRequest, Key, Ledger, Posted, check_identifier, watch
-from teacher_service.ledger_wire import account_message, entry_message, key_message, key_of, posted_message
+from teacher_service.ledger import (
+    HoldRequest,
+    Key,
+    Ledger,
+    LedgerError,
+    LedgerUnavailable,
+    Posted,
+    check_account_name,
+    check_identifier,
+    watch,
+)
+from teacher_service.ledger_wire import (
+    account_message,
+    answered_message,
+    entry_message,
+    key_message,
+    key_of,
+    posted_message,
+)
 
 DEFAULT_PAGE_ENTRIES = 500
 MAX_PAGE_ENTRIES = 5000
@@ -56,6 +73,7 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def GetBalance(self, request: wire.GetBalanceRequest, context: Any) -> wire.GetBalanceResponse:
         """An account's balance, and what one run cost."""
+        _check_run_id(request.run_id)
         account = await self._ledger.account(await self._account_meant(request.account, "GetBalance", context))
         run_posted = await self._ledger.run_posted(account.name, request.run_id) if request.run_id else 0
         return wire.GetBalanceResponse(
@@ -71,6 +89,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def ListStatement(self, request: wire.ListStatementRequest, context: Any) -> wire.ListStatementResponse:
         """A journal, one page."""
         name = await self._account_meant(request.account, "ListStatement", context)
+        _check_run_id(request.run_id)
         _check_not_negative(page_size=request.page_size, after_sequence=request.after_sequence)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
         entries = await self._ledger.statement(
@@ -88,6 +107,7 @@ class QuotaServicer(QuotaLedgerServicer):
     ) -> AsyncIterator[wire.StreamStatementResponse]:
         """A journal up to its end as of now."""
         name = await self._account_meant(request.account, "StreamStatement", context)
+        _check_run_id(request.run_id)
         _check_not_negative(after_sequence=request.after_sequence)
         last, after = (await self._ledger.account(name)).sequence, request.after_sequence
         while after < last:
@@ -106,10 +126,13 @@ class QuotaServicer(QuotaLedgerServicer):
     ) -> AsyncIterator[wire.WatchBalanceResponse]:
         """The balance now and whenever it has changed; a key revoked meanwhile ends it, and so does the server."""
         name = await self._account_meant(request.account, "WatchBalance", context)
+
+        async def check() -> None:
+            await self._account_meant(request.account, "WatchBalance", context)
+
         with self._watching((await self._caller(context)).account):
-            async with contextlib.aclosing(watch(self._ledger, name, self._draining)) as balances:
+            async with contextlib.aclosing(watch(self._ledger, name, self._draining, check)) as balances:
                 async for account in balances:
-                    await self._account_meant(request.account, "WatchBalance", context)
                     yield wire.WatchBalanceResponse(account=account_message(account))
         raise Refusal.of(Reason.DRAINING)
 
@@ -136,7 +159,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def Hold(self, request: wire.HoldRequest, context: Any) -> wire.HoldResponse:
         """Holds for an instance of the caller's."""
         instance_id = await self._instance(request.instance_id, context)
-        check_identifier("batch_id", request.batch_id)
+        _check_batch(request.account, request.batch_id)
         check_identifier("run_id", request.run_id)
         if len(request.digest) > MAX_DIGEST_BYTES:
             got = f"{len(request.digest)} bytes"
@@ -152,15 +175,29 @@ class QuotaServicer(QuotaLedgerServicer):
         )
         found = await self._ledger.hold(wish, instance_id=instance_id)
         if isinstance(found, Posted):
-            answered = wire.AnsweredBatch(posted=posted_message(found), answer=found.answer)
-            return wire.HoldResponse(answered=answered)
+            return wire.HoldResponse(answered=answered_message(found))
         return wire.HoldResponse(held=wire.HeldBatch())
+
+    @refusals_as_status
+    async def LookupPost(self, request: wire.LookupPostRequest, context: Any) -> wire.LookupPostResponse:
+        """A batch as it was answered, if it was."""
+        _check_batch(request.account, request.batch_id)
+        check_identifier("run_id", request.run_id)
+        wish = HoldRequest(
+            account=request.account,
+            batch_id=request.batch_id,
+            run_id=request.run_id,
+            digest=request.digest,
+            picture_count=0,  # not looked at
+        )
+        found = await self._ledger.replay(wish)
+        return wire.LookupPostResponse(answered=answered_message(found) if found is not None else None)
 
     @refusals_as_status
     async def Post(self, request: wire.PostRequest, context: Any) -> wire.PostResponse:
         """Charges what an instance of the caller's holds."""
         instance_id = await self._instance(request.instance_id, context)
-        check_identifier("batch_id", request.batch_id)
+        _check_batch(request.account, request.batch_id)
         posted = await self._ledger.post(
             request.account,
             request.batch_id,
@@ -174,6 +211,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def Void(self, request: wire.VoidRequest, context: Any) -> wire.VoidResponse:
         """Gives back what an instance of the caller's holds."""
         instance_id = await self._instance(request.instance_id, context)
+        _check_batch(request.account, request.batch_id)
         await self._ledger.void(request.account, request.batch_id, instance_id=instance_id)
         return wire.VoidResponse()
 
@@ -194,7 +232,7 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def LookupKey(self, request: wire.LookupKeyRequest, context: Any) -> wire.LookupKeyResponse:
         """A credential as stored."""
-        found = await self._ledger.key(request.key_id)
+        found = await self._ledger.key(request.key_id) if _KEY_ID.fullmatch(request.key_id) else None
         return wire.LookupKeyResponse(key=key_message(found) if found is not None else None)
 
     # --- accounts and keys ---
@@ -202,6 +240,7 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def GetAccount(self, request: wire.GetAccountRequest, context: Any) -> wire.GetAccountResponse:
         """One account."""
+        check_account_name(request.account)
         return wire.GetAccountResponse(account=account_message(await self._ledger.account(request.account)))
 
     @refusals_as_status
@@ -225,30 +264,39 @@ class QuotaServicer(QuotaLedgerServicer):
             raise Refusal.of(
                 Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
             )
-        account = await self._ledger.create_account(request.account, granted, key, grant_id=request.grant_id)
+        with _outcome_unknown(request.grant_id):
+            account = await self._ledger.create_account(request.account, granted, key, grant_id=request.grant_id)
         return wire.CreateAccountResponse(account=account_message(account))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
         """More pictures."""
-        account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
+        check_account_name(request.account)
+        with _outcome_unknown(request.grant_id):
+            account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
         return wire.GrantResponse(account=account_message(account))
 
     @refusals_as_status
     async def CreateKey(self, request: wire.CreateKeyRequest, context: Any) -> wire.CreateKeyResponse:
         """One more key of an account."""
-        await self._ledger.add_key(_checked_key(request.key))
+        key = _checked_key(request.key)
+        with _outcome_unknown():
+            await self._ledger.add_key(key)
         return wire.CreateKeyResponse()
 
     @refusals_as_status
     async def ListKeys(self, request: wire.ListKeysRequest, context: Any) -> wire.ListKeysResponse:
         """Every key of an account."""
+        check_account_name(request.account)
         return wire.ListKeysResponse(keys=[key_message(key) for key in await self._ledger.keys(request.account)])
 
     @refusals_as_status
     async def RevokeKey(self, request: wire.RevokeKeyRequest, context: Any) -> wire.RevokeKeyResponse:
         """The end of a key."""
-        await self._ledger.revoke_key(request.key_id)
+        if not _KEY_ID.fullmatch(request.key_id):
+            raise LedgerError(f"expected the id of a key on these books, got {request.key_id[:80]!r}")
+        with _outcome_unknown():
+            await self._ledger.revoke_key(request.key_id)
         return wire.RevokeKeyResponse()
 
     async def _caller(self, context: Any) -> Caller:
@@ -261,12 +309,35 @@ class QuotaServicer(QuotaLedgerServicer):
             return caller.account
         if caller.role not in MAY_NAME_ACCOUNTS:
             raise Refusal.of(Reason.PERMISSION_DENIED, method=f"{method} of another account")
+        check_account_name(named)
         return named
 
     async def _instance(self, instance_id: str, context: Any) -> str:
         """An instance as the books know it: nobody acts for another account's teachers, or for this server."""
         check_identifier("instance_id", instance_id)
         return f"{(await self._caller(context)).account}/{instance_id}"
+
+
+@contextlib.contextmanager
+def _outcome_unknown(grant_id: str = "") -> Iterator[None]:
+    """A change by an admin: without an id that makes it once, nobody is told to send it again. Raises Refusal."""
+    try:
+        yield
+    except LedgerUnavailable:
+        if grant_id:
+            raise
+        raise Refusal.of(Reason.LEDGER_OUTCOME_UNKNOWN) from None
+
+
+def _check_batch(account: str, batch_id: str) -> None:
+    """Keeps from the books what could never be on them. Refusal INVALID_REQUEST, LedgerError."""
+    check_identifier("batch_id", batch_id)
+    check_account_name(account)
+
+
+def _check_run_id(run_id: str) -> None:
+    if run_id:
+        check_identifier("run_id", run_id)
 
 
 def _check_not_negative(**fields: int) -> None:
@@ -283,4 +354,5 @@ def _checked_key(message: wire.StoredKey) -> Key:
     if len(key.secret_sha256) != 32:
         got = f"{len(key.secret_sha256)} bytes"
         raise Refusal.of(Reason.INVALID_REQUEST, field="key.secret_digest", expected="32 bytes", got=got)
+    check_account_name(key.account)
     return key

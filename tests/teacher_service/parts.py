@@ -284,7 +284,7 @@ async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[Ledg
 class TwoRoles:
     """``Ledger`` over gRPC as tests want it: a teacher's key for the money path, an admin's for the rest."""
 
-    MONEY = ("begin", "hold", "post", "void", "renew_lease", "end_lease", "instance_id")
+    MONEY = ("begin", "hold", "replay", "post", "void", "renew_lease", "end_lease", "instance_id")
 
     def __init__(self, teacher: RemoteLedger, admin: RemoteLedger) -> None:
         self.teacher, self.admin = teacher, admin

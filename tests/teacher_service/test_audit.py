@@ -77,6 +77,7 @@ class Books:
             if self.url.startswith("sqlite"):
                 connection.execute("DROP TRIGGER IF EXISTS entries_no_update")
                 connection.execute("DROP TRIGGER IF EXISTS entries_no_delete")
+                connection.execute("DROP TRIGGER IF EXISTS entries_no_replace")
                 connection.execute("DROP INDEX IF EXISTS one_post_a_batch")
                 connection.execute("DROP INDEX IF EXISTS one_grant_an_id")
                 connection.execute("PRAGMA ignore_check_constraints = ON")

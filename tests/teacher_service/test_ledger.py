@@ -318,6 +318,27 @@ async def test_repeat_of_posted_id_is_free_and_byte_identical(books: Ledger) -> 
     assert len(await books.statement("a")) == entries
 
 
+async def test_whether_a_batch_was_answered_can_be_asked_without_holding_it(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    assert await books.replay(wish()) is None
+    await books.hold(wish())
+    await settled(books)
+    assert await books.replay(wish()) is None  # under way
+    posted = await books.post("a", "b", b"answer")
+    entries = await books.statement("a")
+    assert await books.replay(wish()) == await books.replay(wish(count=99)) == posted == await replay(books)
+    for other in (wish(digest=b"e"), wish(run_id="other")):
+        with pytest.raises(Refusal) as caught:
+            await books.replay(other)
+        assert caught.value == await refused(books, other)
+    with pytest.raises(LedgerError, match="'nobody'"):
+        await books.replay(dataclasses.replace(wish(), account="nobody"))
+    await books.hold(wish("voided"))
+    await books.void("a", "voided")
+    assert await books.replay(wish("voided")) is None
+    assert (await books.statement("a"))[:3] == entries and await state(books) == (10, 5, 0, 5)
+
+
 async def test_an_empty_answer_is_kept_and_not_taken_for_a_pruned_one(books: Ledger) -> None:
     await books.create_account("a", 5)
     await books.hold(wish())
@@ -888,6 +909,31 @@ async def test_a_server_prunes_in_the_background_until_it_is_closed(opened: Call
     await charge(other, "y")
     await asyncio.sleep(0.7)
     assert (await repeat(other, "y")).answer == b"answer y"
+
+
+async def test_nothing_is_pruned_by_a_clock_that_has_just_jumped(
+    opened: Callable[..., SqlLedger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_sql, "PRUNE_SECONDS", 0.02)
+    monkeypatch.setattr(ledger_sql, "STEADY_SECONDS", 0.8)
+    ahead_ms = 7_200_000  # wrong already when the server starts
+    ledger, other = opened(clock=lambda: rules.now_ms() + ahead_ms), opened(clock=rules.now_ms)
+    await other.create_account("a", 100)
+    await charge(other, "x")
+    ledger.begin_pruning(3_600_000)
+    await asyncio.sleep(0.3)
+    ahead_ms = 0  # put right
+    await asyncio.sleep(1.2)  # steady for long enough, and by the right clock the answer is young
+    assert (await repeat(other, "x")).answer == b"answer x"
+    ahead_ms = 7_200_000
+    await asyncio.sleep(0.3)
+    assert (await repeat(other, "x")).answer == b"answer x"
+    assert [record.getMessage() for record in caplog.records if "jumped" in record.getMessage()] != []
+
+    async def gone() -> bool:
+        return (await repeat(other, "x")).answer is None
+
+    await until(gone)  # a clock that stays there is taken for right
 
 
 # --- keys ---

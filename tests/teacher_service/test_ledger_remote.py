@@ -128,7 +128,7 @@ class LossyServicer(QuotaLedgerServicer):
                     request, metadata=context.invocation_metadata(), timeout=10
                 )
             except grpc.aio.AioRpcError as error:
-                trailing = [item for item in error.trailing_metadata() if item[0] == "grpc-status-details-bin"]
+                trailing = tuple(item for item in error.trailing_metadata() if item[0] == "grpc-status-details-bin")
                 await context.abort(error.code(), error.details(), trailing_metadata=trailing)
             if self.lose.get(name, 0):
                 self.lose[name] -= 1
@@ -223,6 +223,45 @@ async def test_a_hold_in_doubt_that_nobody_repeats_is_given_back(
         await until(given_back)
         await until(lambda: not remote._doubts)
         assert await remote.hold(wish()) == Held()
+    await books.close()
+
+
+async def test_a_hold_in_doubt_is_not_forgotten_when_its_repeat_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_remote, "DOUBT_SECONDS", 0.05)
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, lossy(server) as (servicer, remote):
+        servicer.lose["Hold"] = 1
+        servicer.refuse["Void"] = 10**6
+        with pytest.raises(LedgerUnavailable):
+            await remote.hold(wish())
+        for _ in range(2):
+            with pytest.raises(Refusal, match="BATCH_ID_REUSED"):
+                await remote.hold(wish(digest=b"other pictures"))
+        with pytest.raises(LedgerError, match="expected a hold of 1 to"):
+            await remote.hold(wish(count=2**60))
+        assert (await books.account("a")).held == 5
+        servicer.refuse["Void"] = 0
+
+        async def given_back() -> bool:
+            return (await books.account("a")).held == 0
+
+        await until(given_back)
+        await until(lambda: not remote._doubts)
+    await books.close()
+
+
+async def test_a_post_that_the_books_cannot_do_leaves_nothing_under_way(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server) as remote:
+        await remote.hold(wish())
+        with pytest.raises(LedgerError, match="expected to post 1 to 5 pictures of batch b, got 6"):
+            await remote.post("a", "b", b"answer", 6)
+        assert await remote.hold(wish()) == Held()  # the same hold, still ours
+        assert (await remote.post("a", "b", b"answer")).account.posted == 5
     await books.close()
 
 

@@ -147,6 +147,7 @@ MAY_CALL = {
     "StreamStatement": "customer teacher admin",
     "WatchBalance": "customer teacher admin",
     "Hold": "teacher",
+    "LookupPost": "teacher",
     "Post": "teacher",
     "Void": "teacher",
     "RenewLease": "teacher",
@@ -218,8 +219,12 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
     [
         ("Hold", {"batch_id": "b", "run_id": "r"}, "instance_id"),
         ("Hold", {"batch_id": "b|c", "run_id": "r", "instance_id": "i"}, "batch_id"),
-        ("Hold", {"batch_id": "b", "run_id": "", "instance_id": "i"}, "run_id"),
-        ("Hold", {"batch_id": "b", "run_id": "r", "instance_id": "i", "digest": bytes(65)}, "digest"),
+        ("Hold", {"account": "a", "batch_id": "b", "run_id": "", "instance_id": "i"}, "run_id"),
+        ("Hold", {"account": "a", "batch_id": "b", "run_id": "r", "instance_id": "i", "digest": bytes(65)}, "digest"),
+        ("LookupPost", {"account": "a", "batch_id": "", "run_id": "r"}, "batch_id"),
+        ("LookupPost", {"account": "a", "batch_id": "b", "run_id": "\0"}, "run_id"),
+        ("Void", {"instance_id": "i"}, "batch_id"),
+        ("Void", {"account": "a", "batch_id": "\0", "instance_id": "i"}, "batch_id"),
         ("Post", {"batch_id": "b", "instance_id": "a/b"}, "instance_id"),
         ("Void", {"batch_id": "b"}, "instance_id"),
         ("CreateKey", {"key": STORED | {"role": 0}}, "key.role"),
@@ -231,6 +236,9 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
         ("CreateAccount", {"account": "new", "grant_id": "g"}, "grant_id"),
         ("Grant", {"account": "customer", "picture_count": 1, "grant_id": "a|b"}, "grant_id"),
         ("ListAccounts", {"page_size": -1}, "page_size"),
+        ("ListStatement", {"run_id": "\0"}, "run_id"),
+        ("StreamStatement", {"run_id": "\0"}, "run_id"),
+        ("GetBalance", {"run_id": "\0"}, "run_id"),
         ("StreamStatement", {"after_sequence": -1}, "after_sequence"),
     ],
 )
@@ -264,6 +272,73 @@ async def test_what_the_books_cannot_do_is_told_to_the_operator_and_changes_noth
         refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
         assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and "expected" in refusal.message
         assert refusal.retry_seconds is None and await server.ledger.accounts() == before
+
+
+@pytest.mark.parametrize("account", ["", "\0", "a\0", "A", "a" * 64])
+async def test_what_is_no_accounts_name_never_reaches_the_books(account: str) -> None:
+    class Untouched(MemoryLedger):
+        async def untouched(self, *_arguments: Any, **_more: Any) -> Any:
+            raise AssertionError("the books were asked")
+
+        hold = post = void = replay = grant = keys = run_posted = statement = untouched
+
+    batch = {"account": account, "batch_id": "b", "run_id": "r", "instance_id": "i"}
+    async with ledger_serving(Untouched()) as server:
+        calls: list[tuple[str, Role, dict[str, Any]]] = [
+            ("Hold", Role.TEACHER, batch),
+            ("Post", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "instance_id")}),
+            ("Void", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "instance_id")}),
+            ("LookupPost", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "run_id")}),
+            ("Grant", Role.ADMIN, {"account": account, "picture_count": 1}),
+            ("ListKeys", Role.ADMIN, {"account": account}),
+            ("GetAccount", Role.ADMIN, {"account": account}),
+            ("CreateKey", Role.ADMIN, {"key": STORED | {"account": account}}),
+            ("RevokeKey", Role.ADMIN, {"key_id": account}),
+        ]
+        if account:  # empty: one's own
+            calls.append(("ListStatement", Role.ADMIN, {"account": account}))
+        for method, role, fields in calls:
+            refusal = await outcome(server, method, server.keys[role], **fields)
+            assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED, method
+            assert "expected" in refusal.message
+        assert await outcome(server, "LookupKey", server.keys[Role.ADMIN], key_id=account) is None
+
+
+async def test_an_admins_change_that_may_have_been_made_is_not_advised_to_be_sent_again() -> None:
+    class Failing(MemoryLedger):
+        fails = False
+
+        async def fail(self, *_arguments: Any, **_more: Any) -> Any:
+            raise rules.LedgerUnavailable("the connection was cut after COMMIT")
+
+        grant = revoke_key = fail
+
+        async def create_account(self, *arguments: Any, **more: Any) -> Any:
+            return await (self.fail if self.fails else super().create_account)(*arguments, **more)
+
+        async def add_key(self, key: rules.Key) -> None:
+            return await (self.fail if self.fails else super().add_key)(key)
+
+    books = Failing()
+    async with ledger_serving(books) as server:
+        books.fails = True
+        for method, fields, may_have_an_id in (
+            ("Grant", {"account": "customer", "picture_count": 5}, True),
+            ("CreateAccount", {"account": "new", "picture_count": 5}, True),
+            ("CreateKey", {"key": STORED}, False),
+            ("RevokeKey", {"key_id": "0" * 16}, False),
+        ):
+            refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
+            assert refusal == Refusal.of(Reason.LEDGER_OUTCOME_UNKNOWN), method
+            assert refusal is not None and refusal.retry_seconds is None
+            assert "look whether it was done before you do it again" in refusal.message
+            if may_have_an_id:
+                refusal = await outcome(server, method, server.keys[Role.ADMIN], grant_id="g", **fields)
+                assert refusal is not None and refusal.retry_seconds == 2.0
+        remote = server.connect(Role.ADMIN)
+        with pytest.raises(rules.LedgerUnavailable, match="look whether it was done"):
+            await remote.grant("customer", 5)
+        await remote.close()
 
 
 async def test_a_grant_with_an_id_is_made_once_and_its_id_is_on_the_statement() -> None:
@@ -364,6 +439,17 @@ async def test_a_revoked_key_ends_a_watch_before_it_tells_anything_more(monkeypa
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await asyncio.wait_for(watching.read(), 5)
         assert refusal_of(ended.value).reason is Reason.UNAUTHENTICATED
+
+
+async def test_a_revoked_key_ends_a_watch_of_a_balance_that_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "WATCH_SECONDS", 0.01)
+    async with serving(budget=100) as service:
+        text, stored = new_key("device")
+        await service.ledger.add_key(stored)
+        call = await watching(service, text)
+        await service.ledger.revoke_key(stored.key_id)
+        service.clock.seconds += CACHE_SECONDS
+        assert (await ended(call)).reason is Reason.UNAUTHENTICATED
 
 
 async def watching(service: Service, key: str | None = None) -> Any:

@@ -211,6 +211,24 @@ class AnsweredBatch(_message.Message):
     answer: bytes
     def __init__(self, posted: _Optional[_Union[PostedBatch, _Mapping]] = ..., answer: _Optional[bytes] = ...) -> None: ...
 
+class LookupPostRequest(_message.Message):
+    __slots__ = ("account", "batch_id", "run_id", "digest")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    batch_id: str
+    run_id: str
+    digest: bytes
+    def __init__(self, account: _Optional[str] = ..., batch_id: _Optional[str] = ..., run_id: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class LookupPostResponse(_message.Message):
+    __slots__ = ("answered",)
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    answered: AnsweredBatch
+    def __init__(self, answered: _Optional[_Union[AnsweredBatch, _Mapping]] = ...) -> None: ...
+
 class PostRequest(_message.Message):
     __slots__ = ("account", "batch_id", "instance_id", "answer", "picture_count")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
