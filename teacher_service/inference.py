@@ -264,7 +264,13 @@ class InferenceServicer(TeacherInferenceServicer):
                     raise Refusal.of(
                         Reason.INVALID_REQUEST, field="payload", expected="a batch after the config", got=got
                     )
-                caller = await self._authenticator.identify(metadata)
+                try:
+                    caller = await self._authenticator.identify(metadata)
+                except Refusal as refusal:
+                    if refusal.reason is not Reason.LEDGER_UNAVAILABLE:
+                        raise
+                    stream.outgoing.put_nowait(_refused(request.batch, refusal))  # this batch alone: it comes again
+                    continue
                 task = asyncio.create_task(self._answer(caller, run_id, request.batch, stream), name="batch")
                 for tasks in (batches, self._batches):
                     tasks.add(task)
