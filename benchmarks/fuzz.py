@@ -817,7 +817,7 @@ def _play_round(player: Player, seed: int, number: int, until: int) -> None:
 
 
 def _growth(samples: Sequence[float]) -> tuple[float, float]:
-    """The least of the second quarter (the first is warm-up) and the least of the last: what is given back is no leak."""
+    """The least of the second quarter (the first is warm-up) and of the last: what is given back is no leak."""
     quarter = max(1, len(samples) // 4)
     return min(samples[quarter : 2 * quarter], default=0.0), min(samples[-quarter:], default=0.0)
 

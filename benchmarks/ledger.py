@@ -332,7 +332,8 @@ def _make_account(connection: sqlite3.Connection, name: str, entries: int) -> in
         rows.append((name, sequence, sequence, kind, batch_id, run_id, count, digest, head))
         return head
 
-    connection.execute("INSERT INTO accounts VALUES (?, 0, 0, 0, 0, ?)", (name, head))
+    columns = "name, granted, posted, held, sequence, head"
+    connection.execute(f"INSERT INTO accounts ({columns}) VALUES (?, 0, 0, 0, 0, ?)", (name, head))
     add("grant", "", "", 2**40, b"")
     for first in range(0, (entries - 1) // 2, _MAKE_AT_ONCE):
         holds, answers = [], []

@@ -4,6 +4,7 @@ Shape letters: N pictures, C channels, H height, W width, K classes, J classes n
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,12 @@ def check_images(
     expect("width", width, batch.width)
     expected_bytes = batch.picture_count * channels * height * width
     expect("payload", f"{expected_bytes} bytes", f"{len(batch.payload)} bytes")
+
+
+def fits_its_header(batch: ImageBatch | ReceivedImages) -> bool:
+    """Whether header and payload agree with each other, whatever a server accepts just now."""
+    sizes = (batch.picture_count, batch.channels, batch.height, batch.width)
+    return batch.encoding in ENCODINGS and min(sizes) > 0 and math.prod(sizes) == len(batch.payload)
 
 
 def decode_images(batch: ImageBatch | ReceivedImages) -> UInt8Array:

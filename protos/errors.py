@@ -30,11 +30,13 @@ class Reason(enum.Enum):
     DRAINING = enum.auto()
     DEADLINE_EXCEEDED = enum.auto()
     LEDGER_UNAVAILABLE = enum.auto()
+    LEDGER_OUTCOME_UNKNOWN = enum.auto()
     LEDGER_REFUSED = enum.auto()
     STREAM_NOT_CONFIGURED = enum.auto()
     INVALID_REQUEST = enum.auto()
     INVALID_IMAGES = enum.auto()
     BATCH_ID_REUSED = enum.auto()
+    GRANT_ID_REUSED = enum.auto()
     BATCH_IN_FLIGHT = enum.auto()
     HOLD_LOST = enum.auto()
     ANSWER_EXPIRED = enum.auto()
@@ -42,6 +44,7 @@ class Reason(enum.Enum):
     UNIMPLEMENTED = enum.auto()
     UNAUTHENTICATED = enum.auto()
     PERMISSION_DENIED = enum.auto()
+    WATCH_LIMIT = enum.auto()
     ENGINE_FAILED = enum.auto()
     UNKNOWN = enum.auto()
 
@@ -93,6 +96,12 @@ TABLE: dict[Reason, Entry] = {
         "send the same batch again",
         2.0,
     ),
+    # What an operator asked for and did not name with an id: done twice it counts twice, so no advice to repeat it.
+    Reason.LEDGER_OUTCOME_UNKNOWN: Entry(
+        code_pb2.UNKNOWN,
+        "the ledger failed, and whether the change was made is not known; "
+        "look whether it was done before you do it again",
+    ),
     # What an operator asked of the books and they cannot do: no such account, a name taken, a grant that is no count.
     Reason.LEDGER_REFUSED: Entry(code_pb2.FAILED_PRECONDITION, "{problem}"),
     Reason.STREAM_NOT_CONFIGURED: Entry(
@@ -104,6 +113,10 @@ TABLE: dict[Reason, Entry] = {
     Reason.BATCH_ID_REUSED: Entry(
         code_pb2.ALREADY_EXISTS,
         "batch id {batch_id} was used before with another {field}; new pictures need a new id",
+    ),
+    Reason.GRANT_ID_REUSED: Entry(
+        code_pb2.ALREADY_EXISTS,
+        "grant id {grant_id} was used before with another {field}; a new grant needs a new id",
     ),
     Reason.BATCH_IN_FLIGHT: Entry(
         code_pb2.ABORTED, "batch {batch_id} is still being answered; send it again in a moment", 0.5
@@ -125,6 +138,10 @@ TABLE: dict[Reason, Entry] = {
         code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
     ),
     Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "this key's role does not allow {method}"),
+    Reason.WATCH_LIMIT: Entry(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "{limit} watches of {scope} are open already; end one, or ask with GetBalance",
+    ),
     Reason.ENGINE_FAILED: Entry(
         code_pb2.INTERNAL, "the model failed on this batch; nothing was charged (incident {incident})"
     ),

@@ -67,6 +67,7 @@ class Report:
     entries: int = 0
     granted_pictures: int = 0
     posted_pictures: int = 0
+    pruned_answers: int = 0
     live_holds: int = 0
     orphaned_holds: list[str] = field(default_factory=list)
     receipts: int = 0
@@ -94,6 +95,8 @@ class _Account:
     name: str
     sequence: int = 0
     head: bytes = bytes(32)
+    pruned: int = 0  # answers of posts up to this entry are no longer kept
+    pruned_answers: int = 0
     book: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     under_way: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)  # batch id -> count, run, digest
     released: dict[str, tuple[int, str, bytes, str]] = field(default_factory=dict)  # … and how it ended
@@ -121,6 +124,7 @@ def verify(url: str, receipts: Iterable[Receipt] = (), *, progress: Progress = l
             audit.replay_journals,
             audit.compare_balances,
             audit.compare_posts,
+            audit.compare_grants,
             audit.compare_batches,
             audit.find_orphans,
             audit.settle_receipts,
@@ -171,9 +175,9 @@ class _Audit:
 
     def replay_journals(self) -> None:
         total = self._store.one("SELECT count(*) FROM entries")
-        names = [name for (name,) in self._store.rows("SELECT name FROM accounts ORDER BY name")]
-        for name in names:
-            self._accounts[name] = self._replay(name, total)
+        pruned = "pruned_sequence" if self._store.may_be_pruned() else "0"
+        for name, sequence in list(self._store.rows(f"SELECT name, {pruned} FROM accounts ORDER BY name")):
+            self._accounts[name] = self._replay(name, total, sequence)
         if self._report.entries != total:  # only then is it worth a long look
             strangers = [
                 name
@@ -188,8 +192,8 @@ class _Audit:
                     f"the journal has {total} entries, by accounts and numbers only {self._report.entries} are found"
                 )
 
-    def _replay(self, name: str, total: int) -> _Account:
-        account = _Account(name)
+    def _replay(self, name: str, total: int, pruned: int = 0) -> _Account:
+        account = _Account(name, pruned=pruned)
         try:
             self._replay_entries(account, total)
         except (TypeError, AttributeError) as error:
@@ -198,6 +202,12 @@ class _Audit:
         self._report.granted_pictures -= account.book[ISSUER]
         self._report.posted_pictures += account.book[POSTED]
         self._report.live_holds += len(account.under_way)
+        self._report.pruned_answers += account.pruned_answers
+        if not 0 <= pruned <= account.sequence:
+            self._report.find(
+                f"account {name}: its row says that answers are kept after entry {pruned}, its journal ends with "
+                f"{account.sequence}"
+            )
         return account
 
     def _replay_entries(self, account: _Account, total: int) -> None:
@@ -205,8 +215,8 @@ class _Audit:
         name, book, under_way, released = account.name, account.book, account.under_way, account.released
         find, sha256, salt, progress = self._report.find, hashlib.sha256, self._salt, self._progress
         wanted = self._wanted.get(name, {})
-        head, expected, done = account.head, 0, self._report.entries
-        holds_left = answers_left = 0
+        head, expected, done, pruned = account.head, 0, self._report.entries, account.pruned
+        holds_left = answers_left = pruned_answers = 0
         rest: tuple[str, int] | None = None  # of a partial post: what the very next entry must give back
         for sequence, create_time_ms, kind, batch_id, run_id, count, digest, stored_head in self._store.entries(name):
             expected += 1
@@ -259,7 +269,10 @@ class _Audit:
                     if count < held:
                         rest = (batch_id, held - count)
                     holds_left += hash(f"{salt}{batch_id}|{held_run}|{held}|{held_digest.hex()}|posted")
-                    answers_left += hash(f"{salt}{batch_id}|{sequence}|{digest.hex()}|{stored_head.hex()}")
+                    if sequence > pruned:
+                        answers_left += hash(f"{salt}{batch_id}|{sequence}|{digest.hex()}|{stored_head.hex()}")
+                    else:
+                        pruned_answers += 1
                 else:
                     released[batch_id] = (held, held_run, held_digest, _STATE_AFTER[kind])
         self._report.entries = done
@@ -270,6 +283,7 @@ class _Audit:
         for batch_id, (count, run_id, digest, state) in released.items():
             holds_left += hash(f"{salt}{batch_id}|{run_id}|{count}|{digest.hex()}|{state}")
         account.holds_left, account.answers_left = holds_left, answers_left
+        account.pruned_answers = pruned_answers
         if sum(book) != 0:
             find(f"account {name}: the books do not sum to zero: {dict(zip(BOOKS, book, strict=True))}")
 
@@ -303,6 +317,14 @@ class _Audit:
             known = self._accounts[account]
             if batch_id in known.under_way or batch_id in known.released:
                 self._report.find(f"account {account}: batch {batch_id} was posted, and held again after that")
+
+    def compare_grants(self) -> None:
+        """One grant an id, where it has one."""
+        for account, grant_id in self._store.rows(
+            "SELECT account, batch_id FROM entries WHERE kind = 'grant' AND batch_id <> '' "
+            "GROUP BY account, batch_id HAVING count(*) > 1 ORDER BY account, batch_id"
+        ):
+            self._report.find(f"account {account}: grant id {grant_id} was granted more than once")
 
     def compare_batches(self) -> None:
         """The rows of holds and answers against what the journal expects of them."""
@@ -361,11 +383,15 @@ class _Audit:
             booked = answers.pop(batch_id, None)
             if booked is None:
                 self._report.find(f"account {name}: batch {batch_id} has an answer that was never charged")
+            elif booked[0] <= account.pruned:
+                self._report.find(
+                    f"account {name}: the answer of batch {batch_id} was pruned, and is kept all the same"
+                )
             elif booked[1] != hashlib.sha256(answer).hexdigest():
                 self._report.find(f"account {name}: the answer of batch {batch_id} is not the one that was booked")
             elif (booked[0], booked[2]) != (sequence, head):
                 self._report.find(f"account {name}: the receipt of batch {batch_id} is not the journal's")
-        for batch_id in answers:
+        for batch_id in (batch_id for batch_id, booked in answers.items() if booked[0] > account.pruned):
             self._report.find(f"account {name}: batch {batch_id} was charged, and its answer is not kept")
 
     def find_orphans(self) -> None:
@@ -500,6 +526,10 @@ class Store(AbstractContextManager["Store"]):
         if self._sqlite:
             return time.time_ns() // 1_000_000
         return self.one("SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)")
+
+    def may_be_pruned(self) -> bool:
+        """Whether the store's schema knows of pruned answers; backups may be older."""
+        return not list(self.rows("SELECT 1 FROM alembic_version WHERE version_num = '0001'"))
 
     def entries(self, account: str) -> Iterator[tuple[Any, ...]]:
         """One account's journal, oldest first."""

@@ -45,6 +45,7 @@ ALLOWED: dict[str, frozenset[Role] | None] = {
     "/mekd.v1.QuotaLedger/StreamStatement": _EVERY_ROLE,
     "/mekd.v1.QuotaLedger/WatchBalance": _EVERY_ROLE,
     "/mekd.v1.QuotaLedger/Hold": _TEACHER,
+    "/mekd.v1.QuotaLedger/LookupPost": _TEACHER,
     "/mekd.v1.QuotaLedger/Post": _TEACHER,
     "/mekd.v1.QuotaLedger/Void": _TEACHER,
     "/mekd.v1.QuotaLedger/RenewLease": _TEACHER,

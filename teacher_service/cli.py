@@ -26,6 +26,7 @@ T = TypeVar("T")
 BAD_INPUT = 2
 INTERRUPTED = 130
 HEALTH_TIMEOUT_SECONDS = 5.0
+DURATION_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": None}
@@ -53,6 +54,16 @@ def _model_name(_context: click.Context, parameter: click.Parameter, text: str) 
     if not IDENTIFIER.fullmatch(text):
         raise click.BadParameter(f"expected 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-', got {text[:80]!r}")
     return text
+
+
+def _duration(_context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """Seconds of 90s, 30m, 12h or 7d."""
+    if text is None:
+        return None
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdecimal() and int(number) > 0 and unit in DURATION_SECONDS):
+        raise click.BadParameter(f"expected a whole number above 0 with s, m, h or d, for example 30d; got {text!r}")
+    return float(int(number) * DURATION_SECONDS[unit])
 
 
 def _facts_options(command: Callable[..., T]) -> Callable[..., T]:
@@ -288,6 +299,14 @@ def _given_facts(
     "times as often; agents wait 15 seconds for it.",
 )
 @click.option(
+    "--answers-keep",
+    "answers_keep_seconds",
+    callback=_duration,
+    metavar="DURATION",
+    help="Delete the bytes of older answers, e.g. 30d, 12h; a repeat of such a batch is refused then, and never "
+    "computed or charged again. Without it they are kept as long as the journal.",
+)
+@click.option(
     "--max-batch-pictures",
     type=click.IntRange(1),
     default=512,
@@ -509,17 +528,31 @@ def account_set(ledger: str, /, name: str, unset: tuple[str, ...], **given: Any)
 @click.pass_obj
 def account_list(ledger: str, form: str) -> None:
     """List every account with its balances; as json, one object a line."""
-    for found in _on_books(ledger, lambda books: books.accounts()):
-        _print_account(found, form=form)
+
+    async def pages(books: Ledger) -> None:
+        after_name = ""
+        while page := await books.accounts(after_name=after_name):
+            for found in page:
+                _print_account(found, form=form)
+            after_name = page[-1].name
+
+    _on_books(ledger, pages)
 
 
 @account.command("grant")
 @click.argument("name")
 @click.argument("pictures", type=int)
+@click.option(
+    "--grant-id",
+    default="",
+    metavar="ID",
+    help="An order number, a UUID: with it the account is granted this once, however often a script runs again.",
+)
 @click.pass_obj
-def account_grant(ledger: str, name: str, pictures: int) -> None:
+def account_grant(ledger: str, name: str, pictures: int, grant_id: str) -> None:
     """Grant an account more PICTURES; a stopped agent goes on with the same command."""
-    _print_account(_on_books(ledger, lambda books: books.grant(name, pictures)), form="text")
+    granting = _on_books(ledger, lambda books: books.grant(name, pictures, grant_id=grant_id))
+    _print_account(granting, form="text")
 
 
 @account.command("watch")

@@ -51,6 +51,8 @@ class ServerConfig:
     """After SIGTERM: how long batches under way may take."""
     lease_seconds: float = 10.0
     """How long the holds of a server that died stand, at least; of SQLite and PostgreSQL."""
+    answers_keep_seconds: float | None = None
+    """How long the bytes of an answer are kept for repeats of its batch; None: as long as the journal."""
     metrics_max_accounts: int = 200
 
 

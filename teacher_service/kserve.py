@@ -260,9 +260,11 @@ class _Model:
         batch_id = _identifier(request, "idempotency_key") or uuid.uuid4().hex
         run_id = _identifier(request, "run_id") or DEFAULT_RUN_ID
         asked = self._asked_output(caller, request.outputs)
-        images = self._images(request, self._money_path.max_batch_pictures(caller))
-        batch = Batch(batch_id, images)
-        result = await self._money_path.answer(caller, run_id, batch, gone, protocol="kserve")
+        images, misfit = self._images(request, self._money_path.max_batch_pictures(caller))
+        try:
+            result = await self._money_path.answer(caller, run_id, Batch(batch_id, images), gone, protocol="kserve")
+        except Refusal as refusal:
+            raise (misfit if misfit is not None and refusal.reason is Reason.INVALID_IMAGES else refusal) from None
         tensor = _tensor(result.answer, images.picture_count)
         if asked not in ("", tensor.name):  # the terms have changed since it was answered
             _refuse("outputs", f"{tensor.name!r}, which is kept for {batch_id}, or none by name", asked)
@@ -303,8 +305,13 @@ class _Model:
                 _refuse(f"outputs.{sold}.parameters", "none", ", ".join(sorted(output.parameters)))
         return sold
 
-    def _images(self, request: service_pb2.ModelInferRequest, most: int) -> codec.ReceivedImages:
-        """The pictures as our own protocol has them, so that digest and limits are the same on both."""
+    def _images(
+        self, request: service_pb2.ModelInferRequest, most: int
+    ) -> tuple[codec.ReceivedImages, Refusal | None]:
+        """The pictures as our own protocol has them, so that digest and limits are the same on both.
+
+        With the refusal of a shape that is not served: such a batch may have been paid for under another model.
+        """
         if len(request.inputs) != 1:
             _refuse("inputs", f"one, {INPUT!r}", len(request.inputs))
         tensor = request.inputs[0]
@@ -316,12 +323,19 @@ class _Model:
         if tensor.parameters:
             _refuse(f"{field}.parameters", "none (no shared memory)", ", ".join(sorted(tensor.parameters)))
         shape = tuple(tensor.shape[:5])
+        misfit = None
         if shape[1:] != self._shape_CHW or not 1 <= shape[0] <= most:
             expected = f"[N, {', '.join(map(str, self._shape_CHW))}] with N from 1 to {most}"
-            _refuse(f"{field}.shape", expected, f"[{', '.join(map(str, shape))}{', …' * (len(tensor.shape) > 5)}]")
-        payload = _payload(request, tensor, math.prod(shape))
+            got = f"[{', '.join(map(str, shape))}{', …' * (len(tensor.shape) > 5)}]"
+            misfit = Refusal.of(Reason.INVALID_REQUEST, field=f"{field}.shape", expected=expected, got=got)
+            if len(shape) != 4 or min(shape) < 1:
+                raise misfit
+        try:
+            payload = _payload(request, tensor, math.prod(shape))
+        except Refusal as refusal:
+            raise (misfit or refusal) from None
         count, channels, height, width = shape
-        return codec.ReceivedImages(wire.IMAGE_ENCODING_RAW_UINT8, count, channels, height, width, payload)
+        return codec.ReceivedImages(wire.IMAGE_ENCODING_RAW_UINT8, count, channels, height, width, payload), misfit
 
 
 class _Front:

@@ -12,12 +12,13 @@ double-entry by construction: what one book is debited another is credited, and 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import enum
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -121,10 +122,12 @@ class Entry:
     create_time_ms: int
     kind: EntryKind
     batch_id: str
+    """Of a grant: its own id, where it has one."""
     run_id: str
     picture_count: int
     digest: bytes
-    """What it is about: of a hold, the pictures' digest; of a post, SHA-256 of the answer as kept; else empty."""
+    """What it is about: of a hold, the pictures' digest; of a post, SHA-256 of the answer as kept; of a grant with an
+    id that made an account with a key, ``key_digest``; else empty."""
     head: bytes
     """SHA-256 over the head before and this line."""
 
@@ -203,13 +206,58 @@ class Posted:
 # --- pure rules: state in, state and entries out ----------------------------------------------------
 
 
-def apply_grant(account: Account, picture_count: int, now_ms: int) -> Step:
-    """More pictures for an account. Raises LedgerError for a count that is not 1 to 2**53."""
+def apply_grant(
+    account: Account, picture_count: int, now_ms: int, grant_id: str = "", first_key: Key | None = None
+) -> Step:
+    """More pictures for an account. Raises LedgerError for a count that is not 1 to 2**53.
+
+    With a ``grant_id`` the entry keeps all that a repeat is compared with; ``first_key`` was made with the account.
+    """
     most = MAX_COUNT - account.granted
     if not 1 <= picture_count <= most:
         raise LedgerError(f"expected a grant of 1 to {most} pictures, got {picture_count}")
     after = dataclasses.replace(account, granted=account.granted + picture_count)
-    return _step(after, None, EntryKind.GRANT, picture_count, now_ms)
+    digest = key_digest(first_key) if grant_id else b""
+    return _step(after, None, EntryKind.GRANT, picture_count, now_ms, digest, grant_id=grant_id)
+
+
+def check_grant_id(grant_id: str, picture_count: int | None) -> None:
+    """Refuses (INVALID_REQUEST) what is no id of a grant, and an id without a grant. Empty: none was given."""
+    if not grant_id:
+        return
+    check_identifier("grant_id", grant_id)
+    if picture_count is None:
+        raise Refusal.of(
+            Reason.INVALID_REQUEST, field="grant_id", expected="none where nothing is granted", got=repr(grant_id)
+        )
+
+
+def check_same_grant(made: Entry, picture_count: int, first_key: Key | None = None) -> None:
+    """Refuses GRANT_ID_REUSED, naming the field, where the id was used for something else than it is now."""
+    for field, before, now in (
+        ("picture_count", made.picture_count, picture_count),
+        ("key", made.digest, key_digest(first_key)),
+    ):
+        if before != now:
+            raise Refusal.of(Reason.GRANT_ID_REUSED, grant_id=made.batch_id, field=field)
+
+
+def check_same_account(name: str, made: Entry | None, granted: int | None, first_key: Key | None) -> None:
+    """Of an account that exists: whether ``made``, the grant of the id given, began it, and with the same.
+
+    Raises LedgerError where the name is another's, Refusal GRANT_ID_REUSED as ``check_same_grant``.
+    """
+    if made is None or made.sequence != 1 or granted is None:
+        raise LedgerError(f"expected a new account name, got {name!r}, which exists")
+    check_same_grant(made, granted, first_key)
+
+
+def key_digest(key: Key | None) -> bytes:
+    """SHA-256 over a key as it was made; empty for none. Revoking changes nothing here."""
+    if key is None:
+        return b""
+    line = f"{key.key_id}|{key.account}|{key.role}|{key.secret_sha256.hex()}"
+    return hashlib.sha256(line.encode()).digest()
 
 
 def apply_hold(account: Account, known: Hold | None, request: HoldRequest, instance_id: str, now_ms: int) -> Step:
@@ -334,13 +382,20 @@ def apply_terms(terms: Terms, said: Terms, unset: Collection[str]) -> Terms:
 
 
 def _step(
-    account: Account, hold: Hold | None, kind: EntryKind, picture_count: int, now_ms: int, digest: bytes = b""
+    account: Account,
+    hold: Hold | None,
+    kind: EntryKind,
+    picture_count: int,
+    now_ms: int,
+    digest: bytes = b"",
+    *,
+    grant_id: str = "",
 ) -> Step:
     """Numbers and chains one entry; ``account`` has its new balances already."""
     # The promise of the books, checked at every step: never negative, never overspent.
     assert account.held >= 0 and account.posted >= 0 and account.balance >= 0, account
     sequence = account.sequence + 1
-    batch_id, run_id = (hold.batch_id, hold.run_id) if hold is not None else ("", "")
+    batch_id, run_id = (hold.batch_id, hold.run_id) if hold is not None else (grant_id, "")
     line = f"{account.name}|{sequence}|{now_ms}|{kind}|{batch_id}|{run_id}|{picture_count}|{digest.hex()}"
     head = hashlib.sha256(account.head + line.encode()).digest()
     entry = Entry(
@@ -391,6 +446,12 @@ class Ledger(Protocol):
         instance may repeat its own hold, and renews its lease with it.
         """
 
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        """The batch as it was answered and charged, None where it was not; reads alone, whatever its count is.
+
+        Refusal BATCH_ID_REUSED as in ``hold``. LedgerError where there is no such account.
+        """
+
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
     ) -> Posted:
@@ -409,21 +470,31 @@ class Ledger(Protocol):
         """Another instance ends: voids whatever it holds."""
 
     async def create_account(
-        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+        self,
+        name: str,
+        granted: int | None,
+        key: Key | None = None,
+        terms: Terms = NO_TERMS,
+        *,
+        grant_id: str = "",
     ) -> Account:
         """A new account, its first key and its terms, all or nothing; without a grant where ``granted`` is None.
 
-        LedgerError where the name is taken or no name, or the grant no count.
+        LedgerError where the name is taken or no name, or the grant no count. With a ``grant_id`` the same, made
+        again, returns the account as it is now; refusals: INVALID_REQUEST, GRANT_ID_REUSED.
         """
 
-    async def grant(self, name: str, picture_count: int) -> Account:
-        """More pictures. LedgerError where there is no such account."""
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        """More pictures; with a ``grant_id`` once, however often. LedgerError where there is no such account.
+
+        Refusals: INVALID_REQUEST for what is no id; GRANT_ID_REUSED where the account has the id with another count.
+        """
 
     async def account(self, name: str) -> Account:
         """The balances. LedgerError where there is no such account."""
 
-    async def accounts(self) -> Sequence[Account]:
-        """Every account, by name."""
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
+        """Accounts after ``after_name``, in the store's own order of names, at most ``limit``."""
 
     async def terms(self, name: str) -> Terms:
         """What was said of an account's answers and limits. LedgerError where there is no such account."""
@@ -458,15 +529,25 @@ class Ledger(Protocol):
         """Gives back what this instance still holds and closes the store."""
 
 
-async def watch(ledger: Ledger, name: str) -> AsyncGenerator[Account]:
-    """The account now, then whenever it has changed. Raises as ``Ledger.account`` does.
+async def watch(
+    ledger: Ledger,
+    name: str,
+    stop: asyncio.Event | None = None,
+    check: Callable[[], Awaitable[object]] | None = None,
+) -> AsyncGenerator[Account]:
+    """The account now, then whenever it has changed, until ``stop`` is set. Raises as ``Ledger.account`` does.
 
-    It asks once a second: what changes an account may be another server on the same store.
+    It asks once a second: what changes an account may be another server on the same store. Before each look it
+    awaits ``check``, which ends the watch by raising.
     """
+    stop = stop or asyncio.Event()
     told = None
-    while True:
+    while not stop.is_set():
+        if check is not None:
+            await check()
         found = await ledger.account(name)
         if found != told:
             told = found
             yield found
-        await asyncio.sleep(WATCH_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), WATCH_SECONDS)

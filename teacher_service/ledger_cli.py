@@ -152,6 +152,8 @@ def _sentences(report: audit.Report) -> Iterator[str]:
         orphaned = len(report.orphaned_holds)
         yield f"{report.live_holds} batches under way; {orphaned} whose server is gone: the next sweep frees them"
         yield from (f"  orphaned: {line}" for line in report.orphaned_holds)
+    if report.pruned_answers:
+        yield f"{report.pruned_answers} answers are no longer kept: pruned, as the books say (--answers-keep)"
     yield from (f"cannot be known: {line}" for line in report.unknown)
     yield from (f"FOUND: {line}" for line in report.findings)
     yield "the books agree" if report.agrees else "the books do NOT agree"

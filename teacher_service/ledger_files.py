@@ -7,7 +7,6 @@ looks at what it would undo and refuses until told; the file that it replaces is
 
 import contextlib
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -42,24 +41,26 @@ def backup(ledger: Path, target: Path, *, force: bool = False) -> audit.Report:
     """Copies the books of one moment to ``target``, verified, synced and then renamed; servers may go on writing."""
     if not ledger.is_file():
         raise FilesError(f"expected a ledger at {ledger}, found no file")
-    if target.exists() and not force:
-        raise FilesError(f"expected a new file, but {target} exists; give another, or --force")
+    if target.exists():
+        if target.samefile(ledger):
+            raise FilesError(f"expected another file than the ledger's own, got {target}")
+        if not force:
+            raise FilesError(f"expected a new file, but {target} exists; give another, or --force")
     partial = target.with_name(f"{target.name}.partial")
-    with _sqlite_errors(f"backup to {target}"), _removed_on_failure(partial):
-        _new_private_file(partial)
-        with contextlib.closing(_connect(ledger)) as source, contextlib.closing(_connect(partial)) as copy:
-            source.execute("PRAGMA query_only = ON")
-            source.execute("BEGIN")  # the moment; without it every commit of a server would start the copy anew
-            source.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            source.backup(copy)
-            # One file, readable wherever it is put; the writer turns WAL on again when it opens it.
-            copy.execute("PRAGMA journal_mode = DELETE")
+    with _sqlite_errors(f"backup to {target}"), _removed_on_failure(partial), contextlib.ExitStack() as locked:
+        _copy(ledger, partial)
         report = audit.verify(f"sqlite:///{partial}")
         if not report.agrees:
             raise FilesError(
                 f"the copy's books do not agree ({report.findings[0]}); run 'ledger verify' on the ledger"
             )
-        _sync(partial)
+        if target.exists():
+            try:
+                locked.enter_context(_exclusive(target))
+            except sqlite3.DatabaseError as error:
+                if _is_busy(error):
+                    raise FilesError(f"{target} is a ledger in use; give another file") from None
+        _refuse_strays(target)
         os.replace(partial, target)
         _sync(target.parent)
     return report
@@ -74,20 +75,18 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
     """
     if not source.is_file():
         raise FilesError(f"expected a backup at {source}, found no file")
-    report = audit.verify(f"sqlite:///{source}")
-    if not report.agrees:
-        raise FilesError(f"the books of {source} do not agree: {report.findings[0]}")
     partial = ledger.with_name(f"{ledger.name}.partial")
     with _sqlite_errors(f"restore to {ledger}"), _removed_on_failure(partial):
-        _new_private_file(partial)
-        shutil.copyfile(source, partial)
-        _sync(partial)
+        _copy(source, partial)  # what is verified and compared from here on is what will be there
+        report = audit.verify(f"sqlite:///{partial}")
+        if not report.agrees:
+            raise FilesError(f"the books of {source} do not agree: {report.findings[0]}")
         undone, kept = Undone(), None
         with contextlib.ExitStack() as locked:
             if ledger.exists():
                 try:
                     locked.enter_context(_exclusive(ledger))
-                    undone = undone_by(source, ledger)
+                    undone = undone_by(partial, ledger)
                 except (audit.AuditError, sqlite3.DatabaseError) as error:
                     if _is_busy(error):
                         raise FilesError(
@@ -97,6 +96,7 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
                 if undone.lines and not force:
                     raise FilesError("; ".join(["the ledger has what the backup lacks", *undone.lines[:20]]))
                 kept = _keep_aside(ledger)
+            _refuse_strays(ledger)
             os.replace(partial, ledger)
             _sync(ledger.parent)
     return report, undone, kept
@@ -143,6 +143,30 @@ def _terms(store: audit.Store) -> dict[str, str]:
     """Account -> its terms; none in a ledger from before there were any."""
     columns = [name for (name,) in store.rows("SELECT name FROM pragma_table_info('accounts')")]
     return dict(store.rows("SELECT name, terms FROM accounts")) if "terms" in columns else {}
+
+
+def _copy(source: Path, target: Path) -> None:
+    """One moment of the books, with what still stands in a write-ahead log beside them, as one synced file."""
+    _new_private_file(target)
+    with contextlib.closing(_connect(source)) as books, contextlib.closing(_connect(target)) as copy:
+        books.execute("PRAGMA query_only = ON")
+        books.execute("BEGIN")  # the moment; without it every commit of a server would start the copy anew
+        books.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        books.backup(copy)
+        # Readable wherever it is put; the writer turns WAL on again when it opens it.
+        copy.execute("PRAGMA journal_mode = DELETE")
+    _sync(target)
+
+
+def _refuse_strays(ledger: Path) -> None:
+    """A log of another database under this name would be replayed into the file that is put here."""
+    for ending in ("-wal", "-journal"):
+        stray = ledger.with_name(ledger.name + ending)
+        if stray.exists() and stray.stat().st_size:
+            raise FilesError(
+                f"expected no {stray}: it holds the last entries of a ledger that was moved away; move it back "
+                "beside that ledger, or elsewhere"
+            )
 
 
 @contextlib.contextmanager

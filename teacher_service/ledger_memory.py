@@ -50,6 +50,14 @@ class MemoryLedger:
         self._record(rules.apply_hold(account, known, request, instance_id or INSTANCE, self._clock()))
         return Held()
 
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        account, key = self._account(request.account), (request.account, request.batch_id)
+        known = self._holds.get(key)
+        rules.check_same_batch(known, request)
+        if not rules.is_replay(known):
+            return None
+        return Posted(answer=self._answers[key], receipt=self._receipts[key], account=account)
+
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
     ) -> Posted:
@@ -79,28 +87,40 @@ class MemoryLedger:
             await self.void(hold.account, hold.batch_id, instance_id=instance_id)
 
     async def create_account(
-        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+        self,
+        name: str,
+        granted: int | None,
+        key: Key | None = None,
+        terms: Terms = NO_TERMS,
+        *,
+        grant_id: str = "",
     ) -> Account:
         rules.check_account_name(name)
+        rules.check_grant_id(grant_id, granted)
         if name in self._accounts:
-            raise LedgerError(f"expected a new account name, got {name!r}, which exists")
+            rules.check_same_account(name, self._granted_as(name, grant_id), granted, key)
+            return self._accounts[name]
         account = Account(name=name)
-        if granted is not None:
-            account = self._grant(account, granted)
-        self._accounts[name] = account
+        step = None if granted is None else rules.apply_grant(account, granted, self._clock(), grant_id, key)
         self._terms[name] = terms
         if key is not None:
-            self._keys[key.key_id] = key
-        return account
+            self._keep_key(key)
+        self._accounts[name] = account
+        return account if step is None else self._record(step)
 
-    async def grant(self, name: str, picture_count: int) -> Account:
-        return self._grant(self._account(name), picture_count)
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        rules.check_grant_id(grant_id, picture_count)
+        account = self._account(name)
+        if (made := self._granted_as(name, grant_id)) is not None:
+            rules.check_same_grant(made, picture_count)
+            return account
+        return self._record(rules.apply_grant(account, picture_count, self._clock(), grant_id))
 
     async def account(self, name: str) -> Account:
         return self._account(name)
 
-    async def accounts(self) -> Sequence[Account]:
-        return [self._accounts[name] for name in sorted(self._accounts)]
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
+        return [self._accounts[name] for name in sorted(self._accounts) if name > after_name][:limit]
 
     async def terms(self, name: str) -> Terms:
         return self._terms[self._account(name).name]
@@ -127,8 +147,7 @@ class MemoryLedger:
 
     async def add_key(self, key: Key) -> None:
         self._account(key.account)
-        if self._keys.setdefault(key.key_id, key) != key:
-            raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
+        self._keep_key(key)
 
     async def credential(self, key_id: str) -> Credential | None:
         found = self._keys.get(key_id)
@@ -158,8 +177,15 @@ class MemoryLedger:
             raise LedgerError(f"expected the name of an account on these books, got {name!r}")
         return self._accounts[name]
 
-    def _grant(self, account: Account, picture_count: int) -> Account:
-        return self._record(rules.apply_grant(account, picture_count, self._clock()))
+    def _keep_key(self, key: Key) -> None:
+        if self._keys.setdefault(key.key_id, key) != key:
+            raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
+
+    def _granted_as(self, name: str, grant_id: str) -> Entry | None:
+        """The grant of an id; None where there is none, or no id."""
+        wanted = (name, EntryKind.GRANT, grant_id)
+        found = (entry for entry in self._entries if (entry.account, entry.kind, entry.batch_id) == wanted)
+        return next(found, None) if grant_id else None
 
     def _record(self, step: Step) -> Account:
         self._accounts[step.account.name] = step.account

@@ -44,6 +44,7 @@ from teacher_service.ledger import (
 )
 from teacher_service.ledger_wire import (
     account_of,
+    answered_of,
     entry_of,
     key_message,
     key_of,
@@ -64,6 +65,7 @@ PAGE_ENTRIES = 1000
 SCHEMES = ("grpc://", "grpcs://")
 
 _EXPECTED = "expected a ledger as grpc://HOST:PORT or grpcs://HOST:PORT"
+_AWAY = (Reason.LEDGER_UNAVAILABLE, Reason.LEDGER_OUTCOME_UNKNOWN, Reason.DRAINING)
 _Batch = tuple[str, str]  # account and batch id
 
 
@@ -130,23 +132,31 @@ class RemoteLedger:
             instance_id=self.instance_id,
         )
         self._keep_alive()
-        held = False
+        held, doubted = False, batch in self._doubts
         try:
-            if batch in self._doubts:
+            if doubted:
                 async with self._settling:  # a void on its way must not overtake this hold
                     self._doubts.pop(batch, None)
             answer = await self._call("Hold", message)
             held = answer.HasField("held")
-        except (LedgerUnavailable, asyncio.CancelledError):
-            self._doubts[batch] = None
+        except BaseException as error:
+            # A refusal says nothing of the hold before it, which may stand.
+            if doubted or isinstance(error, (LedgerUnavailable, asyncio.CancelledError)):
+                self._doubts[batch] = None
             raise
         finally:
             if not held:
                 del self._under_way[batch]
         if held:
             return Held()
-        kept = answer.answered
-        return posted_of(request.batch_id, kept.posted, kept.answer if kept.HasField("answer") else None)
+        return answered_of(request.batch_id, answer.answered)
+
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        message = wire.LookupPostRequest(
+            account=request.account, batch_id=request.batch_id, run_id=request.run_id, digest=request.digest
+        )
+        found = await self._call("LookupPost", message)
+        return answered_of(request.batch_id, found.answered) if found.HasField("answered") else None
 
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
@@ -168,7 +178,7 @@ class RemoteLedger:
                     raise
                 await asyncio.sleep(POST_PAUSE_SECONDS)
                 continue
-            except Refusal:
+            except (Refusal, LedgerError):
                 self._under_way.pop((account, batch_id), None)
                 raise
             self._under_way.pop((account, batch_id), None)
@@ -197,17 +207,25 @@ class RemoteLedger:
     # --- accounts and keys: an admin's key ---
 
     async def create_account(
-        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+        self,
+        name: str,
+        granted: int | None,
+        key: Key | None = None,
+        terms: Terms = NO_TERMS,
+        *,
+        grant_id: str = "",
     ) -> Account:
         rules.check_account_name(name)
+        rules.check_grant_id(grant_id, granted)
         count = None if granted is None else _int64(granted, "a grant")
         message = wire.CreateAccountRequest(
             account=name,
             picture_count=count,
             key=key_message(key) if key is not None else None,
             terms=terms_message(terms),
+            grant_id=grant_id,
         )
-        made = await self._change("CreateAccount", message)
+        made = await self._change("CreateAccount", message, grant_id)
         if terms_of(made.terms) != terms:
             raise LedgerError(
                 f"the account {name!r} was made without its terms: the ledger at {self._url} knows none; "
@@ -219,19 +237,22 @@ class RemoteLedger:
         message = wire.SetTermsRequest(account=name, terms=terms_message(said), unset_fields=unset)
         return terms_of((await self._change("SetTerms", message)).terms)
 
-    async def grant(self, name: str, picture_count: int) -> Account:
-        message = wire.GrantRequest(account=name, picture_count=_int64(picture_count, "a grant"))
-        return account_of((await self._change("Grant", message)).account)
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        rules.check_grant_id(grant_id, picture_count)
+        count = _int64(picture_count, "a grant")
+        message = wire.GrantRequest(account=name, picture_count=count, grant_id=grant_id)
+        return account_of((await self._change("Grant", message, grant_id)).account)
 
-    async def accounts(self) -> Sequence[Account]:
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
         found: list[Account] = []
-        after = ""
-        while True:
-            page = await self._call("ListAccounts", wire.ListAccountsRequest(after_name=after))
-            found += [account_of(message) for message in page.accounts]
-            after = page.next_after_name
-            if not after:
-                return found
+        while len(found) < limit:
+            message = wire.ListAccountsRequest(after_name=after_name, page_size=min(limit - len(found), PAGE_ENTRIES))
+            page = await self._call("ListAccounts", message)
+            found += [account_of(account) for account in page.accounts]
+            after_name = page.next_after_name
+            if not after_name:
+                break
+        return found
 
     async def add_key(self, key: Key) -> None:
         await self._change("CreateKey", wire.CreateKeyRequest(key=key_message(key)))
@@ -282,7 +303,10 @@ class RemoteLedger:
         return Credential(key_of(found.key), terms_of(found.terms)) if found.HasField("key") else None
 
     async def watch(self, name: str) -> AsyncGenerator[Account]:
-        """As ``ledger.watch``, told by the server. Raises LedgerUnavailable when the connection is lost."""
+        """As ``ledger.watch``, told by the server. LedgerUnavailable when it stops or the connection is lost.
+
+        Refusal WATCH_LIMIT where too many are open.
+        """
         call = self._stub().WatchBalance(wire.WatchBalanceRequest(account=name), metadata=self._metadata)
         try:
             async for told in call:
@@ -324,17 +348,20 @@ class RemoteLedger:
         except grpc.aio.AioRpcError as error:
             raise self._failure(error) from None
 
-    async def _change(self, method: str, message: Any) -> Any:
+    async def _change(self, method: str, message: Any, grant_id: str = "") -> Any:
         """An operator's change, never sent twice by itself: whether it was made may not be known."""
         try:
             return await self._call(method, message)
         except LedgerUnavailable as error:
-            raise LedgerUnavailable(f"{error}; look whether it was done before you do it again") from None
+            advice = "look whether it was done before you do it again"
+            if grant_id:
+                advice = f"do it again with the same grant id {grant_id}: it is done once"
+            raise LedgerUnavailable(f"{error}; {advice}") from None
 
     def _failure(self, error: grpc.aio.AioRpcError) -> Refusal | LedgerError:
         """What a failed call means here."""
         refusal = _refusal_of(error)
-        if refusal is None or refusal.reason in (Reason.LEDGER_UNAVAILABLE, Reason.DRAINING):
+        if refusal is None or refusal.reason in _AWAY:
             code, said = error.code(), " ".join(str(error.details()).split())
             return LedgerUnavailable(f"the ledger at {self._url} is away ({code.name}: {said})")
         if refusal.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):

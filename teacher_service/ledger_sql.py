@@ -16,9 +16,12 @@ expired, by whoever comes first: a starting server, the regular sweep, or a repe
 import asyncio
 import contextlib
 import dataclasses
+import itertools
+import logging
 import queue
 import sqlite3
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +56,7 @@ from teacher_service.ledger import (
 from teacher_service.terms import Terms
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
@@ -60,6 +64,11 @@ FRESH_LEASE_PARTS = 10  # another instance's lease is written again when a tenth
 MAX_GROUP_COMMANDS = 256
 MAX_WAITING_COMMANDS = 8192
 SWEEP_HOLDS = 1000  # at most so many holds are expired in one transaction
+PRUNE_SECONDS = 60.0  # from one look for old answers to the next
+STEADY_SECONDS = 600.0  # for so long the clock must have run steadily before anything is deleted by it
+STEADY_TOLERANCE_MS = 60_000
+PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
+PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 BUSY_TIMEOUT_SECONDS = 5
 # What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
 # the disk before it returns.
@@ -78,12 +87,12 @@ def _insert(table: sa.Table, postgres: bool) -> Any:
     return postgresql.insert(table) if postgres else sqlite.insert(table)
 
 
-def _lock_accounts(postgres: bool) -> sa.Select[Any]:
+def _lock_accounts(postgres: bool, skip_locked: bool) -> sa.Select[Any]:
     name = tables.accounts.c.name
     # A database's own collation may order names otherwise than another's, or than Python does.
     order = sa.collate(name, "C") if postgres else name
     names: sa.BindParameter[Any] = sa.bindparam("names", expanding=True)
-    return sa.select(tables.accounts).where(name.in_(names)).order_by(order).with_for_update()
+    return sa.select(tables.accounts).where(name.in_(names)).order_by(order).with_for_update(skip_locked=skip_locked)
 
 
 def _upsert_hold(postgres: bool) -> Any:
@@ -94,7 +103,9 @@ def _upsert_hold(postgres: bool) -> Any:
     )
 
 
-_LOCK_ACCOUNTS = {postgres: _lock_accounts(postgres) for postgres in (False, True)}
+_LOCK_ACCOUNTS = {
+    (postgres, skip): _lock_accounts(postgres, skip) for postgres in (False, True) for skip in (False, True)
+}
 _SELECT_HOLDS = sa.select(tables.holds).where(
     tables.holds.c.account == sa.bindparam("of"),
     tables.holds.c.batch_id.in_(sa.bindparam("batch_ids", expanding=True)),
@@ -107,6 +118,27 @@ _UPDATE_ACCOUNT = (
     .values({number: sa.bindparam(number) for number in _NUMBERS})
 )
 _UPSERT_HOLD = {postgres: _upsert_hold(postgres) for postgres in (False, True)}
+# The kinds as constants, so that the partial indexes serve.
+_SELECT_GRANT, _SELECT_POST = (
+    sa.select(tables.entries).where(
+        tables.entries.c.account == sa.bindparam("of"),
+        tables.entries.c.batch_id == sa.bindparam("id"),
+        tables.entries.c.batch_id != sa.literal("", literal_execute=True),
+        tables.entries.c.kind == sa.literal(kind.value, literal_execute=True),
+    )
+    for kind in (EntryKind.GRANT, EntryKind.POST)
+)
+_NEXT_TO_PRUNE = (
+    sa.select(tables.accounts.c.name, tables.entries.c.create_time_ms)
+    .outerjoin_from(
+        tables.accounts,
+        tables.entries,
+        (tables.entries.c.account == tables.accounts.c.name)
+        & (tables.entries.c.sequence == tables.accounts.c.pruned_sequence + 1),
+    )
+    .where(tables.accounts.c.name > sa.bindparam("after_name"))
+    .order_by(tables.accounts.c.name)
+)
 _INSERT_ENTRY = sa.insert(tables.entries)
 _INSERT_ANSWER = sa.insert(tables.answers)
 
@@ -124,6 +156,16 @@ class _Command:
     account: str | None = None
     batch_id: str | None = None
     living: str = ""
+
+    def tell(self, value: Any) -> None:
+        """Tells the caller, unless it was told something already."""
+        if not self.outcome.done():
+            self.outcome.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """The same of what went wrong."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
 
 
 class _Transaction:
@@ -147,13 +189,13 @@ class _Transaction:
         """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring."""
         self.renew_leases({command.living for command in group if command.living})
         self.lock({command.account for command in group if command.account is not None})
-        keys = {(command.account, command.batch_id) for command in group if command.batch_id is not None}
-        by_account: dict[str, list[str]] = {}
-        for account, batch_id in keys:
-            self._holds[str(account), str(batch_id)] = None
-            by_account.setdefault(str(account), []).append(str(batch_id))
+        by_account: dict[str, set[str]] = {}
+        for command in group:
+            if command.account is not None and command.batch_id is not None:
+                self._holds[command.account, command.batch_id] = None
+                by_account.setdefault(command.account, set()).add(command.batch_id)
         for account, batch_ids in by_account.items():
-            for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": batch_ids}):
+            for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": list(batch_ids)}):
                 self._holds[row.account, row.batch_id] = tables.hold_of(row)
 
     def renew_leases(self, instance_ids: Collection[str]) -> None:
@@ -176,12 +218,14 @@ class _Transaction:
                 [{"instance_id": name, "lease_until_ms": now_ms + self.lease_ms} for name in stale],
             )
 
-    def lock(self, names: Collection[str]) -> None:
-        """Reads accounts, and in PostgreSQL locks them, always in the order of the names' bytes."""
+    def lock(self, names: Collection[str], *, skip_locked: bool = False) -> set[str]:
+        """Reads accounts, and in PostgreSQL locks them, always in the order of the names' bytes. Returns which."""
         if not names:
-            return
-        for row in self.connection.execute(_LOCK_ACCOUNTS[self._postgres], {"names": sorted(names)}):
-            self._accounts[row.name] = tables.account_of(row)
+            return set()
+        lock = _LOCK_ACCOUNTS[self._postgres, skip_locked]
+        found = self.connection.execute(lock, {"names": sorted(names)}).all()
+        self._accounts |= {row.name: tables.account_of(row) for row in found}
+        return {row.name for row in found}
 
     def account(self, name: str) -> Account:
         if name not in self._accounts:
@@ -196,15 +240,18 @@ class _Transaction:
         return self._holds[account, batch_id]
 
     def posted(self, account: Account, batch_id: str) -> Posted:
-        """The answer of a posted batch with its receipt; no receipt's head is ever made up."""
+        """The answer of a posted batch, or None, with its receipt; no receipt's head is ever made up."""
         key = (account.name, batch_id)
         if key not in self._answers:
             query = sa.select(tables.answers).where(
                 tables.answers.c.account == account.name, tables.answers.c.batch_id == batch_id
             )
-            row = self.connection.execute(query).one()
+            kept = self.connection.execute(query).one_or_none()
+            # Without its answer (``prune``) the receipt is read from the journal.
+            row = kept or self.connection.execute(_SELECT_POST, {"of": account.name, "id": batch_id}).one()
             receipt = Receipt(account=account.name, batch_id=batch_id, sequence=row.sequence, head=bytes(row.head))
-            self._answers[key] = Posted(answer=bytes(row.answer), receipt=receipt, account=account)
+            answer = bytes(kept.answer) if kept is not None else None
+            self._answers[key] = Posted(answer=answer, receipt=receipt, account=account)
         return dataclasses.replace(self._answers[key], account=account)  # the books as they are now
 
     def record(self, step: Step) -> Step:
@@ -232,17 +279,22 @@ class _Transaction:
         )
         return posted
 
-    def add_account(self, account: Account, terms: Terms) -> None:
+    def add_account(self, account: Account, key: Key | None, terms: Terms) -> bool:
+        """Makes an account, its first key and its terms, all or nothing. Returns whether the name was free."""
         values = tables.account_values(account) | {"terms": terms.to_json()}
         insert = self.insert(tables.accounts).values(values).on_conflict_do_nothing()
-        # Not by rowcount, which psycopg's dialect does not tell of an INSERT.
-        if self.connection.execute(insert.returning(tables.accounts.c.name)).first() is None:
-            raise LedgerError(f"expected a new account name, got {account.name!r}, which exists")
+        with self.connection.begin_nested():  # a refused command changes nothing, and its group goes on
+            # Not by rowcount, which psycopg's dialect does not tell of an INSERT; nor below.
+            if self.connection.execute(insert.returning(tables.accounts.c.name)).first() is None:
+                return False
+            if key is not None:
+                self.add_key(key)
         self._accounts[account.name] = account
+        return True
 
     def add_key(self, key: Key) -> None:
         insert = self.insert(tables.keys).values(tables.key_values(key)).on_conflict_do_nothing()
-        if self.connection.execute(insert).rowcount == 0:
+        if self.connection.execute(insert.returning(tables.keys.c.key_id)).first() is None:
             query = sa.select(tables.keys).where(tables.keys.c.key_id == key.key_id)
             if tables.key_of(self.connection.execute(query).one()) != key:
                 raise LedgerError(f"expected a new key, got the id of another: {key.key_id}")
@@ -257,6 +309,38 @@ class _Transaction:
             entries.account == receipt.account, entries.sequence == receipt.sequence
         )
         return tables.entry_of(self.connection.execute(query).one())
+
+    def granted_as(self, account: str, grant_id: str) -> Entry | None:
+        """The grant of an id; None where there is none, or no id."""
+        if not grant_id:
+            return None
+        for entry in self._new_entries:
+            if (entry.account, entry.kind, entry.batch_id) == (account, EntryKind.GRANT, grant_id):
+                return entry
+        row = self.connection.execute(_SELECT_GRANT, {"of": account, "id": grant_id}).one_or_none()
+        return tables.entry_of(row) if row is not None else None
+
+    def prune(self, account: str, before_ms: int) -> tuple[int, bool]:
+        """Deletes the oldest answers of a locked account: how many, and whether there may be more to delete.
+
+        It goes along the journal, whose entries lie in the order of the posts, and leaves off at the first young one.
+        """
+        entry, owner, answer = tables.entries.c, tables.accounts.c, tables.answers.c
+        done = self.connection.execute(sa.select(owner.pruned_sequence).where(owner.name == account)).scalar_one()
+        query = sa.select(entry.sequence, entry.create_time_ms, entry.kind, entry.batch_id)
+        query = query.where(entry.account == account, entry.sequence > done)
+        rows = self.connection.execute(query.order_by(entry.sequence).limit(PRUNE_ENTRIES)).all()
+        old = list(itertools.takewhile(lambda row: row.create_time_ms < before_ms, rows))
+        if not old:
+            return 0, False
+        posted = [row.batch_id for row in old if row.kind == EntryKind.POST.value]
+        self.connection.execute(
+            sa.delete(tables.answers).where(answer.account == account, answer.batch_id.in_(posted))
+        )
+        self.connection.execute(
+            sa.update(tables.accounts).where(owner.name == account).values(pruned_sequence=old[-1].sequence)
+        )
+        return len(posted), len(old) == PRUNE_ENTRIES
 
     def is_dead(self, instance_id: str) -> bool:
         """Whether another instance's lease has lapsed (or was given up). Who asks is alive."""
@@ -298,6 +382,13 @@ class _Transaction:
             self.connection.execute(_INSERT_ANSWER, self._new_answers)
 
 
+def _read_account(connection: Connection, name: str) -> Account:
+    row = connection.execute(sa.select(tables.accounts).where(tables.accounts.c.name == name)).one_or_none()
+    if row is None:
+        raise LedgerError(f"expected the name of an account on these books, got {name!r}")
+    return tables.account_of(row)
+
+
 class SqlLedger:
     """``Ledger`` in a SQL store. Open with ``SqlLedger.open``; close with ``await close()``."""
 
@@ -309,6 +400,7 @@ class SqlLedger:
         self._commands: queue.Queue[_Command | None] = queue.Queue(MAX_WAITING_COMMANDS)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
+        self._pruner: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
@@ -318,7 +410,8 @@ class SqlLedger:
         """Opens the books at ``sqlite:///FILE`` or ``postgresql://…`` and expires what dead servers left held.
 
         An older schema is brought up to date first. Raises LedgerError for another kind of URL, a missing file
-        (unless ``create``), a store that is no ledger or one made by a newer program.
+        (unless ``create``), a store that is no ledger, one made by a newer program, or a PostgreSQL that may lose
+        what it has committed.
         """
         engine = _engine(_checked_url(url, create))
         opened = cls(engine, lease_ms, clock)
@@ -326,7 +419,8 @@ class SqlLedger:
             with _store_errors(), engine.begin() as connection:
                 _bring_schema_up_to_date(connection, _without_password(url))
             with _store_errors(), engine.begin() as connection:
-                opened._renew_and_sweep(connection)
+                opened._renew(connection)
+            opened._try("expiring what the dead left held", opened._sweep)
         except BaseException:
             engine.dispose()
             raise
@@ -352,6 +446,20 @@ class SqlLedger:
             return Held()
 
         return await self._write(apply, request.account, request.batch_id, living=instance_id)
+
+    async def replay(self, request: HoldRequest) -> Posted | None:
+        def read(connection: Connection) -> Posted | None:
+            account = _read_account(connection, request.account)
+            wanted = {"of": request.account, "batch_ids": [request.batch_id]}
+            row = connection.execute(_SELECT_HOLDS, wanted).one_or_none()
+            known = tables.hold_of(row) if row is not None else None
+            rules.check_same_batch(known, request)
+            if not rules.is_replay(known):
+                return None
+            transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
+            return transaction.posted(account, request.batch_id)
+
+        return await self._read(read)
 
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
@@ -405,25 +513,41 @@ class SqlLedger:
     # --- accounts and keys ---
 
     async def create_account(
-        self, name: str, granted: int | None, key: Key | None = None, terms: Terms = NO_TERMS
+        self,
+        name: str,
+        granted: int | None,
+        key: Key | None = None,
+        terms: Terms = NO_TERMS,
+        *,
+        grant_id: str = "",
     ) -> Account:
         rules.check_account_name(name)
+        rules.check_grant_id(grant_id, granted)
 
         def apply(transaction: _Transaction) -> Account:
             # All or nothing: a refused grant leaves no account behind, and no account is without its key.
             account = Account(name=name)
-            step = None if granted is None else rules.apply_grant(account, granted, transaction.now_ms)
-            transaction.add_account(account, terms)
-            if key is not None:
-                transaction.add_key(key)
+            step = (
+                None
+                if granted is None
+                else rules.apply_grant(account, granted, transaction.now_ms, grant_id, first_key=key)
+            )
+            if not transaction.add_account(account, key, terms):
+                rules.check_same_account(name, transaction.granted_as(name, grant_id), granted, key)
+                return transaction.account(name)
             return account if step is None else transaction.record(step).account
 
         return await self._write(apply)
 
-    async def grant(self, name: str, picture_count: int) -> Account:
+    async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
+        rules.check_grant_id(grant_id, picture_count)
+
         def apply(transaction: _Transaction) -> Account:
-            step = rules.apply_grant(transaction.account(name), picture_count, transaction.now_ms)
-            return transaction.record(step).account
+            account = transaction.account(name)
+            if (made := transaction.granted_as(name, grant_id)) is not None:
+                rules.check_same_grant(made, picture_count)
+                return account
+            return transaction.record(rules.apply_grant(account, picture_count, transaction.now_ms, grant_id)).account
 
         return await self._write(apply, name)
 
@@ -456,21 +580,62 @@ class SqlLedger:
 
         await self._write(apply)
 
+    # --- old answers ---
+
+    async def prune_answers(self, before_ms: int) -> int:
+        """Deletes the answers posted before a time, in milliseconds since 1970; returns how many.
+
+        The journal stays, and a repeat of such a batch is answered with None. Each account's are deleted in steps
+        that the writer takes along with its other work, so that nobody waits for all of them.
+        """
+        deleted, after_name = 0, ""
+        while rows := await self._next_to_prune(after_name):
+            for name, oldest_ms in rows:
+                more = oldest_ms is not None and oldest_ms < before_ms
+                while more:
+                    count, more = await self._prune_some(name, before_ms)
+                    deleted += count
+                after_name = name
+        return deleted
+
+    async def _next_to_prune(self, after_name: str) -> Sequence[Any]:
+        query = _NEXT_TO_PRUNE.limit(PRUNE_ACCOUNTS)
+        return await self._read(lambda connection: connection.execute(query, {"after_name": after_name}).all())
+
+    async def _prune_some(self, name: str, before_ms: int) -> tuple[int, bool]:
+        return await self._write(lambda transaction: transaction.prune(name, before_ms), name)
+
+    def begin_pruning(self, keep_ms: int) -> None:
+        """Prunes answers once they are older than this, in the background until the ledger is closed.
+
+        Only while the wall clock can be trusted: it must have kept step with the monotonic one, give or take
+        STEADY_TOLERANCE_MS, for STEADY_SECONDS (or ``keep_ms``, if that is shorter) without a break.
+        """
+        steady_seconds = min(STEADY_SECONDS, keep_ms / 1000)
+
+        async def prune() -> None:
+            began, began_ms = time.monotonic(), self._clock()
+            while True:
+                await asyncio.sleep(min(PRUNE_SECONDS, keep_ms / 1000))
+                now, now_ms = time.monotonic(), self._clock()
+                jump_ms = (now_ms - began_ms) - round((now - began) * 1000)
+                if abs(jump_ms) > STEADY_TOLERANCE_MS:
+                    log.warning("the clock jumped by %d ms: no answers are pruned for a while", jump_ms)
+                    began, began_ms = now, now_ms
+                if now - began >= steady_seconds:
+                    with contextlib.suppress(LedgerUnavailable):  # the next look finds them
+                        await self.prune_answers(now_ms - keep_ms)
+
+        self._pruner = asyncio.create_task(prune(), name="ledger-prune")
+
     # --- reading ---
 
     async def account(self, name: str) -> Account:
-        query = sa.select(tables.accounts).where(tables.accounts.c.name == name)
+        return await self._read(lambda connection: _read_account(connection, name))
 
-        def read(connection: Connection) -> Account:
-            row = connection.execute(query).one_or_none()
-            if row is None:
-                raise LedgerError(f"expected the name of an account on these books, got {name!r}")
-            return tables.account_of(row)
-
-        return await self._read(read)
-
-    async def accounts(self) -> Sequence[Account]:
-        query = sa.select(tables.accounts).order_by(tables.accounts.c.name)
+    async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
+        name = tables.accounts.c.name  # compared and ordered as its index is, whatever the database's collation
+        query = sa.select(tables.accounts).where(name > after_name).order_by(name).limit(limit)
         return await self._read(lambda connection: [tables.account_of(row) for row in connection.execute(query)])
 
     async def terms(self, name: str) -> Terms:
@@ -523,6 +688,8 @@ class SqlLedger:
         if self._closed:
             return
         self._closed = True
+        if self._pruner is not None:
+            self._pruner.cancel()
         await asyncio.to_thread(self._commands.put, None)
         await asyncio.to_thread(self._writer.join)
         self._readers.shutdown()
@@ -562,12 +729,12 @@ class SqlLedger:
 
     def _write_forever(self) -> None:
         renew_seconds = self._lease_ms / 3000
-        next_renewal_ms = self._clock() + self._lease_ms // 3
+        renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
         while True:
             group: list[_Command] = []
             stop = False
             with contextlib.suppress(queue.Empty):
-                command = self._commands.get(timeout=renew_seconds)
+                command = self._commands.get(timeout=max(0.0, renew_at - time.monotonic()))
                 while command is not None:
                     if command.outcome.set_running_or_notify_cancel():  # the departed are skipped
                         group.append(command)
@@ -578,64 +745,101 @@ class SqlLedger:
                     stop = True
             if group:
                 self._commit(group)
-            now_ms = self._clock()
-            # A clock that jumped back must not keep the lease from being renewed.
-            if stop or now_ms >= next_renewal_ms or now_ms < next_renewal_ms - self._lease_ms:
-                # Whatever goes wrong here, the writer lives on, or every caller would wait for ever; posts are
-                # refused once another instance has seen our lease lapse.
-                with contextlib.suppress(Exception), self._engine.begin() as connection:
-                    self._retire(connection) if stop else self._renew_and_sweep(connection)
-                next_renewal_ms = now_ms + self._lease_ms // 3
             if stop:
+                self._try("giving back what is held", self._retire)
                 return
+            # Renewals keep their pace whatever the wall clock does. Where leases are measured with it (SQLite), its
+            # jumps, either way, are followed at once.
+            ahead_ms = self._clock() - renewed_ms
+            if time.monotonic() >= renew_at or not 0 <= ahead_ms < self._lease_ms // 3:
+                self._try("renewing the lease", self._renew)
+                self._try("expiring what the dead left held", self._sweep)
+                renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
 
-    def _commit(self, group: list[_Command]) -> None:
-        """Applies a group in one transaction: a refused command changes nothing, a failed store fails all."""
-        told: list[tuple[_Command, Any]] = []
+    def _try(self, what: str, step: Callable[[Connection], None]) -> None:
+        """One transaction of the server's own.
+
+        Whatever goes wrong is logged and the writer lives on, or every caller would wait for ever; posts are refused
+        once another instance has seen our lease lapse.
+        """
         try:
             with _store_errors(), self._engine.begin() as connection:
+                step(connection)
+        except Exception as error:
+            log.warning("the ledger failed at %s: %s", what, str(error) or repr(error))
+
+    def _commit(self, group: list[_Command]) -> None:
+        """Applies a group in one transaction: a refused command changes nothing, a failed store fails all.
+
+        What nobody expected of a command fails that command alone: the group is undone and applied one by one.
+        """
+        told: list[tuple[_Command, Any]] = []
+        applying = False
+        try:
+            with _store_errors(), self._engine.begin() as connection:
+                applying = True
                 transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
                 transaction.read(group)
                 for command in group:
                     try:
                         value = command.apply(transaction)
                     except (Refusal, LedgerError) as error:
-                        command.outcome.set_exception(error)
+                        command.fail(error)
                         continue
                     if isinstance(value, Held):
-                        command.outcome.set_result(value)
+                        command.tell(value)
                     else:
                         told.append((command, value))
                 transaction.flush()
+                applying = False  # a commit's outcome may be unknown: nothing is applied a second time after it
         except Exception as error:
             failure = error if isinstance(error, LedgerError) else LedgerUnavailable(repr(error))
+            # A store that is away, full or locked (OperationalError) would fail each of them again, slowly.
+            if applying and len(group) > 1 and not isinstance(error.__cause__, sa.exc.OperationalError):
+                log.warning("a group of %d commands is applied one by one: %s", len(group), failure)
+                for command in group:
+                    # Holds that were told are made again; who was refused has gone.
+                    if not command.outcome.done() or command.outcome.exception() is None:
+                        self._commit([command])
+                return
             for command in group:
-                if not command.outcome.done():
-                    command.outcome.set_exception(failure)
+                command.fail(failure)
             return
         for command, value in told:
-            command.outcome.set_result(value)
+            command.tell(value)
 
-    def _renew_and_sweep(self, connection: Connection) -> None:
+    def _renew(self, connection: Connection) -> None:
+        """A transaction of its own: nothing that a sweep meets may cost this server its lease."""
         transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
-        now_ms = transaction.lease_clock_ms()
         renew = transaction.insert(tables.instances).values(
-            instance_id=self.instance_id, lease_until_ms=now_ms + self._lease_ms
+            instance_id=self.instance_id, lease_until_ms=transaction.lease_clock_ms() + self._lease_ms
         )
         connection.execute(
             renew.on_conflict_do_update(
                 index_elements=["instance_id"], set_={"lease_until_ms": renew.excluded.lease_until_ms}
             )
         )
+
+    def _sweep(self, connection: Connection) -> None:
+        """Forgets the dead and expires what they held, but for accounts that somebody has locked just now.
+
+        Never this server itself, however long ago it last renewed: who sweeps is alive.
+        """
+        transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
+        now_ms = transaction.lease_clock_ms()
         # A lapsed lease and none at all mean the same, so the dead need not be remembered.
         # Whom another server is just renewing or forgetting is left to it: two sweeps never wait for each other.
         instance = tables.instances.c
-        lapsed = sa.select(instance.instance_id).where(instance.lease_until_ms < now_ms)
+        lapsed = sa.select(instance.instance_id).where(
+            instance.lease_until_ms < now_ms, instance.instance_id != self.instance_id
+        )
         connection.execute(
             sa.delete(tables.instances).where(instance.instance_id.in_(lapsed.with_for_update(skip_locked=True)))
         )
         living = sa.select(tables.instances.c.instance_id)
-        self._release(transaction, tables.holds.c.instance_id.not_in(living), HoldState.EXPIRED)
+        holder = tables.holds.c.instance_id
+        orphaned = holder.not_in(living) & (holder != self.instance_id)
+        self._release(transaction, orphaned, HoldState.EXPIRED, skip_locked=True)
 
     def _retire(self, connection: Connection) -> None:
         """A living server resolves its own holds; then its lease is given up."""
@@ -644,14 +848,17 @@ class SqlLedger:
         connection.execute(sa.delete(tables.instances).where(tables.instances.c.instance_id == self.instance_id))
 
     @staticmethod
-    def _release(transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState) -> None:
+    def _release(
+        transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState, *, skip_locked: bool = False
+    ) -> None:
         held = sa.literal(HoldState.HELD.value, literal_execute=True)  # a constant, so that the partial index serves
         stale = sa.select(tables.holds).where(tables.holds.c.state == held, which)
         # No ORDER BY here: with one, SQLite walks the primary key, and so every hold there ever was.
         found = transaction.connection.execute(stale.limit(SWEEP_HOLDS)).all()
-        transaction.lock({row.account for row in found})  # the lock first, in the order that every group takes it
+        # The lock first, in the order that every group takes it.
+        locked = transaction.lock({row.account for row in found}, skip_locked=skip_locked)
         # Read again under the lock: what another server has resolved meanwhile is no longer ours to release.
-        keys = [(row.account, row.batch_id) for row in found]
+        keys = [(row.account, row.batch_id) for row in found if row.account in locked]
         where = sa.tuple_(tables.holds.c.account, tables.holds.c.batch_id).in_(keys)
         for row in transaction.connection.execute(stale.where(where)).all() if keys else ():
             hold = tables.hold_of(row)
@@ -687,22 +894,47 @@ def _checked_url(url: str, create: bool) -> URL:
 
 def _engine(location: URL) -> sa.Engine:
     if location.get_backend_name() == "postgresql":
-        connect_args = {"options": POSTGRES_SETTINGS, "connect_timeout": BUSY_TIMEOUT_SECONDS}
+        given = location.query.get("options", ())
+        # After those of the URL, so that ours win.
+        options = " ".join([*((given,) if isinstance(given, str) else given), POSTGRES_SETTINGS])
+        connect_args = {"options": options, "connect_timeout": BUSY_TIMEOUT_SECONDS}
         # pool_pre_ping: a connection that died while it was idle is found out before it is used.
         # READ COMMITTED: what is read after the account's row was locked is what its last holder left.
-        return sa.create_engine(
+        engine = sa.create_engine(
             location,
             pool_size=2,
             pool_pre_ping=True,
             isolation_level="READ COMMITTED",
             connect_args=connect_args,
         )
+        sa.event.listen(engine, "connect", _check_postgres_durable)
+        return engine
     engine = sa.create_engine(
         location, poolclass=sa.pool.QueuePool, pool_size=2, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
     )
     sa.event.listen(engine, "connect", _configure_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _check_postgres_durable(connection: Any, _record: Any) -> None:
+    """Refuses (LedgerUnavailable) a server that may lose what it has committed, at every new connection.
+
+    The synchronous_commit of POSTGRES_SETTINGS holds everywhere but behind a pooler that drops such options.
+    """
+    rows = connection.execute(
+        "SELECT name FROM pg_settings WHERE setting = 'off' "
+        "AND name IN ('fsync', 'full_page_writes', 'synchronous_commit') ORDER BY name"
+    ).fetchall()
+    connection.rollback()
+    if rows:
+        connection.close()
+        names = [name for (name,) in rows]
+        raise LedgerUnavailable(
+            "expected a PostgreSQL that keeps what it has committed, "
+            f"got {', '.join(f'{name} = off' for name in names)}; set {', '.join(f'{name} = on' for name in names)} "
+            "(ALTER SYSTEM SET …, then SELECT pg_reload_conf()) and start again"
+        )
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

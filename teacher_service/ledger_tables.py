@@ -29,6 +29,8 @@ accounts = sa.Table(
     sa.Column("head", sa.LargeBinary, nullable=False),
     # Terms.to_json. Apart from the balances: no step of the journal reads or writes it.
     sa.Column("terms", sa.Text, nullable=False, server_default="{}"),
+    # Answers of posts up to this entry are no longer kept.
+    sa.Column("pruned_sequence", Count, nullable=False, server_default="0"),
     # The same promise as in ledger._step, kept by the store as well.
     sa.CheckConstraint("posted >= 0 AND held >= 0 AND posted + held <= granted", name="never_overspent"),
     **_STRICT,
@@ -89,6 +91,16 @@ sa.Index(
     unique=True,
     sqlite_where=_POSTS,
     postgresql_where=_POSTS,
+)
+_GRANTS_WITH_ID: sa.ColumnElement[bool] = sa.literal_column(f"kind = '{EntryKind.GRANT.value}' AND batch_id <> ''")
+# One grant an id, likewise.
+sa.Index(
+    "one_grant_an_id",
+    entries.c.account,
+    entries.c.batch_id,
+    unique=True,
+    sqlite_where=_GRANTS_WITH_ID,
+    postgresql_where=_GRANTS_WITH_ID,
 )
 keys = sa.Table(
     "keys",

@@ -139,3 +139,13 @@ def posted_of(batch_id: str, message: wire.PostedBatch, answer: bytes | None) ->
     account = account_of(message.account)
     receipt = Receipt(account=account.name, batch_id=batch_id, sequence=message.sequence, head=message.head)
     return Posted(answer=answer, receipt=receipt, account=account)
+
+
+def answered_message(posted: Posted) -> wire.AnsweredBatch:
+    """A batch answered before, to be sent with its answer as kept."""
+    return wire.AnsweredBatch(posted=posted_message(posted), answer=posted.answer)
+
+
+def answered_of(batch_id: str, message: wire.AnsweredBatch) -> Posted:
+    """A batch answered before, received."""
+    return posted_of(batch_id, message.posted, message.answer if message.HasField("answer") else None)

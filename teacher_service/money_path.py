@@ -22,7 +22,7 @@ from teacher_service.auth import Caller
 from teacher_service.batcher import Batcher, CallerGone, QueueFull
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
-from teacher_service.ledger import HoldRequest, Ledger, LedgerUnavailable, Posted, check_identifier
+from teacher_service.ledger import HoldRequest, Ledger, LedgerError, LedgerUnavailable, Posted, check_identifier
 from teacher_service.limits import Limits
 from teacher_service.metrics import Metrics
 from teacher_service.statistics import Parts, Statistics
@@ -106,15 +106,18 @@ class MoneyPath:
         if self.draining:
             raise Refusal.of(Reason.DRAINING)
         check_identifier("batch.batch_id", batch.batch_id)
-        codec.check_images(
-            batch.images,
-            channels=self._engine.channels,
-            height=self._engine.height,
-            width=self._engine.width,
-            max_batch_pictures=self.max_batch_pictures(caller),
-        )
         count = batch.images.picture_count
         try:
+            try:
+                codec.check_images(
+                    batch.images,
+                    channels=self._engine.channels,
+                    height=self._engine.height,
+                    width=self._engine.width,
+                    max_batch_pictures=self.max_batch_pictures(caller),
+                )
+            except Refusal as refusal:
+                return await self._answered_before(caller, run_id, batch, refusal)
             with self._limits.batch(caller.account, caller.terms, count), self._batcher.place(count, caller.account):
                 return await self._held_answer(caller, run_id, batch, gone, parts)
         except QueueFull:
@@ -122,6 +125,18 @@ class MoneyPath:
         except LedgerUnavailable as error:
             log.error("ledger unavailable", error=str(error))
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
+        except LedgerError as error:  # the account is not on these books, for example
+            log.error("ledger refused", error=str(error))
+            raise Refusal.of(Reason.LEDGER_REFUSED, problem=error) from None
+
+    async def _answered_before(self, caller: Caller, run_id: str, batch: Batch, refusal: Refusal) -> wire.BatchResult:
+        """The kept answer of a batch that is refused now and was paid for before; else raises the refusal."""
+        if not codec.fits_its_header(batch.images):
+            raise refusal
+        posted = await self._ledger.replay(_hold_request(caller, run_id, batch, codec.payload_digest(batch.images)))
+        if posted is None:
+            raise refusal
+        return _replayed(batch.batch_id, posted)
 
     async def _held_answer(
         self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts
@@ -129,20 +144,9 @@ class MoneyPath:
         with parts.compute_input():
             images_NCHW = codec.decode_images(batch.images)
             payload_digest = codec.payload_digest(batch.images)
-        held = await self._ledger.hold(
-            HoldRequest(
-                account=caller.account,
-                batch_id=batch.batch_id,
-                run_id=run_id,
-                digest=codec.request_digest(batch.images, payload_digest),
-                picture_count=len(images_NCHW),
-            )
-        )
+        held = await self._ledger.hold(_hold_request(caller, run_id, batch, payload_digest))
         if isinstance(held, Posted):
-            if held.answer is None:
-                raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id)
-            kept = wire.Answer.FromString(held.answer)
-            return _result(batch.batch_id, kept, held, replayed=True)
+            return _replayed(batch.batch_id, held)
         try:
             with parts.waiting():
                 probabilities_NK = await self._batcher.ask(
@@ -165,7 +169,7 @@ class MoneyPath:
             posted = await self._ledger.post(
                 caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
             )
-        except LedgerUnavailable:
+        except LedgerError:
             # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
             await self._release(caller.account, batch.batch_id)
             raise
@@ -205,6 +209,23 @@ class Gone:
 
     def __call__(self) -> bool:
         return self.left or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+
+def _hold_request(caller: Caller, run_id: str, batch: Batch, payload_digest: bytes) -> HoldRequest:
+    return HoldRequest(
+        account=caller.account,
+        batch_id=batch.batch_id,
+        run_id=run_id,
+        digest=codec.request_digest(batch.images, payload_digest),
+        picture_count=batch.images.picture_count,
+    )
+
+
+def _replayed(batch_id: str, posted: Posted) -> wire.BatchResult:
+    """A kept answer. Refusal: ANSWER_EXPIRED."""
+    if posted.answer is None:
+        raise Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch_id)
+    return _result(batch_id, wire.Answer.FromString(posted.answer), posted, replayed=True)
 
 
 def _result(batch_id: str, answer: wire.Answer, posted: Posted, *, replayed: bool) -> wire.BatchResult:

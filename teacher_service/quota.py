@@ -4,9 +4,11 @@ Who may call what stands in ``auth.ALLOWED``, and the interceptor keeps it. What
 account is meant: a customer's is its own.
 """
 
+import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -22,9 +24,20 @@ from teacher_service.auth import (
     refusals_as_status,
     refusals_as_stream_status,
 )
-from teacher_service.ledger import HoldRequest, Key, Ledger, Posted, check_identifier, watch
+from teacher_service.ledger import (
+    HoldRequest,
+    Key,
+    Ledger,
+    LedgerError,
+    LedgerUnavailable,
+    Posted,
+    check_account_name,
+    check_identifier,
+    watch,
+)
 from teacher_service.ledger_wire import (
     account_message,
+    answered_message,
     entry_message,
     key_message,
     key_of,
@@ -36,6 +49,9 @@ from teacher_service.ledger_wire import (
 DEFAULT_PAGE_ENTRIES = 500
 MAX_PAGE_ENTRIES = 5000
 MAX_DIGEST_BYTES = 64
+# Every open watch asks the books once a second.
+MAX_WATCHES = 256
+MAX_ACCOUNT_WATCHES = 16
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -46,12 +62,21 @@ class QuotaServicer(QuotaLedgerServicer):
     def __init__(self, ledger: Ledger, authenticator: Authenticator) -> None:
         self._ledger = ledger
         self._authenticator = authenticator
+        self._draining = asyncio.Event()
+        self._watches: Counter[str] = Counter()  # account of the key -> how many are open
+
+    async def drain(self) -> None:
+        """Tells every watch to end, and waits until they have. The caller sets the deadline."""
+        self._draining.set()
+        while self._watches.total():
+            await asyncio.sleep(0.02)
 
     # --- what every role may read ---
 
     @refusals_as_status
     async def GetBalance(self, request: wire.GetBalanceRequest, context: Any) -> wire.GetBalanceResponse:
         """An account's balance, and what one run cost."""
+        _check_run_id(request.run_id)
         account = await self._ledger.account(await self._account_meant(request.account, "GetBalance", context))
         run_posted = await self._ledger.run_posted(account.name, request.run_id) if request.run_id else 0
         return wire.GetBalanceResponse(
@@ -67,6 +92,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def ListStatement(self, request: wire.ListStatementRequest, context: Any) -> wire.ListStatementResponse:
         """A journal, one page."""
         name = await self._account_meant(request.account, "ListStatement", context)
+        _check_run_id(request.run_id)
         _check_not_negative(page_size=request.page_size, after_sequence=request.after_sequence)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
         entries = await self._ledger.statement(
@@ -84,6 +110,7 @@ class QuotaServicer(QuotaLedgerServicer):
     ) -> AsyncIterator[wire.StreamStatementResponse]:
         """A journal up to its end as of now."""
         name = await self._account_meant(request.account, "StreamStatement", context)
+        _check_run_id(request.run_id)
         _check_not_negative(after_sequence=request.after_sequence)
         last, after = (await self._ledger.account(name)).sequence, request.after_sequence
         while after < last:
@@ -100,12 +127,34 @@ class QuotaServicer(QuotaLedgerServicer):
     async def WatchBalance(
         self, request: wire.WatchBalanceRequest, context: Any
     ) -> AsyncIterator[wire.WatchBalanceResponse]:
-        """The balance now and whenever it has changed; a key revoked meanwhile ends it."""
+        """The balance now and whenever it has changed; a key revoked meanwhile ends it, and so does the server."""
         name = await self._account_meant(request.account, "WatchBalance", context)
-        async with contextlib.aclosing(watch(self._ledger, name)) as balances:
-            async for account in balances:
-                await self._account_meant(request.account, "WatchBalance", context)
-                yield wire.WatchBalanceResponse(account=account_message(account))
+
+        async def check() -> None:
+            await self._account_meant(request.account, "WatchBalance", context)
+
+        with self._watching((await self._caller(context)).account):
+            async with contextlib.aclosing(watch(self._ledger, name, self._draining, check)) as balances:
+                async for account in balances:
+                    yield wire.WatchBalanceResponse(account=account_message(account))
+        raise Refusal.of(Reason.DRAINING)
+
+    @contextlib.contextmanager
+    def _watching(self, account: str) -> Iterator[None]:
+        """Counts one watch more, of whoever opened it, as long as the context lasts. Refusal: WATCH_LIMIT."""
+        for limit, open_, scope in (
+            (MAX_ACCOUNT_WATCHES, self._watches[account], f"account {account}"),
+            (MAX_WATCHES, self._watches.total(), "this server"),
+        ):
+            if open_ >= limit:
+                raise Refusal.of(Reason.WATCH_LIMIT, limit=limit, scope=scope)
+        self._watches[account] += 1
+        try:
+            yield
+        finally:
+            self._watches[account] -= 1
+            if not self._watches[account]:
+                del self._watches[account]
 
     # --- the money path of a teacher elsewhere ---
 
@@ -113,7 +162,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def Hold(self, request: wire.HoldRequest, context: Any) -> wire.HoldResponse:
         """Holds for an instance of the caller's."""
         instance_id = await self._instance(request.instance_id, context)
-        check_identifier("batch_id", request.batch_id)
+        _check_batch(request.account, request.batch_id)
         check_identifier("run_id", request.run_id)
         if len(request.digest) > MAX_DIGEST_BYTES:
             got = f"{len(request.digest)} bytes"
@@ -129,15 +178,29 @@ class QuotaServicer(QuotaLedgerServicer):
         )
         found = await self._ledger.hold(wish, instance_id=instance_id)
         if isinstance(found, Posted):
-            answered = wire.AnsweredBatch(posted=posted_message(found), answer=found.answer)
-            return wire.HoldResponse(answered=answered)
+            return wire.HoldResponse(answered=answered_message(found))
         return wire.HoldResponse(held=wire.HeldBatch())
+
+    @refusals_as_status
+    async def LookupPost(self, request: wire.LookupPostRequest, context: Any) -> wire.LookupPostResponse:
+        """A batch as it was answered, if it was."""
+        _check_batch(request.account, request.batch_id)
+        check_identifier("run_id", request.run_id)
+        wish = HoldRequest(
+            account=request.account,
+            batch_id=request.batch_id,
+            run_id=request.run_id,
+            digest=request.digest,
+            picture_count=0,  # not looked at
+        )
+        found = await self._ledger.replay(wish)
+        return wire.LookupPostResponse(answered=answered_message(found) if found is not None else None)
 
     @refusals_as_status
     async def Post(self, request: wire.PostRequest, context: Any) -> wire.PostResponse:
         """Charges what an instance of the caller's holds."""
         instance_id = await self._instance(request.instance_id, context)
-        check_identifier("batch_id", request.batch_id)
+        _check_batch(request.account, request.batch_id)
         posted = await self._ledger.post(
             request.account,
             request.batch_id,
@@ -151,7 +214,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def Void(self, request: wire.VoidRequest, context: Any) -> wire.VoidResponse:
         """Gives back what an instance of the caller's holds."""
         instance_id = await self._instance(request.instance_id, context)
-        check_identifier("batch_id", request.batch_id)
+        _check_batch(request.account, request.batch_id)
         await self._ledger.void(request.account, request.batch_id, instance_id=instance_id)
         return wire.VoidResponse()
 
@@ -172,7 +235,7 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def LookupKey(self, request: wire.LookupKeyRequest, context: Any) -> wire.LookupKeyResponse:
         """A credential as stored, and its account's terms."""
-        found = await self._ledger.credential(request.key_id)
+        found = await self._ledger.credential(request.key_id) if _KEY_ID.fullmatch(request.key_id) else None
         if found is None:
             return wire.LookupKeyResponse()
         return wire.LookupKeyResponse(key=key_message(found.key), terms=terms_message(found.terms))
@@ -182,6 +245,7 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def GetAccount(self, request: wire.GetAccountRequest, context: Any) -> wire.GetAccountResponse:
         """One account."""
+        check_account_name(request.account)
         account = await self._ledger.account(request.account)
         terms = await self._ledger.terms(request.account)
         return wire.GetAccountResponse(account=account_message(account), terms=terms_message(terms))
@@ -191,7 +255,7 @@ class QuotaServicer(QuotaLedgerServicer):
         """Every account, one page."""
         _check_not_negative(page_size=request.page_size)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
-        found = [account for account in await self._ledger.accounts() if account.name > request.after_name]
+        found = await self._ledger.accounts(after_name=request.after_name, limit=limit + 1)
         page = found[:limit]
         return wire.ListAccountsResponse(
             accounts=[account_message(account) for account in page],
@@ -208,13 +272,18 @@ class QuotaServicer(QuotaLedgerServicer):
                 Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
             )
         terms = terms_of(request.terms)
-        account = await self._ledger.create_account(request.account, granted, key, terms)
+        with _outcome_unknown(request.grant_id):
+            account = await self._ledger.create_account(
+                request.account, granted, key, terms, grant_id=request.grant_id
+            )
         return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(terms))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
         """More pictures."""
-        account = await self._ledger.grant(request.account, request.picture_count)
+        check_account_name(request.account)
+        with _outcome_unknown(request.grant_id):
+            account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
         return wire.GrantResponse(account=account_message(account))
 
     @refusals_as_status
@@ -226,18 +295,24 @@ class QuotaServicer(QuotaLedgerServicer):
     @refusals_as_status
     async def CreateKey(self, request: wire.CreateKeyRequest, context: Any) -> wire.CreateKeyResponse:
         """One more key of an account."""
-        await self._ledger.add_key(_checked_key(request.key))
+        key = _checked_key(request.key)
+        with _outcome_unknown():
+            await self._ledger.add_key(key)
         return wire.CreateKeyResponse()
 
     @refusals_as_status
     async def ListKeys(self, request: wire.ListKeysRequest, context: Any) -> wire.ListKeysResponse:
         """Every key of an account."""
+        check_account_name(request.account)
         return wire.ListKeysResponse(keys=[key_message(key) for key in await self._ledger.keys(request.account)])
 
     @refusals_as_status
     async def RevokeKey(self, request: wire.RevokeKeyRequest, context: Any) -> wire.RevokeKeyResponse:
         """The end of a key."""
-        await self._ledger.revoke_key(request.key_id)
+        if not _KEY_ID.fullmatch(request.key_id):
+            raise LedgerError(f"expected the id of a key on these books, got {request.key_id[:80]!r}")
+        with _outcome_unknown():
+            await self._ledger.revoke_key(request.key_id)
         return wire.RevokeKeyResponse()
 
     async def _caller(self, context: Any) -> Caller:
@@ -250,12 +325,35 @@ class QuotaServicer(QuotaLedgerServicer):
             return caller.account
         if caller.role not in MAY_NAME_ACCOUNTS:
             raise Refusal.of(Reason.PERMISSION_DENIED, method=f"{method} of another account")
+        check_account_name(named)
         return named
 
     async def _instance(self, instance_id: str, context: Any) -> str:
         """An instance as the books know it: nobody acts for another account's teachers, or for this server."""
         check_identifier("instance_id", instance_id)
         return f"{(await self._caller(context)).account}/{instance_id}"
+
+
+@contextlib.contextmanager
+def _outcome_unknown(grant_id: str = "") -> Iterator[None]:
+    """A change by an admin: without an id that makes it once, nobody is told to send it again. Raises Refusal."""
+    try:
+        yield
+    except LedgerUnavailable:
+        if grant_id:
+            raise
+        raise Refusal.of(Reason.LEDGER_OUTCOME_UNKNOWN) from None
+
+
+def _check_batch(account: str, batch_id: str) -> None:
+    """Keeps from the books what could never be on them. Refusal INVALID_REQUEST, LedgerError."""
+    check_identifier("batch_id", batch_id)
+    check_account_name(account)
+
+
+def _check_run_id(run_id: str) -> None:
+    if run_id:
+        check_identifier("run_id", run_id)
 
 
 def _check_not_negative(**fields: int) -> None:
@@ -272,4 +370,5 @@ def _checked_key(message: wire.StoredKey) -> Key:
     if len(key.secret_sha256) != 32:
         got = f"{len(key.secret_sha256)} bytes"
         raise Refusal.of(Reason.INVALID_REQUEST, field="key.secret_digest", expected="32 bytes", got=got)
+    check_account_name(key.account)
     return key

@@ -83,6 +83,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
     metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
     authenticator = Authenticator(ledger)
     limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams)
+    quota = QuotaServicer(ledger, authenticator)
     money_path = MoneyPath(
         engine=engine,
         ledger=ledger,
@@ -105,7 +106,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
     )
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
     add_GRPCInferenceServiceServicer_to_server(open_inference, server)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     _add_health_and_reflection(server, health, SERVICES)
 
     stopping = _Stopping(config.grace_seconds)
@@ -122,7 +123,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         await stopping.asked.wait()
         following.cancel()
         _no_longer_ready(health, gate, config)
-        await stopping.within_grace(calls.drain())
+        await stopping.within_grace(_all(calls.drain(), quota.drain()))
     finally:
         await server.stop(grace=1.0)
         await batcher.stop()
@@ -139,13 +140,14 @@ async def serve_ledger(config: ServerConfig) -> None:
     certificates = _certificates(config)
     ledger = await _open_ledger(config)
     authenticator = Authenticator(ledger)
+    quota = QuotaServicer(ledger, authenticator)
     gate = Gate(authenticator, Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams))
     health = Health((LEDGER_SERVICE,))
     server = grpc.aio.server(
         interceptors=(_authentication(authenticator, config), gate, Readable()),
         options=_channel_options(config),
     )
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     _add_health_and_reflection(server, health, (LEDGER_SERVICE,))
     stopping = _Stopping(config.grace_seconds)
     try:
@@ -157,6 +159,7 @@ async def serve_ledger(config: ServerConfig) -> None:
         await stopping.asked.wait()
         following.cancel()
         _no_longer_ready(health, gate, config)
+        await stopping.within_grace(quota.drain())
     finally:
         await server.stop(grace=1.0)
         await ledger.close()
@@ -212,6 +215,10 @@ class _Stopping:
         os._exit(self._exit_status)
 
 
+async def _all(*work: Coroutine[Any, Any, None]) -> None:
+    await asyncio.gather(*work)
+
+
 def _authentication(authenticator: Authenticator, config: ServerConfig) -> AuthInterceptor:
     return AuthInterceptor(authenticator, certificates=config.tls_client_ca is not None)
 
@@ -249,6 +256,10 @@ def open_ledger(
 
 
 async def _open_ledger(config: ServerConfig) -> Ledger:
+    if config.answers_keep_seconds is not None and config.ledger.startswith(SCHEMES):
+        raise StartError(
+            f"--answers-keep: expected books of its own in --ledger, got {config.ledger}; give it to that server"
+        )
     ledger = open_ledger(
         config.ledger,
         key=config.ledger_key,
@@ -256,6 +267,8 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
         insecure=config.ledger_insecure,
         lease_ms=round(config.lease_seconds * 1000),
     )
+    if isinstance(ledger, SqlLedger) and config.answers_keep_seconds is not None:
+        ledger.begin_pruning(round(config.answers_keep_seconds * 1000))
     if isinstance(ledger, RemoteLedger):
         try:
             await ledger.begin()  # a wrong key or address is told now, and not to the first customer

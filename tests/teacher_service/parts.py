@@ -149,6 +149,7 @@ class Service:
     batcher: Batcher
     metrics: Metrics
     calls: Calls
+    quota_servicer: QuotaServicer
     money_path: MoneyPath
     authenticator: Authenticator
     channel: grpc.aio.Channel
@@ -236,6 +237,7 @@ async def serving(
     clock = Clock()
     authenticator = Authenticator(ledger, clock)
     limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams, clock=clock)
+    quota = QuotaServicer(ledger, authenticator)
     money_path = MoneyPath(
         engine=engine,
         ledger=ledger,
@@ -254,7 +256,7 @@ async def serving(
     server = grpc.aio.server(interceptors=(RpcMetrics(metrics), AuthInterceptor(authenticator), gate))
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
     add_GRPCInferenceServiceServicer_to_server(open_inference, server)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     port = server.add_insecure_port("127.0.0.1:0")
     batcher.start()
     await server.start()
@@ -265,7 +267,7 @@ async def serving(
     address = f"127.0.0.1:{port}"
     channel = grpc.aio.insecure_channel(address, options)
     service = Service(
-        ledger, engine, batcher, metrics, calls, money_path, authenticator, channel, key, clock, address
+        ledger, engine, batcher, metrics, calls, quota, money_path, authenticator, channel, key, clock, address
     )
     service.gate = gate
     try:
@@ -289,6 +291,7 @@ class LedgerServer:
     url: str
     keys: dict[Role, str]
     authenticator: Authenticator
+    quota_servicer: QuotaServicer
 
     def connect(self, role: Role = Role.TEACHER) -> RemoteLedger:
         """The books from elsewhere; to be closed by the caller."""
@@ -308,11 +311,12 @@ async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[Ledg
     authenticator = Authenticator(ledger)
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
     server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),), options=options)
-    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(QuotaServicer(ledger, authenticator), server)
+    quota = QuotaServicer(ledger, authenticator)
+    quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
-        yield LedgerServer(ledger, f"grpc://127.0.0.1:{bound}", keys, authenticator)
+        yield LedgerServer(ledger, f"grpc://127.0.0.1:{bound}", keys, authenticator, quota)
     finally:
         await server.stop(0.2)
 
@@ -320,7 +324,7 @@ async def ledger_serving(ledger: Ledger, *, port: int = 0) -> AsyncIterator[Ledg
 class TwoRoles:
     """``Ledger`` over gRPC as tests want it: a teacher's key for the money path, an admin's for the rest."""
 
-    MONEY = ("begin", "hold", "post", "void", "renew_lease", "end_lease", "instance_id")
+    MONEY = ("begin", "hold", "replay", "post", "void", "renew_lease", "end_lease", "instance_id")
 
     def __init__(self, teacher: RemoteLedger, admin: RemoteLedger) -> None:
         self.teacher, self.admin = teacher, admin
@@ -328,9 +332,9 @@ class TwoRoles:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher if name in self.MONEY else self.admin, name)
 
-    async def accounts(self) -> list[Account]:
+    async def accounts(self, **asked: Any) -> list[Account]:
         """Those of the test, without the ones that the server's own keys belong to."""
-        return [found for found in await self.admin.accounts() if found.name not in (OPERATORS, "customer")]
+        return [found for found in await self.admin.accounts(**asked) if found.name not in (OPERATORS, "customer")]
 
     async def close(self) -> None:
         await self.teacher.close()

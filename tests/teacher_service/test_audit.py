@@ -77,11 +77,14 @@ class Books:
             if self.url.startswith("sqlite"):
                 connection.execute("DROP TRIGGER IF EXISTS entries_no_update")
                 connection.execute("DROP TRIGGER IF EXISTS entries_no_delete")
+                connection.execute("DROP TRIGGER IF EXISTS entries_no_replace")
                 connection.execute("DROP INDEX IF EXISTS one_post_a_batch")
+                connection.execute("DROP INDEX IF EXISTS one_grant_an_id")
                 connection.execute("PRAGMA ignore_check_constraints = ON")
             else:
                 connection.execute("ALTER TABLE entries DISABLE TRIGGER ALL")
                 connection.execute("DROP INDEX IF EXISTS one_post_a_batch")
+                connection.execute("DROP INDEX IF EXISTS one_grant_an_id")
             for statement in statements:
                 connection.execute(statement)
         finally:
@@ -190,6 +193,14 @@ TAMPERINGS: dict[str, tuple[Callable[[Books], None], str]] = {
         ),
         "plain ids",
     ),
+    "one grant made twice": (
+        lambda b: (
+            b.add("grant", "order-7", 5, run_id=""),
+            b.add("grant", "order-7", 5, run_id=""),
+            b.tamper("UPDATE accounts SET granted = granted + 10 WHERE name = 'a'"),
+        ),
+        "account a: grant id order-7 was granted more than once",
+    ),
     "unknown kind": (
         lambda b: (b.tamper("UPDATE entries SET kind = 'gift' WHERE batch_id = 'voided'"), b.chain_anew()),
         "expected a known kind",
@@ -266,6 +277,18 @@ TAMPERINGS: dict[str, tuple[Callable[[Books], None], str]] = {
         lambda b: b.tamper("DELETE FROM answers WHERE batch_id = 'a3'"),
         "batch a3 was charged, and its answer is not kept",
     ),
+    "answer deleted after those that were pruned": (
+        lambda b: (prune(b, "a2"), b.tamper("DELETE FROM answers WHERE batch_id = 'a3'")),
+        "batch a3 was charged, and its answer is not kept",
+    ),
+    "answer kept though pruned": (
+        lambda b: b.tamper(f"UPDATE accounts SET pruned_sequence = {post_of(b, 'a1')} WHERE name = 'a'"),
+        "the answer of batch a1 was pruned, and is kept all the same",
+    ),
+    "more answers pruned than there are entries": (
+        lambda b: (prune(b, "twice"), b.tamper("UPDATE accounts SET pruned_sequence = 26 WHERE name = 'a'")),
+        "its row says that answers are kept after entry 26, its journal ends with 25",
+    ),
     "answer given away": (
         lambda b: b.tamper("INSERT INTO answers VALUES ('a', 'voided', x'00', 3, zeroblob(32))"),
         "batch voided has an answer that was never charged",
@@ -308,6 +331,28 @@ TAMPERINGS: dict[str, tuple[Callable[[Books], None], str]] = {
 }
 
 
+def post_of(books: Books, batch_id: str) -> int:
+    return next(receipt.sequence for receipt in books.receipts if receipt.batch_id == batch_id)
+
+
+def prune(books: Books, batch_id: str) -> None:
+    """The answers of account "a" up to a batch's are no longer kept, and the books say so."""
+    sequence = post_of(books, batch_id)
+    books.tamper(
+        f"DELETE FROM answers WHERE account = 'a' AND sequence <= {sequence}",
+        f"UPDATE accounts SET pruned_sequence = {sequence} WHERE name = 'a'",
+    )
+
+
+@pytest.mark.parametrize("store", ["books", "postgres_books"])
+def test_answers_that_the_books_say_were_pruned_are_no_finding(request: pytest.FixtureRequest, store: str) -> None:
+    books = request.getfixturevalue(store)
+    for batch_id, count in (("a0", 1), ("a2", 3), ("twice", 8)):
+        prune(books, batch_id)
+        report = verify(books.url, books.receipts)
+        assert (report.findings, report.pruned_answers) == ([], count)
+
+
 @pytest.mark.parametrize("kind", sorted(TAMPERINGS))
 def test_tampering_is_found(books: Books, kind: str) -> None:
     tamper, expected = TAMPERINGS[kind]
@@ -317,7 +362,16 @@ def test_tampering_is_found(books: Books, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["changed count", "entry deleted in the middle", "end cut off", "double post", "hold deleted"]
+    "kind",
+    [
+        "changed count",
+        "entry deleted in the middle",
+        "end cut off",
+        "double post",
+        "hold deleted",
+        "one grant made twice",
+        "answer kept though pruned",
+    ],
 )
 def test_tampering_is_found_on_postgresql(postgres_books: Books, kind: str) -> None:
     tamper, expected = TAMPERINGS[kind]

@@ -1,5 +1,6 @@
 """The two programs: what they print, refuse and exit with."""
 
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from teacher_service.cli import admin, serve
+from teacher_service.ledger_sql import SqlLedger
 from tests.conftest import program, teacher_admin
 
 KEY = re.compile(r"mekd_([0-9a-f]{16})_[0-9a-f]{64}")
@@ -110,6 +112,34 @@ def test_terms_through_a_server_that_has_the_books(start_server: Any, ledger: st
     done = run("teacher-admin", *remote, "set", "far", "--top-k", "3", "--unset", "decimals", env=environment)
     assert (done.returncode, done.stdout) == (0, "name far  granted 5  posted 0  held 0  balance 5  top_k 3\n"), done
     assert admin_says(ledger, "account", "show", "far") == done.stdout
+
+
+def test_a_grant_with_an_id_is_made_once_however_often_a_script_runs(ledger: str) -> None:
+    admin_says(ledger, "account", "create", "device", "--budget", "50")
+    for _ in range(2):
+        said = admin_says(ledger, "account", "grant", "device", "8", "--grant-id", "order-7")
+        assert said == "name device  granted 58  posted 0  held 0  balance 58\n"
+    for count, grant_id, said in (
+        ("9", "order-7", "grant id order-7 was used before with another picture_count; a new grant needs a new id"),
+        ("9", "order 8", "grant_id: expected 1 to 64 characters of A-Z, a-z, 0-9, '_' and '-', got 'order 8'"),
+    ):
+        again = ("account", "grant", "device", count, "--grant-id", grant_id)
+        assert admin_says(ledger, *again, status=2) == f"error: {said}\n"
+    assert "order-7" in admin_says(ledger, "statement", "device")
+    assert json.loads(admin_says(ledger, "account", "show", "device", "--format", "json"))["granted"] == 58
+
+
+def test_accounts_are_listed_to_the_last_however_many_pages_they_fill(ledger: str) -> None:
+    async def make() -> None:
+        books = SqlLedger.open(ledger)
+        await asyncio.gather(*(books.create_account(f"a{n:04}", 1) for n in range(1003)))
+        await books.close()
+
+    asyncio.run(make())
+    names = [
+        json.loads(line)["name"] for line in admin_says(ledger, "account", "list", "--format", "json").splitlines()
+    ]
+    assert names == [f"a{n:04}" for n in range(1003)]
 
 
 def test_keys_are_added_listed_without_their_secret_and_revoked(ledger: str) -> None:
@@ -261,6 +291,10 @@ def test_a_reader_who_closes_the_pipe_ends_the_statement_quietly(ledger: str) ->
         (("--model", "x", "--grace-seconds", "-1"), "is not in the range 0<=x<=86400"),
         (("--model", "x", "--metrics-port", "70000"), "70000 is not in the range 0<=x<=65535"),
         (("--model", "x", "--answers", "loud"), "'loud' is not one of 'soft', 'hard'"),
+        *(
+            (("--model", "x", "--answers-keep", text), f"above 0 with s, m, h or d, for example 30d; got '{text}'")
+            for text in ("", "d", "30", "0d", "-1d", "1.5h", "3w", "²d", "30 d")
+        ),
         (
             ("--model", "x", "--input-shape", "3,32"),
             "expected CHANNELS,HEIGHT,WIDTH, for example 3,32,32; got '3,32'",

@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,7 +13,10 @@ from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service.engine import ArrayEngine
-from tests.teacher_service.parts import pictures, serving, until
+from teacher_service.ledger import Held, HoldRequest, LedgerError, Posted
+from teacher_service.ledger_memory import MemoryLedger
+from teacher_service.ledger_sql import SqlLedger
+from tests.teacher_service.parts import GatedEngine, pictures, serving, until
 
 # --- what is sold ---
 
@@ -162,3 +167,63 @@ async def test_draining_finishes_what_is_under_way_tells_the_streams_and_ends_th
         await asyncio.wait_for(draining, 5)
         assert await service.balances() == (2, 0, 998)
         assert (await service.open().ended_by()).reason is Reason.DRAINING  # who comes now is sent away
+
+
+@pytest.mark.parametrize("fails", ["hold", "post"])
+async def test_what_the_books_cannot_do_is_told_as_that_and_nothing_stays_held(fails: str) -> None:
+    class Refusing(MemoryLedger):
+        async def hold(self, request: HoldRequest) -> Held | Posted:
+            if fails == "hold":
+                raise LedgerError("the account is not on these books")
+            return await super().hold(request)
+
+        async def post(self, account: str, batch_id: str, answer: bytes) -> Any:
+            raise LedgerError("the account is not on these books")
+
+    async with serving(Refusing()) as service:
+        stream = await service.stream()
+        await stream.send("b", pictures(2))
+        refusal = await stream.refusal("b")
+        assert refusal == Refusal.of(Reason.LEDGER_REFUSED, problem="the account is not on these books")
+        assert await service.balances() == (0, 0, 1000) and service.batcher.taken_pictures == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit"), [({}, 4), ({"height": 16, "width": 4}, 512), ({"channels": 3}, 512)], ids=str
+)
+async def test_a_batch_that_was_paid_for_is_replayed_whatever_model_or_limit_came_since(
+    tmp_path: Path, sizes: dict[str, int], limit: int
+) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    async with serving(SqlLedger.open(url)) as service:
+        stream = await service.stream()
+        await stream.send("paid", pictures(5))
+        first, key = await stream.result(), service.key
+    async with serving(
+        SqlLedger.open(url), engine=GatedEngine(**sizes), key=key, max_batch_pictures=limit
+    ) as service:
+        stream = await service.stream()
+        await stream.send("paid", pictures(5))
+        again = await stream.result()
+        assert again.replayed and (again.answer, again.receipt) == (first.answer, first.receipt)
+        assert service.engine.calls == [] and await service.balances() == (5, 0, 995)
+        await stream.send("unpaid", pictures(5))
+        assert (await stream.refusal("unpaid")).reason is Reason.INVALID_IMAGES
+        await stream.send("paid", pictures(5, seed=2))
+        assert (await stream.refusal("paid")).reason is Reason.BATCH_ID_REUSED
+        entries = await service.ledger.statement("device")
+        assert [entry.kind for entry in entries] == ["grant", "hold", "post"]
+
+
+@pytest.mark.parametrize("field", ["picture_count", "channels", "encoding"])
+async def test_a_message_that_contradicts_itself_is_not_looked_up(field: str) -> None:
+    class Unasked(MemoryLedger):
+        async def replay(self, request: HoldRequest) -> Posted | None:
+            raise AssertionError("the books were asked")
+
+    async with serving(Unasked()) as service:
+        stream = await service.stream()
+        batch = wire.Batch(batch_id="b", images=codec.encode_images(pictures(2)))
+        setattr(batch.images, field, 99)
+        await stream.call.write(wire.InferRequest(batch=batch))
+        assert (await stream.refusal("b")).reason is Reason.INVALID_IMAGES

@@ -1,6 +1,7 @@
 """One contract for every store of the books."""
 
 import asyncio
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from protos.errors import Reason, Refusal
 from teacher_service import ledger as rules
+from teacher_service import ledger_sql
+from teacher_service.audit import verify
 from teacher_service.auth import new_key
 from teacher_service.ledger import (
     MAX_COUNT,
@@ -25,6 +28,7 @@ from teacher_service.ledger import (
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import FIELDS, Terms
+from tests.teacher_service.parts import until
 
 
 class Time:
@@ -165,6 +169,132 @@ async def test_accounts_are_listed_by_name(books: Ledger) -> None:
     assert [account.name for account in await books.accounts()] == ["a", "b", "c"]
 
 
+async def test_accounts_come_in_pages_that_join_to_the_whole(books: Ledger) -> None:
+    for name in ("a", "a-b", "ab", "b1", "b", "c"):
+        await books.create_account(name, 1)
+    joined: list[str] = []
+    while page := await books.accounts(after_name=joined[-1] if joined else "", limit=2):
+        assert len(page) <= 2
+        joined += [account.name for account in page]
+    assert joined == [account.name for account in await books.accounts()]
+    assert sorted(joined) == ["a", "a-b", "ab", "b", "b1", "c"]
+    assert await books.accounts(after_name="zzz") == []
+
+
+async def test_an_account_whose_key_cannot_be_made_is_not_made(books: Ledger) -> None:
+    _, taken = new_key("a")
+    await books.create_account("a", 5, taken)
+    clash = dataclasses.replace(new_key("b")[1], key_id=taken.key_id)
+    with pytest.raises(LedgerError, match="got the id of another"):
+        await books.create_account("b", 5, clash)
+    with pytest.raises(LedgerError, match="'b'"):
+        await books.account("b")
+    assert await books.key(taken.key_id) == taken
+    assert standing(await books.create_account("b", 7)) == await state(books, "b") == (7, 0, 0, 7)
+
+
+# --- grants with an id of their own ---
+
+
+async def test_a_grant_with_an_id_is_made_once_however_often_it_is_sent(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    for _ in range(3):
+        assert standing(await books.grant("a", 7, grant_id="g-1")) == (17, 0, 0, 17)
+    assert (await books.grant("a", 7, grant_id="g-2")).granted == 24
+    assert (await books.grant("a", 7)).granted == 31  # without an id each is a grant of its own
+    assert (await books.grant("a", 7)).granted == 38
+    assert (await books.grant("a", 7, grant_id="g-1")).granted == 38  # the books as they are now
+    assert await state(books) == (38, 0, 0, 38)
+    entries = await books.statement("a")
+    assert [entry.batch_id for entry in entries] == ["", "g-1", "g-2", "", ""]
+    assert chain(entries) == [entry.head for entry in entries]
+
+
+async def test_the_id_of_a_grant_stands_for_one_count(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    await books.grant("a", 7, grant_id="g")
+    for count in (8, MAX_COUNT, 0):
+        with pytest.raises(Refusal) as caught:
+            await books.grant("a", count, grant_id="g")
+        assert caught.value == Refusal.of(Reason.GRANT_ID_REUSED, grant_id="g", field="picture_count")
+    assert await state(books) == (17, 0, 0, 17)
+
+
+async def test_a_refused_grant_does_not_pin_its_id(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    with pytest.raises(LedgerError, match="expected a grant"):
+        await books.grant("a", 0, grant_id="g")
+    assert (await books.grant("a", 7, grant_id="g")).granted == 17
+
+
+async def test_ids_of_grants_and_batches_and_of_two_accounts_do_not_meet(books: Ledger) -> None:
+    for name in ("a", "b"):
+        await books.create_account(name, 10)
+        assert (await books.grant(name, 7, grant_id="same")).granted == 17
+    assert await books.hold(wish("same")) == Held()
+    await books.post("a", "same", b"answer")
+    assert (await books.grant("a", 7, grant_id="same")).granted == 17
+    assert (await replay(books, wish("same"))).answer == b"answer"
+
+
+async def test_a_burst_of_one_grant_is_granted_once(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    told = await asyncio.gather(*(books.grant("a", 7, grant_id="g") for _ in range(20)))
+    assert {account.granted for account in told} == {17}
+    assert len(await books.statement("a")) == 2
+
+
+@pytest.mark.parametrize("grant_id", ["a b", "a|b", "x" * 65, "ä", "a\x00"])
+async def test_what_is_no_id_of_a_grant_is_refused_by_the_name_of_its_field(books: Ledger, grant_id: str) -> None:
+    await books.create_account("a", 10)
+    for call in (books.grant("a", 7, grant_id=grant_id), books.create_account("b", 7, grant_id=grant_id)):
+        with pytest.raises(Refusal) as caught:
+            await call
+        assert (caught.value.reason, caught.value.variables["field"]) == (Reason.INVALID_REQUEST, "grant_id")
+    assert await state(books) == (10, 0, 0, 10)
+    assert [account.name for account in await books.accounts()] == ["a"]
+
+
+async def test_an_account_made_with_an_id_is_found_again_as_it_is_now(books: Ledger) -> None:
+    _, key = new_key("a")
+    made = await books.create_account("a", 10, key, grant_id="g")
+    assert await books.create_account("a", 10, key, grant_id="g") == made
+    await books.grant("a", 5)
+    await books.revoke_key(key.key_id)
+    assert standing(await books.create_account("a", 10, key, grant_id="g")) == await state(books) == (15, 0, 0, 15)
+    assert [stored.revoked for stored in await books.keys("a")] == [True]
+    assert len(await books.statement("a")) == 2
+
+
+async def test_the_id_of_an_accounts_making_stands_for_one_count_and_one_key(books: Ledger) -> None:
+    _, key = new_key("a")
+    _, other = new_key("a")
+    await books.create_account("a", 10, key, grant_id="g")
+    for field, again in (
+        ("picture_count", books.create_account("a", 11, key, grant_id="g")),
+        ("key", books.create_account("a", 10, other, grant_id="g")),
+        ("key", books.create_account("a", 10, grant_id="g")),
+        ("key", books.grant("a", 10, grant_id="g")),
+    ):
+        with pytest.raises(Refusal) as caught:
+            await again
+        assert caught.value == Refusal.of(Reason.GRANT_ID_REUSED, grant_id="g", field=field)
+    assert await state(books) == (10, 0, 0, 10)
+    assert await books.keys("a") == [key]
+
+
+async def test_an_account_that_something_else_made_is_not_found_by_an_id(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    await books.grant("a", 10, grant_id="later")
+    for grant_id in ("", "new", "later"):
+        with pytest.raises(LedgerError, match="expected a new account name, got 'a', which exists"):
+            await books.create_account("a", 10, grant_id=grant_id)
+    with pytest.raises(Refusal) as caught:  # an id is the grant's: there must be one
+        await books.create_account("b", None, grant_id="g")
+    assert (caught.value.reason, caught.value.variables["field"]) == (Reason.INVALID_REQUEST, "grant_id")
+    assert await state(books) == (20, 0, 0, 20)
+
+
 # --- the money path ---
 
 
@@ -187,6 +317,27 @@ async def test_repeat_of_posted_id_is_free_and_byte_identical(books: Ledger) -> 
         assert (await replay(books)).answer == answer
     assert await state(books) == (5, 5, 0, 0)
     assert len(await books.statement("a")) == entries
+
+
+async def test_whether_a_batch_was_answered_can_be_asked_without_holding_it(books: Ledger) -> None:
+    await books.create_account("a", 10)
+    assert await books.replay(wish()) is None
+    await books.hold(wish())
+    await settled(books)
+    assert await books.replay(wish()) is None  # under way
+    posted = await books.post("a", "b", b"answer")
+    entries = await books.statement("a")
+    assert await books.replay(wish()) == await books.replay(wish(count=99)) == posted == await replay(books)
+    for other in (wish(digest=b"e"), wish(run_id="other")):
+        with pytest.raises(Refusal) as caught:
+            await books.replay(other)
+        assert caught.value == await refused(books, other)
+    with pytest.raises(LedgerError, match="'nobody'"):
+        await books.replay(dataclasses.replace(wish(), account="nobody"))
+    await books.hold(wish("voided"))
+    await books.void("a", "voided")
+    assert await books.replay(wish("voided")) is None
+    assert (await books.statement("a"))[:3] == entries and await state(books) == (10, 5, 0, 5)
 
 
 async def test_an_empty_answer_is_kept_and_not_taken_for_a_pruned_one(books: Ledger) -> None:
@@ -613,6 +764,179 @@ async def test_closing_gives_back_what_this_server_holds(opened: Callable[..., S
     assert [entry.kind.value for entry in await second.statement("a")].count("void") == 1
 
 
+async def test_two_servers_make_one_grant_and_one_account_of_an_id(opened: Callable[..., SqlLedger]) -> None:
+    servers = opened(), opened()
+    _, key = new_key("a")
+    for _ in range(5):  # the first time as a race, then as repeats
+        made = await asyncio.gather(*(server.create_account("a", 10, key, grant_id="first") for server in servers))
+        assert [account.name for account in made] == ["a", "a"]
+    for turn in range(5):
+        await asyncio.gather(*(server.grant("a", 7, grant_id=f"g{turn}") for server in servers for _ in range(3)))
+    assert await state(servers[0]) == (45, 0, 0, 45)
+    assert [e.batch_id for e in await servers[1].statement("a")] == ["first", "g0", "g1", "g2", "g3", "g4"]
+
+
+# --- answers that are no longer kept ---
+
+
+async def charge(ledger: SqlLedger, *batch_ids: str, account: str = "a") -> dict[str, Posted]:
+    posts = {}
+    for batch_id in batch_ids:
+        request = dataclasses.replace(wish(batch_id, digest=batch_id.encode()), account=account)
+        assert await ledger.hold(request) == Held()
+        posts[batch_id] = await ledger.post(account, batch_id, f"answer {batch_id}".encode())
+    return posts
+
+
+async def repeat(ledger: SqlLedger, batch_id: str) -> Posted:
+    return await replay(ledger, wish(batch_id, digest=batch_id.encode()))
+
+
+async def test_old_answers_are_pruned_and_the_journal_stays(
+    opened: Callable[..., SqlLedger], store: str, time_: Time
+) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    old = await charge(ledger, "x", "y")
+    time_.ms += 1000
+    await ledger.hold(wish("held"))
+    await ledger.post("a", "held", b"some", 2)  # a partial post: two entries
+    await charge(ledger, "young")
+    entries, before = await ledger.statement("a"), await state(ledger)
+    assert await ledger.prune_answers(time_.ms) == 2  # of before now
+    assert await ledger.prune_answers(time_.ms) == 0
+    for batch_id, posted in old.items():
+        again = await repeat(ledger, batch_id)
+        assert (again.answer, again.receipt) == (None, posted.receipt)
+        assert (await refused(ledger, wish(batch_id, digest=b"z"))).reason is Reason.BATCH_ID_REUSED
+    assert (await repeat(ledger, "young")).answer == b"answer young"
+    assert (await ledger.statement("a"), await state(ledger)) == (entries, before)
+    report = await asyncio.to_thread(verify, store)
+    assert (report.findings, report.pruned_answers) == ([], 2)
+    assert await ledger.prune_answers(time_.ms + 1) == 2
+    report = await asyncio.to_thread(verify, store)
+    assert (report.findings, report.pruned_answers) == ([], 4)
+    assert await ledger.statement("a") == entries
+    await charge(ledger, "next")
+    assert (await repeat(ledger, "next")).answer == b"answer next"
+
+
+async def test_a_post_made_again_after_its_answer_was_pruned_is_known_by_its_digest(
+    opened: Callable[..., SqlLedger], time_: Time
+) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    posted = (await charge(ledger, "x"))["x"]
+    await ledger.prune_answers(time_.ms + 1)
+    again = await ledger.post("a", "x", b"answer x")
+    assert (again.receipt, again.account) == (posted.receipt, posted.account)
+    with pytest.raises(Refusal) as caught:
+        await ledger.post("a", "x", b"another answer")
+    assert caught.value.reason is Reason.HOLD_LOST
+    assert await state(ledger) == (100, 5, 0, 95)
+
+
+async def test_an_answer_that_is_missing_without_a_mark_is_not_computed_again_and_the_auditor_says_so(
+    opened: Callable[..., SqlLedger], store: str
+) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    posted = (await charge(ledger, "x"))["x"]
+
+    def lose(transaction: Any) -> None:
+        transaction.connection.exec_driver_sql("DELETE FROM answers")
+
+    await ledger._write(lose)
+    assert await repeat(ledger, "x") == dataclasses.replace(posted, answer=None)
+    findings = (await asyncio.to_thread(verify, store)).findings
+    assert findings == ["account a: batch x was charged, and its answer is not kept"]
+
+
+async def test_pruning_goes_in_small_steps_and_others_are_served_between_them(
+    opened: Callable[..., SqlLedger], time_: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "PRUNE_ENTRIES", 4)
+    monkeypatch.setattr(ledger_sql, "PRUNE_ACCOUNTS", 2)
+    ledger = opened()
+    for name in ("a", "b", "c", "d", "e"):
+        await ledger.create_account(name, 1000)
+        if name != "b":
+            await charge(ledger, *(f"b{n}" for n in range(30)), account=name)
+    pruning = asyncio.ensure_future(ledger.prune_answers(time_.ms + 1))
+    served = 0
+    while not pruning.done():
+        await charge(ledger, f"meanwhile-{served}", account="b")
+        served += 1
+    assert served > 5
+    assert 120 <= await pruning <= 120 + served
+    assert (await repeat(ledger, "b29")).answer is None
+
+
+async def test_two_servers_prune_at_once(opened: Callable[..., SqlLedger], store: str, time_: Time) -> None:
+    servers = opened(), opened()
+    for name in ("a", "b"):
+        await servers[0].create_account(name, 1000)
+        await charge(servers[0], *(f"b{n}" for n in range(120)), account=name)
+    counts = await asyncio.gather(*(server.prune_answers(time_.ms + 1) for server in servers))
+    assert sum(counts) == 240
+    assert (await asyncio.to_thread(verify, store)).findings == []
+
+
+async def test_a_clock_set_back_keeps_answers_longer_and_prunes_none_too_early(
+    opened: Callable[..., SqlLedger], time_: Time
+) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    time_.ms += 3_600_000
+    await charge(ledger, "ahead")
+    time_.ms -= 3_600_000
+    await charge(ledger, "after")
+    assert await ledger.prune_answers(time_.ms + 1000) == 0
+    assert await ledger.prune_answers(time_.ms + 3_600_001) == 2
+
+
+async def test_a_server_prunes_in_the_background_until_it_is_closed(opened: Callable[..., SqlLedger]) -> None:
+    ledger, other = opened(clock=rules.now_ms), opened(clock=rules.now_ms)
+    await ledger.create_account("a", 100)
+    await charge(ledger, "x")
+    ledger.begin_pruning(300)
+    assert (await repeat(other, "x")).answer == b"answer x"
+
+    async def gone() -> bool:
+        return (await repeat(other, "x")).answer is None
+
+    await until(gone)
+    await ledger.close()
+    await charge(other, "y")
+    await asyncio.sleep(0.7)
+    assert (await repeat(other, "y")).answer == b"answer y"
+
+
+async def test_nothing_is_pruned_by_a_clock_that_has_just_jumped(
+    opened: Callable[..., SqlLedger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledger_sql, "PRUNE_SECONDS", 0.02)
+    monkeypatch.setattr(ledger_sql, "STEADY_SECONDS", 0.8)
+    ahead_ms = 7_200_000  # wrong already when the server starts
+    ledger, other = opened(clock=lambda: rules.now_ms() + ahead_ms), opened(clock=rules.now_ms)
+    await other.create_account("a", 100)
+    await charge(other, "x")
+    ledger.begin_pruning(3_600_000)
+    await asyncio.sleep(0.3)
+    ahead_ms = 0  # put right
+    await asyncio.sleep(1.2)  # steady for long enough, and by the right clock the answer is young
+    assert (await repeat(other, "x")).answer == b"answer x"
+    ahead_ms = 7_200_000
+    await asyncio.sleep(0.3)
+    assert (await repeat(other, "x")).answer == b"answer x"
+    assert [record.getMessage() for record in caplog.records if "jumped" in record.getMessage()] != []
+
+    async def gone() -> bool:
+        return (await repeat(other, "x")).answer is None
+
+    await until(gone)  # a clock that stays there is taken for right
+
+
 # --- keys ---
 
 
@@ -634,6 +958,9 @@ async def test_keys_are_kept_until_revoked_and_then_known_as_revoked(books: Ledg
     assert await books.credential(second.key_id) == (second, Terms())
     assert await books.credential("0" * 16) is None
     assert await books.keys("other") == []
+    with pytest.raises(LedgerError, match=f"expected a new key, got the id of another: {second.key_id}"):
+        await books.add_key(dataclasses.replace(new_key("a")[1], key_id=second.key_id))
+    assert await books.key(second.key_id) == second
     with pytest.raises(LedgerError, match="expected the id of a key on these books, got 'none'"):
         await books.revoke_key("none")
 

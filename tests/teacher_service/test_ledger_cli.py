@@ -217,6 +217,21 @@ def test_backup_replaces_a_file_only_when_told(url: str, tmp_path: Path) -> None
     assert verify(f"sqlite:///{target}").entries == 3
 
 
+def test_backup_never_replaces_a_ledger_in_use(url: str, path: Path, tmp_path: Path) -> None:
+    made(url, "x")
+    other = f"sqlite:///{tmp_path}/other.db"
+    made(other, "x")
+    refused = run(url, "backup", path, "--force")
+    assert (refused.exit_code, "expected another file than the ledger's own" in refused.output) == (2, True)
+    with served(other) as (ledger, runner):
+        refused = run(url, "backup", tmp_path / "other.db", "--force")
+        assert (refused.exit_code, "is a ledger in use" in refused.output) == (2, True)
+        runner.run(charge(ledger, "y"))
+    assert verify(other).entries == 5
+    assert run(url, "backup", tmp_path / "other.db", "--force").exit_code == 0
+    assert verify(other).entries == 3
+
+
 def test_backup_of_forged_books_is_refused(url: str, path: Path, tmp_path: Path) -> None:
     made(url, "x")
     connection = sqlite3.connect(path)
@@ -321,6 +336,38 @@ def test_a_ledger_in_use_is_never_replaced(url: str, tmp_path: Path) -> None:
         runner.run(charge(ledger, "y"))
     assert verify(url).entries == 5
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_what_is_restored_has_the_entries_that_stood_in_the_backups_log(url: str, path: Path, tmp_path: Path) -> None:
+    made(url, "x")
+    with served(url) as (ledger, runner):
+        runner.run(charge(ledger, "y", "z"))
+        for ending in ("", "-wal"):  # as they lie there after a crash
+            shutil.copy(f"{path}{ending}", tmp_path / f"crashed{ending}")
+    assert (tmp_path / "crashed-wal").stat().st_size > 0
+    done = run(f"sqlite:///{tmp_path}/new.db", "restore", tmp_path / "crashed")
+    assert (done.exit_code, done.output) == (0, "restored 1 accounts and 7 entries\n")
+    assert verify(f"sqlite:///{tmp_path}/new.db").entries == 7
+
+
+def test_a_log_that_another_ledger_left_is_never_replayed_into_a_restored_one(
+    url: str, path: Path, tmp_path: Path
+) -> None:
+    made(url, "x")
+    run(url, "backup", tmp_path / "backup")
+    with served(url) as (ledger, runner):
+        runner.run(charge(ledger, "y"))
+        shutil.copy(f"{path}-wal", tmp_path / "left")
+    path.rename(tmp_path / "moved")
+    shutil.copy(tmp_path / "left", f"{path}-wal")
+    refused = run(url, "restore", tmp_path / "backup", "--force")
+    assert (refused.exit_code, "ledger.db-wal: it holds the last entries of a ledger" in refused.output) == (2, True)
+    assert not path.exists() and not list(tmp_path.glob("*.partial*"))
+    refused = run(f"sqlite:///{tmp_path}/moved", "backup", path)
+    assert (refused.exit_code, "ledger.db-wal" in refused.output) == (2, True)
+    Path(f"{path}-wal").unlink()
+    assert run(url, "restore", tmp_path / "backup").exit_code == 0
+    assert verify(url).entries == 3
 
 
 def test_a_ledger_that_cannot_be_read_is_replaced_when_told(url: str, path: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 
 from protos.errors import Refusal
-from teacher_service.ledger import HoldRequest, Ledger, LedgerError, Posted
+from teacher_service.ledger import Account, HoldRequest, Ledger, LedgerError, Posted
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
 
@@ -54,6 +54,7 @@ class Model:
 
     leases_follow_our_clock: bool
     granted: dict[str, int] = field(default_factory=dict)
+    grants: dict[tuple[str, str], int] = field(default_factory=dict)  # those with an id: account and id -> count
     batches: dict[tuple[str, str], _Batch] = field(default_factory=dict)
     lease_until: dict[int, int] = field(default_factory=dict)
     renewed_at: dict[int, int] = field(default_factory=dict)
@@ -103,6 +104,14 @@ class Model:
             return "BUDGET_EXHAUSTED"
         batch.state, batch.count, batch.server = "held", count, server
         return "held"
+
+    def grant(self, account: str, count: int, grant_id: str) -> str:
+        known = self.grants.get((account, grant_id))
+        if known is None:
+            self.granted[account] += count
+            if grant_id:
+                self.grants[account, grant_id] = count
+        return "granted" if known in (None, count) else "GRANT_ID_REUSED"
 
     def post(self, server: int, account: str, batch_id: str, answer: bytes, part: int | None) -> str:
         batch = self.batches.get((account, batch_id))
@@ -178,6 +187,8 @@ class Machine(RuleBasedStateMachine):
             return "refused"
         finally:
             self.settle(server)
+        if isinstance(told, Account):
+            return "granted"
         if not isinstance(told, Posted):
             return "held"
         self.told = told
@@ -193,12 +204,11 @@ class Machine(RuleBasedStateMachine):
             self.run(self.ledgers[self.seats[0]].create_account(self.name(account), budget))
             self.model.granted[account] = budget
 
-    @rule(seat=SEATS, account=ACCOUNTS, count=COUNTS)
-    def grant(self, seat: int, account: str, count: int) -> None:
+    @rule(seat=SEATS, account=ACCOUNTS, count=st.sampled_from([5, 12]), grant_id=st.sampled_from(["", "", "x", "y"]))
+    def grant(self, seat: int, account: str, count: int, grant_id: str) -> None:
         server = self.server(seat)
-        self.run(self.ledgers[server].grant(self.name(account), count))
-        self.settle(server)
-        self.model.granted[account] += count
+        expected = self.model.grant(account, count, grant_id)
+        assert self.act(server, self.ledgers[server].grant(self.name(account), count, grant_id=grant_id)) == expected
         self.model.after(server)
 
     @rule(
@@ -381,4 +391,4 @@ def test_the_machine_finds_books_that_expire_the_living(monkeypatch: pytest.Monk
     monkeypatch.setattr(ledger_sql._Transaction, "is_dead", lambda self, instance_id: True)
     asyncio.run(SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db").close())
     with pytest.raises(AssertionError):
-        run_machine(50, shrink=False, template=tmp_path / "ledger.db")
+        run_machine(200, shrink=False, template=tmp_path / "ledger.db")

@@ -129,7 +129,7 @@ class LossyServicer(QuotaLedgerServicer):
                     request, metadata=context.invocation_metadata(), timeout=10
                 )
             except grpc.aio.AioRpcError as error:
-                trailing = [item for item in error.trailing_metadata() if item[0] == "grpc-status-details-bin"]
+                trailing = tuple(item for item in error.trailing_metadata() if item[0] == "grpc-status-details-bin")
                 await context.abort(error.code(), error.details(), trailing_metadata=trailing)
             if self.lose.get(name, 0):
                 self.lose[name] -= 1
@@ -140,14 +140,14 @@ class LossyServicer(QuotaLedgerServicer):
 
 
 @contextlib.asynccontextmanager
-async def lossy(server: LedgerServer) -> AsyncIterator[tuple[LossyServicer, RemoteLedger]]:
-    """A teacher's ledger behind a connection that loses replies."""
+async def lossy(server: LedgerServer, role: Role = Role.TEACHER) -> AsyncIterator[tuple[LossyServicer, RemoteLedger]]:
+    """A teacher's ledger, or another role's, behind a connection that loses replies."""
     servicer = LossyServicer(server.url.removeprefix("grpc://"))
     between = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     add_QuotaLedgerServicer_to_server(servicer, between)
     port = between.add_insecure_port("127.0.0.1:0")
     await between.start()
-    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key=server.keys[Role.TEACHER])
+    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key=server.keys[role])
     try:
         yield servicer, remote
     finally:
@@ -169,6 +169,24 @@ async def test_a_post_whose_reply_was_lost_is_charged_once_and_gets_the_same_rec
         account = await books.account("a")
         assert (account.posted, account.held, account.balance) == (5, 0, 5)
         assert [entry.kind for entry in await books.statement("a")] == ["grant", "hold", "post"]
+    await books.close()
+
+
+async def test_a_grant_whose_reply_was_lost_is_made_once_with_an_id_and_advice_tells_so(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    _, key = new_key("a")
+    async with ledger_serving(books) as server, lossy(server, Role.ADMIN) as (between, remote):
+        between.lose = {"CreateAccount": 1, "Grant": 2}
+        with pytest.raises(LedgerUnavailable, match="do it again with the same grant id first: it is done once"):
+            await remote.create_account("a", 10, key, grant_id="first")
+        assert (await remote.create_account("a", 10, key, grant_id="first")).granted == 10
+        with pytest.raises(LedgerUnavailable, match="with the same grant id g: it is done once"):
+            await remote.grant("a", 5, grant_id="g")
+        with pytest.raises(LedgerUnavailable, match="look whether it was done before you do it again"):
+            await remote.grant("a", 100)
+        assert (await remote.grant("a", 5, grant_id="g")).granted == 115
+        assert between.calls == ["CreateAccount", "CreateAccount", "Grant", "Grant", "Grant"]
+    assert [entry.batch_id for entry in await books.statement("a")] == ["first", "g", ""]
     await books.close()
 
 
@@ -206,6 +224,45 @@ async def test_a_hold_in_doubt_that_nobody_repeats_is_given_back(
         await until(given_back)
         await until(lambda: not remote._doubts)
         assert await remote.hold(wish()) == Held()
+    await books.close()
+
+
+async def test_a_hold_in_doubt_is_not_forgotten_when_its_repeat_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_remote, "DOUBT_SECONDS", 0.05)
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, lossy(server) as (servicer, remote):
+        servicer.lose["Hold"] = 1
+        servicer.refuse["Void"] = 10**6
+        with pytest.raises(LedgerUnavailable):
+            await remote.hold(wish())
+        for _ in range(2):
+            with pytest.raises(Refusal, match="BATCH_ID_REUSED"):
+                await remote.hold(wish(digest=b"other pictures"))
+        with pytest.raises(LedgerError, match="expected a hold of 1 to"):
+            await remote.hold(wish(count=2**60))
+        assert (await books.account("a")).held == 5
+        servicer.refuse["Void"] = 0
+
+        async def given_back() -> bool:
+            return (await books.account("a")).held == 0
+
+        await until(given_back)
+        await until(lambda: not remote._doubts)
+    await books.close()
+
+
+async def test_a_post_that_the_books_cannot_do_leaves_nothing_under_way(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server) as remote:
+        await remote.hold(wish())
+        with pytest.raises(LedgerError, match="expected to post 1 to 5 pictures of batch b, got 6"):
+            await remote.post("a", "b", b"answer", 6)
+        assert await remote.hold(wish()) == Held()  # the same hold, still ours
+        assert (await remote.post("a", "b", b"answer")).account.posted == 5
     await books.close()
 
 
@@ -484,6 +541,33 @@ async def test_a_watch_tells_the_balance_now_and_every_change(
     await books.close()
 
 
+async def test_a_watch_of_a_ledger_that_stops_is_a_ledger_that_is_away(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server, Role.ADMIN) as remote:
+        async with contextlib.aclosing(remote.watch("a")) as told:
+            await anext(told)
+            draining = asyncio.ensure_future(server.quota_servicer.drain())
+            with pytest.raises(LedgerUnavailable, match=r"is away \(UNAVAILABLE: the server is stopping"):
+                await asyncio.wait_for(anext(told), 5)
+            await draining
+    await books.close()
+
+
+async def test_a_pruned_answer_reaches_a_teacher_elsewhere_as_none_with_its_receipt(store: str) -> None:
+    if store == "memory":
+        pytest.skip("the books in memory keep every answer")
+    books = opened(store)
+    await books.create_account("a", 10)
+    async with ledger_serving(books) as server, connected(server) as remote:
+        assert await remote.hold(wish()) == Held()
+        posted = await remote.post("a", "b", b"answer")
+        await books.prune_answers(rules.now_ms() + 1000)
+        again = await remote.hold(wish())
+        assert isinstance(again, Posted) and (again.answer, again.receipt) == (None, posted.receipt)
+    await books.close()
+
+
 # --- processes ---
 
 
@@ -529,7 +613,9 @@ def test_operators_work_from_a_shell_on_a_ledger_elsewhere(start_server: Any, tm
 
     key = there("account", "create", "device", "--budget", "50").strip()
     assert key.startswith("mekd_")
-    assert there("account", "grant", "device", "8") == "name device  granted 58  posted 0  held 0  balance 58\n"
+    for _ in range(2):
+        said = there("account", "grant", "device", "8", "--grant-id", "order-7")
+        assert said == "name device  granted 58  posted 0  held 0  balance 58\n"
     for command in (
         ("account", "show", "device", "--format", "json"),
         ("account", "list"),

@@ -1,6 +1,7 @@
 """What only a durable, shared store can get wrong: crashes, leases, full disks, other programs."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ import pytest
 import sqlalchemy as sa
 
 from protos.errors import Reason, Refusal
+from teacher_service import audit, ledger_sql
 from teacher_service import ledger as rules
-from teacher_service import ledger_sql
 from teacher_service.auth import new_key
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
 from teacher_service.ledger_sql import SqlLedger
+from tests.postgres import Postgres
 from tests.teacher_service.parts import until, write_locked
 
 
@@ -239,7 +242,7 @@ async def test_a_server_never_takes_itself_for_dead(clock: list[int], opened: An
     assert await kinds(ledger) == ["grant", "hold", "post"]
 
 
-async def test_a_lease_that_cannot_be_renewed_stops_nobody(opened: Any) -> None:
+async def test_a_lease_that_cannot_be_renewed_stops_nobody(opened: Any, caplog: pytest.LogCaptureFixture) -> None:
     ledger = opened(lease_ms=60)
     await ledger.create_account("a", 100)
     failures: list[str] = []
@@ -251,8 +254,43 @@ async def test_a_lease_that_cannot_be_renewed_stops_nobody(opened: Any) -> None:
 
     sa.event.listen(ledger._engine, "before_cursor_execute", broken)
     await until(lambda: len(failures) >= 2)
+    assert "the ledger failed at renewing the lease: no fault that anybody thought of" in caplog.text
     assert await asyncio.wait_for(ledger.hold(wish()), 5) == Held()
     assert (await asyncio.wait_for(ledger.post("a", "b", b"answer"), 5)).account.posted == 5
+
+
+async def test_a_sweep_that_fails_is_told_and_keeps_no_server_from_starting(
+    opened: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_self: Any, _connection: Any) -> None:
+        raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError("some hold is locked"))
+
+    monkeypatch.setattr(SqlLedger, "_sweep", broken)
+    ledger = opened(lease_ms=300)
+    await ledger.create_account("a", 100)
+    assert "expiring what the dead left held: the ledger's store failed: some hold is locked" in caplog.text
+    monkeypatch.undo()
+    await ledger.hold(wish())
+    await settled(ledger)
+    monkeypatch.setattr(SqlLedger, "_sweep", broken)
+    await asyncio.sleep(0.9)
+    other = opened()
+    with pytest.raises(Refusal, match="BATCH_IN_FLIGHT"):  # the lease was renewed all the same
+        await other.hold(wish())
+    await ledger.post("a", "b", b"answer")
+
+
+async def test_a_sweep_never_expires_the_server_that_sweeps(opened: Any) -> None:
+    ledger = opened(lease_ms=60_000)
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+
+    def lapse_and_sweep(transaction: Any) -> None:
+        transaction.connection.exec_driver_sql("UPDATE instances SET lease_until_ms = 0")
+        ledger._sweep(transaction.connection)
+
+    await ledger._write(lapse_and_sweep)
+    assert await settled(ledger) == (0, 5, 95)
 
 
 async def test_a_clock_that_jumps_back_leaves_no_lease_in_the_far_future(
@@ -433,6 +471,58 @@ async def test_a_step_that_breaks_the_store_is_undone_with_its_group_and_the_wri
     assert (await ledger.grant("a", 5)).granted == 105
 
 
+async def test_what_nobody_expected_of_a_command_fails_that_command_alone(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+
+    def surprise(_transaction: Any) -> None:
+        raise KeyError("no fault that anybody thought of")
+
+    told = await grouped(
+        ledger,
+        ledger.hold(wish("x")),
+        ledger._write(surprise),
+        ledger.post("a", "x", b"answer"),
+        ledger.grant("a", 5),
+    )
+    assert told[0] == Held() and isinstance(told[1], LedgerUnavailable) and told[2].account.posted == 5
+    assert told[3].granted == 105
+    assert await settled(ledger) == (5, 0, 100)
+    assert await kinds(ledger) == ["grant", "hold", "post", "grant"]
+
+
+async def test_who_was_refused_in_a_group_that_is_undone_is_not_held_for_after_all(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+
+    def spoil(transaction: Any) -> None:
+        """Takes pictures, and breaks only when the group is written."""
+        transaction.record(rules.apply_hold(transaction.account("a"), None, wish("s", 60), "i", transaction.now_ms))
+        transaction._new_answers.append(
+            {"account": "a", "batch_id": "s", "answer": None, "sequence": 1, "head": bytes(32)}
+        )
+
+    told = await grouped(ledger, ledger.hold(wish("x", 30)), ledger._write(spoil), ledger.hold(wish("y", 60)))
+    assert told[0] == Held() and isinstance(told[1], LedgerUnavailable)
+    assert isinstance(told[2], Refusal) and told[2].reason is Reason.BUDGET_EXHAUSTED
+    assert await settled(ledger) == (0, 30, 70)
+
+
+async def test_a_commit_whose_outcome_is_unknown_is_not_made_a_second_time(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 100)
+
+    def broken(_connection: Any) -> None:
+        raise sa.exc.IntegrityError("COMMIT", {}, sqlite3.IntegrityError("or not"))
+
+    busy = await grouped(ledger)  # nothing is under way
+    sa.event.listen(ledger._engine, "commit", broken)
+    told = await asyncio.gather(ledger.grant("a", 5), ledger.grant("a", 6), return_exceptions=True)
+    sa.event.remove(ledger._engine, "commit", broken)
+    assert busy == [] and [type(outcome) for outcome in told] == [LedgerUnavailable] * 2
+    assert await settled(ledger) == (0, 0, 100)
+
+
 async def test_more_commands_than_the_queue_takes_are_refused_and_not_lost(
     monkeypatch: pytest.MonkeyPatch, opened: Any
 ) -> None:
@@ -483,12 +573,30 @@ async def test_only_the_owner_can_read_the_books(path: Path, opened: Any) -> Non
     assert modes == {"ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
 
 
-@pytest.mark.parametrize("statement", ["UPDATE entries SET picture_count = 1", "DELETE FROM entries"])
+_SHIFTED = "SELECT account, sequence + 100, create_time_ms, kind, batch_id, run_id, 1, digest, head FROM entries"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET picture_count = 1",
+        "DELETE FROM entries",
+        "REPLACE INTO entries SELECT * FROM entries",
+        f"REPLACE INTO entries {_SHIFTED} WHERE kind = 'post'",  # in the way by the index of posts …
+        f"REPLACE INTO entries {_SHIFTED} WHERE kind = 'grant' AND batch_id <> ''",  # … and of grants
+        "INSERT INTO entries SELECT * FROM entries WHERE true "
+        "ON CONFLICT (account, sequence) DO UPDATE SET picture_count = 1",
+    ],
+)
 async def test_the_journal_refuses_to_be_rewritten(path: Path, opened: Any, statement: str) -> None:
     ledger = opened()
-    await ledger.create_account("a", 100)
+    await ledger.create_account("a", 100, grant_id="g")
+    await ledger.hold(wish())
+    await ledger.post("a", "b", b"answer")
+    entries = await ledger.statement("a")
     with pytest.raises(sqlite3.IntegrityError, match="the journal is append-only"):
         query(path, statement)
+    assert await ledger.statement("a") == entries
 
 
 @pytest.mark.parametrize("change", ["held = -1", "posted = 101", "held = 60, posted = 60"])
@@ -685,16 +793,161 @@ async def test_postgresql_syncs_before_it_answers_whatever_role_and_database_say
     await ledger.close()
 
 
+@contextlib.contextmanager
+def server_setting(postgres: Postgres, name: str) -> Iterator[None]:
+    """The whole PostgreSQL server has a setting off as long as the context lasts."""
+    with psycopg.connect(f"host={postgres.folder} user=mekd dbname=postgres", autocommit=True) as connection:
+
+        def change(statement: str, value: str) -> None:
+            connection.execute(statement)
+            connection.execute("SELECT pg_reload_conf()")
+            while connection.execute(f"SHOW {name}").fetchone() != (value,):  # told by a signal
+                time.sleep(0.01)
+
+        change(f"ALTER SYSTEM SET {name} = off", "off")
+        try:
+            yield
+        finally:
+            change(f"ALTER SYSTEM RESET {name}", "on")
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+async def test_a_postgresql_that_may_lose_what_it_committed_is_refused_at_open(
+    postgres: Postgres, postgres_url: str, setting: str
+) -> None:
+    running = SqlLedger.open(postgres_url)
+    await running.create_account("a", 100)
+    with server_setting(postgres, setting):
+        with pytest.raises(LedgerError) as refused:
+            SqlLedger.open(postgres_url)
+        assert str(refused.value) == (
+            f"expected a PostgreSQL that keeps what it has committed, got {setting} = off; set {setting} = on "
+            "(ALTER SYSTEM SET …, then SELECT pg_reload_conf()) and start again"
+        )
+        # Who runs already notices with its next connection, and sells nothing more.
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        with pytest.raises(LedgerUnavailable, match=f"got {setting} = off"):
+            await running.hold(wish())
+    assert await running.hold(wish()) == Held()
+    await running.close()
+
+
+async def test_a_pooler_that_drops_our_settings_does_not_let_commits_be_forgotten(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "POSTGRES_SETTINGS", "")
+    await SqlLedger.open(postgres_url).close()
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {sa.make_url(postgres_url).database} SET synchronous_commit = off")
+    with pytest.raises(LedgerError, match="got synchronous_commit = off; set synchronous_commit = on"):
+        SqlLedger.open(postgres_url)
+
+
 async def test_the_journal_in_postgresql_refuses_to_be_rewritten(postgres_url: str) -> None:
     ledger = SqlLedger.open(postgres_url)
     await ledger.create_account("a", 100)
     await ledger.close()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for statement in ("UPDATE entries SET picture_count = 1", "DELETE FROM entries", "TRUNCATE entries"):
+        for statement in (
+            "UPDATE entries SET picture_count = 1",
+            "DELETE FROM entries",
+            "TRUNCATE entries",
+            "INSERT INTO entries SELECT * FROM entries "
+            "ON CONFLICT (account, sequence) DO UPDATE SET picture_count = 1",
+        ):
             with pytest.raises(psycopg.errors.RaiseException, match="the journal is append-only"):
                 connection.execute(statement)
         with pytest.raises(psycopg.errors.CheckViolation, match="never_overspent"):
             connection.execute("UPDATE accounts SET posted = 101")
+
+
+async def test_an_account_locked_by_somebody_costs_no_server_its_lease_and_no_other_account_its_pictures(
+    postgres_url: str,
+) -> None:
+    server = SqlLedger.open(postgres_url, lease_ms=900)
+    for account in ("a", "locked"):
+        await server.create_account(account, 100)
+        await server.hold(wish("orphan", account=account), instance_id="operators/dead")
+    await server.hold(wish("alive"))
+    await settled(server)
+    with psycopg.connect(postgres_url) as somebody:
+        somebody.execute("SELECT * FROM accounts WHERE name = 'locked' FOR UPDATE")
+
+        async def swept() -> bool:
+            return (await server.account("a")).held == 5
+
+        await until(swept)
+        await asyncio.sleep(2.0)  # more than two leases
+        second = await asyncio.to_thread(SqlLedger.open, postgres_url, lease_ms=900)
+        with pytest.raises(Refusal, match="BATCH_IN_FLIGHT"):
+            await second.hold(wish("alive"))
+        assert (await server.post("a", "alive", b"answer")).account.held == 0
+        assert (await server.account("locked")).held == 5
+        somebody.rollback()
+
+    async def swept_too() -> bool:
+        return (await server.account("locked")).held == 0
+
+    await until(swept_too)
+    await second.close()
+    await server.close()
+
+
+async def test_leases_that_postgresql_measures_are_renewed_whatever_the_servers_own_clock_does(
+    postgres_url: str,
+) -> None:
+    now_ms = rules.now_ms()
+    server, other = SqlLedger.open(postgres_url, lease_ms=600, clock=lambda: now_ms), SqlLedger.open(postgres_url)
+    await server.create_account("a", 100)
+    await server.hold(wish())
+    await settled(server)
+    await asyncio.sleep(1.5)
+    with pytest.raises(Refusal, match="BATCH_IN_FLIGHT"):
+        await other.hold(wish())
+    assert (await server.post("a", "b", b"answer")).account.posted == 5
+    await other.close()
+    await server.close()
+
+
+async def test_a_nul_in_a_name_fails_its_own_command_alone(postgres_url: str) -> None:
+    ledger = SqlLedger.open(postgres_url)
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    told = await grouped(
+        ledger,
+        ledger.hold(wish("c", account="\0")),
+        ledger.post("a", "b", b"answer"),
+        ledger.void("a", "\0"),
+        ledger.void("", ""),
+        ledger.grant("a", 5),
+    )
+    assert [type(outcome).__name__ for outcome in told] == [
+        "LedgerUnavailable",
+        "Posted",
+        "LedgerUnavailable",
+        "NoneType",
+        "Account",
+    ]
+    assert await settled(ledger) == (5, 0, 100)
+    await ledger.close()
+
+
+async def test_options_in_the_url_are_obeyed_beside_our_own(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA elsewhere")
+    url = f"{postgres_url}&options=-csearch_path%3Delsewhere%20-csynchronous_commit%3Doff"
+    ledger = SqlLedger.open(url)
+    await ledger.create_account("a", 100)
+    assert await ledger._write(lambda t: t.connection.exec_driver_sql("SHOW synchronous_commit").scalar()) == "on"
+    await ledger.close()
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("SELECT count(*) FROM elsewhere.accounts").fetchone() == (1,)
+        assert connection.execute("SELECT count(*) FROM public.accounts").fetchone() == (0,)
+    assert (await asyncio.to_thread(audit.verify, url)).accounts == 1
 
 
 async def test_a_connection_that_postgresql_ends_costs_one_try_and_no_money(postgres_url: str) -> None:
@@ -745,9 +998,15 @@ async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any)
     await ledger.run_posted("a", "run")
     await ledger.credential("0" * 16)
     await ledger.terms("a")
+    await ledger.accounts(after_name="0", limit=10)
+    for _ in range(2):
+        await ledger.grant("a", 1, grant_id="g")
+    assert await ledger.prune_answers(rules.now_ms() + 1000) == 1
+    await ledger.hold(wish("b"))  # its answer is gone
 
     def sweep_and_explain(transaction: Any) -> list[str]:
-        ledger._renew_and_sweep(transaction.connection)
+        ledger._renew(transaction.connection)
+        ledger._sweep(transaction.connection)
         ledger._retire(transaction.connection)
         plans = []
         for statement, parameters in list(statements):
@@ -756,6 +1015,7 @@ async def test_no_query_of_the_running_server_reads_the_whole_books(opened: Any)
         return plans
 
     plans = await ledger._write(sweep_and_explain)
-    assert len(statements) >= 12 and any("holds_under_way" in plan for plan in plans)
+    assert len(statements) >= 18 and any("holds_under_way" in plan for plan in plans)
+    assert any("one_grant_an_id" in plan for plan in plans)
     full = [plan for plan in plans if plan.startswith("SCAN") and "holds_under_way" not in plan]
     assert set(full) <= {"SCAN instances"}  # as many rows as there are servers

@@ -1,4 +1,5 @@
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from teacher_service.auth import CACHE_SECONDS, new_key
 from teacher_service.ledger import OPERATORS, HoldRequest, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.terms import Terms
-from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving
+from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving, until
 
 
 async def balance(service: Service, run_id: str = "", key: str | None = None) -> wire.GetBalanceResponse:
@@ -147,6 +148,7 @@ MAY_CALL = {
     "StreamStatement": "customer teacher admin",
     "WatchBalance": "customer teacher admin",
     "Hold": "teacher",
+    "LookupPost": "teacher",
     "Post": "teacher",
     "Void": "teacher",
     "RenewLease": "teacher",
@@ -219,8 +221,12 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
     [
         ("Hold", {"batch_id": "b", "run_id": "r"}, "instance_id"),
         ("Hold", {"batch_id": "b|c", "run_id": "r", "instance_id": "i"}, "batch_id"),
-        ("Hold", {"batch_id": "b", "run_id": "", "instance_id": "i"}, "run_id"),
-        ("Hold", {"batch_id": "b", "run_id": "r", "instance_id": "i", "digest": bytes(65)}, "digest"),
+        ("Hold", {"account": "a", "batch_id": "b", "run_id": "", "instance_id": "i"}, "run_id"),
+        ("Hold", {"account": "a", "batch_id": "b", "run_id": "r", "instance_id": "i", "digest": bytes(65)}, "digest"),
+        ("LookupPost", {"account": "a", "batch_id": "", "run_id": "r"}, "batch_id"),
+        ("LookupPost", {"account": "a", "batch_id": "b", "run_id": "\0"}, "run_id"),
+        ("Void", {"instance_id": "i"}, "batch_id"),
+        ("Void", {"account": "a", "batch_id": "\0", "instance_id": "i"}, "batch_id"),
         ("Post", {"batch_id": "b", "instance_id": "a/b"}, "instance_id"),
         ("Void", {"batch_id": "b"}, "instance_id"),
         ("CreateKey", {"key": STORED | {"role": 0}}, "key.role"),
@@ -236,7 +242,13 @@ STORED = {"key_id": "0" * 16, "account": "new", "role": wire.ROLE_CUSTOMER, "sec
             "terms.pictures_per_second",
         ),
         ("SetTerms", {"account": "customer", "terms": wire.Terms(answers=9)}, "terms.answers"),  # type: ignore[arg-type]
+        ("CreateAccount", {"account": "new", "picture_count": 1, "grant_id": "a b"}, "grant_id"),
+        ("CreateAccount", {"account": "new", "grant_id": "g"}, "grant_id"),
+        ("Grant", {"account": "customer", "picture_count": 1, "grant_id": "a|b"}, "grant_id"),
         ("ListAccounts", {"page_size": -1}, "page_size"),
+        ("ListStatement", {"run_id": "\0"}, "run_id"),
+        ("StreamStatement", {"run_id": "\0"}, "run_id"),
+        ("GetBalance", {"run_id": "\0"}, "run_id"),
         ("StreamStatement", {"after_sequence": -1}, "after_sequence"),
     ],
 )
@@ -286,6 +298,111 @@ async def test_a_teacher_reads_the_terms_of_its_customers_where_it_looks_up_a_ke
         assert await teacher.credential(stored.key_id) == (stored, terms)
         assert await teacher.terms("customer") == terms
         await teacher.close()
+
+
+@pytest.mark.parametrize("account", ["", "\0", "a\0", "A", "a" * 64])
+async def test_what_is_no_accounts_name_never_reaches_the_books(account: str) -> None:
+    class Untouched(MemoryLedger):
+        async def untouched(self, *_arguments: Any, **_more: Any) -> Any:
+            raise AssertionError("the books were asked")
+
+        hold = post = void = replay = grant = keys = run_posted = statement = untouched
+
+    batch = {"account": account, "batch_id": "b", "run_id": "r", "instance_id": "i"}
+    async with ledger_serving(Untouched()) as server:
+        calls: list[tuple[str, Role, dict[str, Any]]] = [
+            ("Hold", Role.TEACHER, batch),
+            ("Post", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "instance_id")}),
+            ("Void", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "instance_id")}),
+            ("LookupPost", Role.TEACHER, {name: batch[name] for name in ("account", "batch_id", "run_id")}),
+            ("Grant", Role.ADMIN, {"account": account, "picture_count": 1}),
+            ("ListKeys", Role.ADMIN, {"account": account}),
+            ("GetAccount", Role.ADMIN, {"account": account}),
+            ("CreateKey", Role.ADMIN, {"key": STORED | {"account": account}}),
+            ("RevokeKey", Role.ADMIN, {"key_id": account}),
+        ]
+        if account:  # empty: one's own
+            calls.append(("ListStatement", Role.ADMIN, {"account": account}))
+        for method, role, fields in calls:
+            refusal = await outcome(server, method, server.keys[role], **fields)
+            assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED, method
+            assert "expected" in refusal.message
+        assert await outcome(server, "LookupKey", server.keys[Role.ADMIN], key_id=account) is None
+
+
+async def test_an_admins_change_that_may_have_been_made_is_not_advised_to_be_sent_again() -> None:
+    class Failing(MemoryLedger):
+        fails = False
+
+        async def fail(self, *_arguments: Any, **_more: Any) -> Any:
+            raise rules.LedgerUnavailable("the connection was cut after COMMIT")
+
+        grant = revoke_key = fail
+
+        async def create_account(self, *arguments: Any, **more: Any) -> Any:
+            return await (self.fail if self.fails else super().create_account)(*arguments, **more)
+
+        async def add_key(self, key: rules.Key) -> None:
+            return await (self.fail if self.fails else super().add_key)(key)
+
+    books = Failing()
+    async with ledger_serving(books) as server:
+        books.fails = True
+        for method, fields, may_have_an_id in (
+            ("Grant", {"account": "customer", "picture_count": 5}, True),
+            ("CreateAccount", {"account": "new", "picture_count": 5}, True),
+            ("CreateKey", {"key": STORED}, False),
+            ("RevokeKey", {"key_id": "0" * 16}, False),
+        ):
+            refusal = await outcome(server, method, server.keys[Role.ADMIN], **fields)
+            assert refusal == Refusal.of(Reason.LEDGER_OUTCOME_UNKNOWN), method
+            assert refusal is not None and refusal.retry_seconds is None
+            assert "look whether it was done before you do it again" in refusal.message
+            if may_have_an_id:
+                refusal = await outcome(server, method, server.keys[Role.ADMIN], grant_id="g", **fields)
+                assert refusal is not None and refusal.retry_seconds == 2.0
+        remote = server.connect(Role.ADMIN)
+        with pytest.raises(rules.LedgerUnavailable, match="look whether it was done"):
+            await remote.grant("customer", 5)
+        await remote.close()
+
+
+async def test_a_grant_with_an_id_is_made_once_and_its_id_is_on_the_statement() -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        admin = server.keys[Role.ADMIN]
+        key = {"key": STORED}
+        for _ in range(2):
+            fields = {"account": "new", "picture_count": 9, "grant_id": "first"}
+            assert await outcome(server, "CreateAccount", admin, **fields, **key) is None
+            assert await outcome(server, "Grant", admin, account="new", picture_count=5, grant_id="g") is None
+        assert (await server.ledger.account("new")).granted == 14
+        for method, fields, field in (
+            ("CreateAccount", {"picture_count": 8, "grant_id": "first"} | key, "picture_count"),
+            ("CreateAccount", {"picture_count": 9, "grant_id": "first"}, "key"),
+            ("Grant", {"picture_count": 6, "grant_id": "g"}, "picture_count"),
+        ):
+            refusal = await outcome(server, method, admin, account="new", **fields)
+            assert refusal == Refusal.of(Reason.GRANT_ID_REUSED, grant_id=fields["grant_id"], field=field)
+        assert [entry.batch_id for entry in await server.ledger.statement("new")] == ["first", "g"]
+
+
+async def test_a_page_of_accounts_is_asked_of_the_store_and_not_cut_from_all_of_them() -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Noting(MemoryLedger):
+        async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Any:
+            asked.append((after_name, limit))
+            return await super().accounts(after_name=after_name, limit=limit)
+
+    books = Noting()
+    for n in range(5):
+        await books.create_account(f"a{n}", 1)
+    async with ledger_serving(books) as server:
+        asked.clear()
+        remote = server.connect(Role.ADMIN)
+        found = [account.name for account in await remote.accounts(after_name="a1", limit=2)]
+        assert (found, asked) == (["a2", "a3"], [("a1", 3)])  # one more, to know whether there are more
+        await remote.close()
 
 
 # --- streams ---
@@ -348,6 +465,67 @@ async def test_a_revoked_key_ends_a_watch_before_it_tells_anything_more(monkeypa
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await asyncio.wait_for(watching.read(), 5)
         assert refusal_of(ended.value).reason is Reason.UNAUTHENTICATED
+
+
+async def test_a_revoked_key_ends_a_watch_of_a_balance_that_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "WATCH_SECONDS", 0.01)
+    async with serving(budget=100) as service:
+        text, stored = new_key("device")
+        await service.ledger.add_key(stored)
+        call = await watching(service, text)
+        await service.ledger.revoke_key(stored.key_id)
+        service.clock.seconds += CACHE_SECONDS
+        assert (await ended(call)).reason is Reason.UNAUTHENTICATED
+
+
+async def watching(service: Service, key: str | None = None) -> Any:
+    """A watch that has told the balance once."""
+    call = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(key))
+    assert (await asyncio.wait_for(call.read(), 5)).account.balance_count == 100
+    return call
+
+
+async def ended(call: Any) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await asyncio.wait_for(call.read(), 5)
+    return refusal_of(error.value)
+
+
+async def test_a_server_that_stops_ends_its_watches_at_once_and_takes_no_new_ones() -> None:
+    async with serving(budget=100) as service:
+        calls = [await watching(service) for _ in range(3)]
+        started = time.monotonic()
+        await service.quota_servicer.drain()
+        assert time.monotonic() - started < rules.WATCH_SECONDS / 2  # nobody waits for the next look
+        for call in [*calls, service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata())]:
+            assert await ended(call) == Refusal.of(Reason.DRAINING)
+        assert (await balance(service)).balance_count == 100  # the rest is answered until the end
+
+
+async def test_watches_are_bounded_by_account_and_by_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "MAX_ACCOUNT_WATCHES", 2)
+    monkeypatch.setattr(quota, "MAX_WATCHES", 3)
+    async with serving(budget=100) as service:
+        other = await service.new_account("other", 100)
+        third = await service.new_account("third", 100)
+        device = [await watching(service) for _ in range(2)]
+        one_more = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata())
+        refusal = await ended(one_more)
+        assert refusal == Refusal.of(Reason.WATCH_LIMIT, limit=2, scope="account device")
+        assert refusal.retry_seconds is None and "ask with GetBalance" in refusal.message
+        await watching(service, other)
+        one_more = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(third))
+        assert await ended(one_more) == Refusal.of(Reason.WATCH_LIMIT, limit=3, scope="this server")
+        device[0].cancel()  # whoever leaves makes room
+
+        async def room() -> bool:
+            call = service.quota.WatchBalance(wire.WatchBalanceRequest(), metadata=service.metadata(third))
+            try:
+                return bool((await call.read()).account.name == "third")
+            except grpc.aio.AioRpcError:
+                return False
+
+        await until(room)
 
 
 async def test_a_key_that_sells_or_administers_buys_nothing() -> None:

@@ -21,8 +21,10 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import codec
-from protos.errors import Refusal
+from protos.errors import Reason, Refusal
+from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
@@ -305,6 +307,24 @@ def test_a_signal_ends_an_idle_server_at_once_with_status_0(start_server: Any, n
     books.close()
 
 
+@pytest.mark.parametrize("flags", [(), ("--ledger-only",)])
+def test_a_signal_ends_open_watches_as_draining(start_server: Any, flags: tuple[str, ...]) -> None:
+    server = start_server(*flags, model="" if flags else "array:10,1,8,8")
+    metadata = (("authorization", f"Bearer {server.create_account()}"),)
+    with connect(server.address) as channel:
+        watch: Any = QuotaLedgerStub(channel).WatchBalance(
+            quota_wire.WatchBalanceRequest(), metadata=metadata, timeout=30
+        )
+        assert next(watch).account.balance_count == 1000
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 5  # --grace-seconds is 20
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watch)
+        status = Status.FromString(dict(ended.value.trailing_metadata())["grpc-status-details-bin"])
+        assert Refusal.from_status(status) == Refusal.of(Reason.DRAINING)
+
+
 # teacher-serve with an engine that takes its time for every call.
 SLOW_SERVER = """
 import sys, time
@@ -363,6 +383,36 @@ def test_a_killed_servers_posts_are_kept_and_its_successor_replays_them(start_se
         after = Client(channel, key).ask("b")
     assert after.replayed and after.answer == before.answer
     assert second.balances()["posted"] == 2
+
+
+def test_an_answer_older_than_it_is_kept_is_refused_and_neither_computed_nor_charged_again(start_server: Any) -> None:
+    server = start_server("--answers-keep", "1s")
+    key = server.create_account()
+    with connect(server.address) as channel:
+        client = Client(channel, key)
+        client.ask("b")
+        deadline = time.monotonic() + 20
+        while True:
+            assert time.monotonic() < deadline
+            client.send("b")
+            response = next(client.call)
+            if response.HasField("refusal"):
+                break
+            assert response.result.replayed
+            time.sleep(0.1)
+        refusal = Refusal.from_status(response.refusal.status)
+        assert refusal == Refusal.of(Reason.ANSWER_EXPIRED, batch_id="b")
+        client.ask("next")
+    assert server.stop() == 0
+    assert server.balances()["posted"] == 4
+    said = teacher_admin(server.ledger, "ledger", "verify")
+    assert "1 answers are no longer kept: pruned, as the books say (--answers-keep)" in said
+    assert said.endswith("the books agree\n")
+
+
+def test_answers_are_pruned_by_the_server_that_has_the_books_and_by_no_other(tmp_path: Path) -> None:
+    said = fails(*TEACHER, "--ledger", "grpc://127.0.0.1:1", "--answers-keep", "30d", cwd=tmp_path)
+    assert "--answers-keep: expected books of its own in --ledger, got grpc://127.0.0.1:1; give it to that" in said
 
 
 def test_a_caller_who_vanishes_while_reading_leaves_no_traceback_in_the_log(start_server: Any) -> None:

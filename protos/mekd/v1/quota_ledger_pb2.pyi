@@ -236,6 +236,24 @@ class AnsweredBatch(_message.Message):
     answer: bytes
     def __init__(self, posted: _Optional[_Union[PostedBatch, _Mapping]] = ..., answer: _Optional[bytes] = ...) -> None: ...
 
+class LookupPostRequest(_message.Message):
+    __slots__ = ("account", "batch_id", "run_id", "digest")
+    ACCOUNT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    account: str
+    batch_id: str
+    run_id: str
+    digest: bytes
+    def __init__(self, account: _Optional[str] = ..., batch_id: _Optional[str] = ..., run_id: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class LookupPostResponse(_message.Message):
+    __slots__ = ("answered",)
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    answered: AnsweredBatch
+    def __init__(self, answered: _Optional[_Union[AnsweredBatch, _Mapping]] = ...) -> None: ...
+
 class PostRequest(_message.Message):
     __slots__ = ("account", "batch_id", "instance_id", "answer", "picture_count")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
@@ -337,16 +355,18 @@ class ListAccountsResponse(_message.Message):
     def __init__(self, accounts: _Optional[_Iterable[_Union[Account, _Mapping]]] = ..., next_after_name: _Optional[str] = ...) -> None: ...
 
 class CreateAccountRequest(_message.Message):
-    __slots__ = ("account", "picture_count", "key", "terms")
+    __slots__ = ("account", "picture_count", "key", "grant_id", "terms")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_COUNT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     account: str
     picture_count: int
     key: StoredKey
+    grant_id: str
     terms: Terms
-    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
+    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., key: _Optional[_Union[StoredKey, _Mapping]] = ..., grant_id: _Optional[str] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class CreateAccountResponse(_message.Message):
     __slots__ = ("account", "terms")
@@ -357,12 +377,14 @@ class CreateAccountResponse(_message.Message):
     def __init__(self, account: _Optional[_Union[Account, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class GrantRequest(_message.Message):
-    __slots__ = ("account", "picture_count")
+    __slots__ = ("account", "picture_count", "grant_id")
     ACCOUNT_FIELD_NUMBER: _ClassVar[int]
     PICTURE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    GRANT_ID_FIELD_NUMBER: _ClassVar[int]
     account: str
     picture_count: int
-    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ...) -> None: ...
+    grant_id: str
+    def __init__(self, account: _Optional[str] = ..., picture_count: _Optional[int] = ..., grant_id: _Optional[str] = ...) -> None: ...
 
 class GrantResponse(_message.Message):
     __slots__ = ("account",)

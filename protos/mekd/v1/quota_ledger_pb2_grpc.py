@@ -61,6 +61,11 @@ class QuotaLedgerStub:
                 request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.SerializeToString,
                 response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.FromString,
                 _registered_method=True)
+        self.LookupPost = channel.unary_unary(
+                '/mekd.v1.QuotaLedger/LookupPost',
+                request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostRequest.SerializeToString,
+                response_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostResponse.FromString,
+                _registered_method=True)
         self.Post = channel.unary_unary(
                 '/mekd.v1.QuotaLedger/Post',
                 request_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.PostRequest.SerializeToString,
@@ -155,7 +160,8 @@ class QuotaLedgerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchBalance(self, request, context):
-        """Every role. The balance now, then whenever it has changed (at most once a second), until the caller ends it.
+        """Every role. The balance now, then whenever it has changed (at most once a second), until the caller ends it or the
+        server stops (refusal DRAINING). An account's keys, and a server, have at most so many open (WATCH_LIMIT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,6 +170,13 @@ class QuotaLedgerServicer:
     def Hold(self, request, context):
         """Teacher. Holds a batch's pictures, or finds the batch answered before. The same instance may send the same hold
         again, after an outcome it never learnt: it holds then, once. It keeps its own callers apart by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LookupPost(self, request, context):
+        """Teacher. Whether a batch was answered before, and how; changes nothing. Refusal BATCH_ID_REUSED as in Hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,14 +234,15 @@ class QuotaLedgerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateAccount(self, request, context):
-        """Admin. A new account with its first grant and key, all or nothing.
+        """Admin. A new account with its first grant and key, all or nothing. With a grant_id, the same sent again finds the
+        account as made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Grant(self, request, context):
-        """Admin. More pictures for an account.
+        """Admin. More pictures for an account. With a grant_id, the same sent again grants nothing more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -289,6 +303,11 @@ def add_QuotaLedgerServicer_to_server(servicer, server):
                     servicer.Hold,
                     request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.FromString,
                     response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.SerializeToString,
+            ),
+            'LookupPost': grpc.unary_unary_rpc_method_handler(
+                    servicer.LookupPost,
+                    request_deserializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostRequest.FromString,
+                    response_serializer=protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostResponse.SerializeToString,
             ),
             'Post': grpc.unary_unary_rpc_method_handler(
                     servicer.Post,
@@ -493,6 +512,33 @@ class QuotaLedger:
             '/mekd.v1.QuotaLedger/Hold',
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldRequest.SerializeToString,
             protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LookupPost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mekd.v1.QuotaLedger/LookupPost',
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostRequest.SerializeToString,
+            protos_dot_mekd_dot_v1_dot_quota__ledger__pb2.LookupPostResponse.FromString,
             options,
             channel_credentials,
             insecure,
