@@ -203,6 +203,71 @@ def test_any_number_of_pictures_is_answered_whatever_the_size_of_a_call() -> Non
     np.testing.assert_allclose(answers[40:], engine.answer(images[40:]), atol=1e-6)
 
 
+# --- sizes and threads ---
+
+
+def with_seconds(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[TorchEngine, int], float]) -> list[int]:
+    """Engines made from here on take this long for a batch, on two threads; returns what threads they were set to."""
+    used: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(TorchEngine, "_seconds_a_picture", lambda self, size: seconds(self, size) / size)
+    return used
+
+
+def test_a_call_is_no_larger_than_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_ends_at = 200
+
+    def seconds(engine: TorchEngine, size: int) -> float:
+        return 5 + size * (1 if size <= cache_ends_at else 2)
+
+    with_seconds(monkeypatch, seconds)
+    assert TorchEngine(loaded(Function(channel_means)), device="cpu").batch_pictures == 64  # 4 % more are not enough
+    with_seconds(monkeypatch, lambda engine, size: 50 + size)
+    assert TorchEngine(loaded(Function(channel_means)), device="cpu").batch_pictures == 512
+    with_seconds(monkeypatch, lambda engine, size: 50 + size if size <= 200 else 4 * size)
+    assert TorchEngine(loaded(Function(channel_means)), device="cpu").batch_pictures == 128
+    assert TorchEngine(loaded(Function(channel_means)), device="cpu", max_batch_pictures=3).batch_pictures == 3
+
+
+def test_small_batches_are_left_to_one_thread_where_several_gain_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(engine: TorchEngine, size: int) -> float:
+        is_one = size <= engine._one_thread_pictures
+        return size if is_one else max(2.0, size / 2)
+
+    used = with_seconds(monkeypatch, seconds)
+    engine = TorchEngine(loaded(Function(channel_means)), device="cpu")
+    used.clear()
+    for count in (1, 2, 3, 64):
+        engine.answer(pictures(count))
+    assert used == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "cores", "threads"),
+    [
+        ("None", {}, 1, 1),
+        ("None", {}, 2, 2),
+        ("None", {}, 8, 7),
+        ("None", {"OMP_NUM_THREADS": "3"}, 8, 3),
+        ("5", {}, 2, 5),
+    ],
+)
+def test_threads_leave_a_core_to_the_network(
+    count: str, environment: dict[str, str], cores: int, threads: int
+) -> None:
+    code = (
+        f"import os; os.sched_getaffinity = lambda pid: set(range({cores}))\n"
+        "import torch; from teacher_service.torch_engine import use_threads\n"
+        f"use_threads({count}); print(torch.get_num_threads(), torch.get_num_interop_threads())"
+    )
+    others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=others | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(threads), "1"]
+
+
 # --- precision ---
 
 
