@@ -42,14 +42,14 @@ class EngineCall:
 
 
 class _Submission:
-    def __init__(self, images_NCHW: UInt8Array, has_gone: Callable[[], bool], part_pictures: int) -> None:
-        self.images_NCHW = images_NCHW
+    """What a caller asked for. It knows its parts by number alone: no cycle keeps pictures from being freed."""
+
+    def __init__(self, has_gone: Callable[[], bool], part_count: int) -> None:
         self.has_gone = has_gone
         self.outcome: asyncio.Future[Float32Array] = asyncio.get_running_loop().create_future()
         self.asked_at = time.perf_counter()
         self.has_begun = False
-        starts = range(0, max(1, len(images_NCHW)), part_pictures)
-        self.parts = [_Part(self, images_NCHW[start : start + part_pictures]) for start in starts]
+        self._answers: list[Float32Array | None] = [None] * part_count
 
     def is_over(self) -> bool:
         """Whether nobody waits for an answer: cancelled, failed in another part, or gone."""
@@ -63,20 +63,21 @@ class _Submission:
         if not self.has_begun:
             self.fail(CallerGone())
 
-    def answer(self) -> None:
-        """Gives the answers once those of all parts are there."""
-        answers = [part.answers_NK for part in self.parts if part.answers_NK is not None]
-        if len(answers) == len(self.parts) and not self.outcome.done():
+    def answer(self, number: int, answers_NK: Float32Array) -> None:
+        """The answers of one part; they are given together with those of the last."""
+        self._answers[number] = answers_NK
+        answers = [part for part in self._answers if part is not None]
+        if len(answers) == len(self._answers) and not self.outcome.done():
             self.outcome.set_result(answers[0] if len(answers) == 1 else np.concatenate(answers))
 
 
+@dataclass(frozen=True, eq=False)
 class _Part:
     """What of a submission goes into one engine call: all of it, unless it is larger than the engine takes."""
 
-    def __init__(self, submission: _Submission, images_NCHW: UInt8Array) -> None:
-        self.submission = submission
-        self.images_NCHW = images_NCHW
-        self.answers_NK: Float32Array | None = None
+    submission: _Submission
+    number: int
+    images_NCHW: UInt8Array
 
 
 class Batcher:
@@ -167,8 +168,10 @@ class Batcher:
         """
         if self._stopped:
             raise CallerGone
-        submission = _Submission(images_NCHW, has_gone, self._max_batch_pictures)
-        for part in submission.parts:
+        starts = range(0, max(1, len(images_NCHW)), self._max_batch_pictures)
+        submission = _Submission(has_gone, len(starts))
+        for number, start in enumerate(starts):
+            part = _Part(submission, number, images_NCHW[start : start + self._max_batch_pictures])
             self._queue.put(owner, part, len(part.images_NCHW))
         self._wake.set()
         if deadline is None:
@@ -185,16 +188,18 @@ class Batcher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not self._has_room():
-                continue
-            for part in self._queue.remove(lambda part: part.submission.is_over()):
-                part.submission.fail(CallerGone())
-            while self._queue and self._has_room():
-                batch = self._queue.take(self._max_batch_pictures)
-                for part in batch:
-                    part.submission.has_begun = True
-                self._under_way.append(batch)
-                self._engine_threads.submit(self._call, batch, loop)
+            if self._has_room():
+                self._begin_calls(loop)
+
+    def _begin_calls(self, loop: asyncio.AbstractEventLoop) -> None:
+        for part in self._queue.remove(lambda part: part.submission.is_over()):
+            part.submission.fail(CallerGone())
+        while self._queue and self._has_room():
+            batch = self._queue.take(self._max_batch_pictures)
+            for part in batch:
+                part.submission.has_begun = True
+            self._under_way.append(batch)
+            self._engine_threads.submit(self._call, batch, loop)
 
     def _has_room(self) -> bool:
         if not self._under_way:
@@ -234,8 +239,7 @@ class Batcher:
                 part.submission.fail(outcome)
                 continue
             end = start + len(part.images_NCHW)
-            part.answers_NK = outcome[start:end]
-            part.submission.answer()
+            part.submission.answer(part.number, outcome[start:end])
             start = end
         self._wake.set()  # last: whoever asks again in the same breath has a part in the next batch
         if isinstance(outcome, Exception):

@@ -393,10 +393,13 @@ def _engine(config: ServerConfig, model: Path) -> Any:
         # else on the cores (gRPC, to begin with) take them from each other: up to a hundred times slower.
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from networks.modelfile import ModelFileError, load_model
-    from teacher_service.torch_engine import TorchEngine, use_threads
+    from teacher_service.torch_engine import TorchEngine, threads_beside_the_network, use_threads
 
     try:
-        use_threads(config.engine_threads)
+        threads = config.engine_threads
+        if threads is None and not os.environ.get("OMP_NUM_THREADS"):
+            threads = threads_beside_the_network()
+        use_threads(threads)
         return TorchEngine(
             load_model(model, given=config.model_given),
             device=config.device,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import queue
 import time
 from collections.abc import Callable
@@ -279,15 +278,17 @@ class _CudaLane(_Lane):
 def use_threads(count: int | None) -> None:
     """How many threads of this process an engine on the CPU computes with; to be said before anything is computed.
 
-    None: OMP_NUM_THREADS where that is given, else every core but one, which is left to the network; of two cores
-    both, for the network needs a small part of one.
+    None: as many as torch found, which is every core, or OMP_NUM_THREADS.
     """
-    if count is None and not os.environ.get("OMP_NUM_THREADS"):
-        cores = len(os.sched_getaffinity(0))
-        count = cores if cores <= 2 else cores - 1
     if count is not None:
         torch.set_num_threads(count)
     torch.set_num_interop_threads(1)  # nothing here runs beside the one network
+
+
+def threads_beside_the_network() -> int:
+    """Every core but one, which is left to gRPC; of two both, for gRPC needs a small part of one."""
+    cores = torch.get_num_threads()
+    return cores if cores <= 2 else cores - 1
 
 
 def _fused(module: Classifier) -> nn.Module:

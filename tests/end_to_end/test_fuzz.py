@@ -222,3 +222,22 @@ def test_a_refusal_that_repeats_a_long_name_still_reaches_its_caller(books: tupl
         code, refusal = ask(server, "/mekd.v1.QuotaLedger/GetAccount", request.SerializeToString(), keys["teacher"])
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and name[:20] in refusal.message
+
+
+async def test_what_a_call_shows_is_not_read_again_when_it_has_ended(tmp_path: Path) -> None:
+    text, stored = auth.new_key("device")
+    ledger = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    await ledger.create_account("device", 1000, stored)
+
+    class Context:
+        ended = False
+
+        def invocation_metadata(self) -> auth.Metadata:
+            assert not self.ended  # gRPC has freed what it would read
+            return (("authorization", f"Bearer {text}"),)
+
+    context = Context()
+    who = auth.asks_for(auth.Authenticator(ledger), context)
+    context.ended = True
+    assert (await who()).account == (await who()).account == "device"
+    await ledger.close()

@@ -1,10 +1,12 @@
 import asyncio
 import contextlib
+import gc
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -374,3 +376,19 @@ async def test_one_caller_cannot_see_anothers_answers() -> None:
 def test_the_batcher_knows_neither_torch_nor_grpc() -> None:
     code = "import sys, teacher_service.batcher as b; sys.exit(bool({'torch', 'grpc', 'google'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_pictures_are_freed_as_soon_as_they_are_answered() -> None:
+    engine, freed = Doubler(), []
+    gc.disable()  # what only the collector of cycles would find counts as kept
+    try:
+        async with running(engine) as batcher:
+            for count in (3, 9):
+                asked_for = np.zeros((count, 1, 1, 1), np.uint8)  # an owner of its numbers, not a view
+                weakref.finalize(asked_for, freed.append, count)
+                await batcher.ask(asked_for, deadline=time.monotonic() + 60)
+                del asked_for
+                await asyncio.sleep(0.05)
+            assert freed == [3, 9]
+    finally:
+        gc.enable()
