@@ -71,8 +71,24 @@ def _admin(ledger: str, *arguments: str) -> str:
 
 
 @contextmanager
+def serving_anyone(model: Path, *, log: Path, more: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """A ``teacher-serve`` whose books are in memory; yields HOST:PORT and the key of its one account."""
+    with _served(model, "memory:", log, more) as (address, process):
+        assert process.stdout is not None
+        yield address, process.stdout.readline().removeprefix("key ").strip()
+
+
+@contextmanager
 def serving(model: Path, ledger: str, *, log: Path, more: Sequence[str] = ()) -> Iterator[str]:
     """A ``teacher-serve`` on a free port; yields HOST:PORT. SIGTERM and a wait at the end."""
+    with _served(model, ledger, log, more) as (address, _):
+        yield address
+
+
+@contextmanager
+def _served(
+    model: Path, ledger: str, log: Path, more: Sequence[str]
+) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [
@@ -86,7 +102,7 @@ def serving(model: Path, ledger: str, *, log: Path, more: Sequence[str] = ()) ->
             text=True,
         )
     try:
-        yield _address(process, log)
+        yield _address(process, log), process
     finally:
         process.terminate()
         try:

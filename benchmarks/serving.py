@@ -31,7 +31,7 @@ import click
 import numpy as np
 
 from benchmarks import record, triton
-from benchmarks.services import ServiceError, create_account, serving, stop_on_sigterm
+from benchmarks.services import ServiceError, create_account, serving, serving_anyone, stop_on_sigterm
 
 PARTS = ("resnet56", "identity", "one")
 MODEL_NAME = "teacher"
@@ -215,14 +215,20 @@ def _bare(model: Path, load: Load, threads: int) -> Iterator[Asked]:
 
 @contextmanager
 def _ours(model: str, books: str, load: Load, folder: Path, threads: int) -> Iterator[Asked]:
-    ledger = f"sqlite:///{folder}/ledger.db"
-    keys = [create_account(ledger, f"agent-{n}", BUDGET_PICTURES) for n in range(load.clients)]
     before = descendants()
-    more = ("--engine-threads", str(threads))
-    with serving(Path(model), ledger, log=folder / f"{books}.log", more=more) as address:
+    # A queue with room for all that is in flight: no account may fill more than its share.
+    more = ("--engine-threads", str(threads), "--max-queue-pictures", "65536")
+    log = folder / f"{books}.log"
+    with ExitStack() as stack:
+        if books == "memory":
+            address, key = stack.enter_context(serving_anyone(Path(model), log=log, more=more))
+            keys = [key] * load.clients
+        else:
+            ledger = f"sqlite:///{folder}/ledger.db"
+            keys = [create_account(ledger, f"agent-{n}", BUDGET_PICTURES) for n in range(load.clients)]
+            address = stack.enter_context(serving(Path(model), ledger, log=log, more=more))
         servers = sorted(descendants() - before)
-        with _client(address, keys, load) as worker:
-            yield Asked(worker, servers)
+        yield Asked(stack.enter_context(_client(address, keys, load)), servers)
 
 
 @contextmanager

@@ -190,7 +190,8 @@ def _given_facts(
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Weights: a checkpoint of this project, a bare state_dict, or a torch.export archive (.pt2). For drills "
-    "without a model, array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED] answers from a fixed random projection.",
+    "without a model, array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED] answers from a fixed random projection, and "
+    "identity:CLASSES,CHANNELS,HEIGHT,WIDTH from the first pixels.",
 )
 @_facts_options
 @click.option(
@@ -376,18 +377,20 @@ def serve(
 
 
 def _engine(config: ServerConfig, model: Path) -> Any:
-    """The engine behind ``--model``. torch is imported here and only here, and not for ``array:``."""
-    from teacher_service.engine import ArrayEngine, EngineError
+    """The engine behind ``--model``. torch is imported here and only here, for real models alone."""
+    from teacher_service.engine import ArrayEngine, EngineError, IdentityEngine
 
-    kind, _, sizes = str(model).partition(":")
-    if kind == "array":
+    kind, _, text = str(model).partition(":")
+    if kind in ("array", "identity"):
         try:
-            class_count, channels, height, width, *seed = (int(size) for size in sizes.split(","))
-            return ArrayEngine(
-                class_count=class_count, channels=channels, height=height, width=width, seed=sum(seed[:1])
-            )
+            class_count, channels, height, width, *seed = (int(size) for size in text.split(","))
+            sizes = {"class_count": class_count, "channels": channels, "height": height, "width": width}
+            if min(sizes.values()) < 1 or len(seed) > (kind == "array"):
+                raise ValueError
+            return ArrayEngine(**sizes, seed=sum(seed)) if kind == "array" else IdentityEngine(**sizes)
         except ValueError:
-            _fail(f"--model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH[,SEED], got {str(model)!r}")
+            form = f"{kind}:CLASSES,CHANNELS,HEIGHT,WIDTH{'[,SEED]' if kind == 'array' else ''}"
+            _fail(f"--model: expected {form}, got {str(model)!r}")
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch is imported. Its threads would spin for milliseconds after every layer, and with anything
         # else on the cores (gRPC, to begin with) take them from each other: up to a hundred times slower.
