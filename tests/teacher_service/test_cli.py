@@ -308,10 +308,20 @@ def test_flags_that_make_no_sense_are_refused_with_what_was_expected(flags: tupl
     assert done.exit_code == 2 and said in done.output
 
 
-@pytest.mark.parametrize("model", ["array:10", "array:a,b,c,d"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "array:10",
+        "array:a,b,c,d",
+        "array:10,1,8,8,1,1",
+        "identity:10,1,8,0",
+        "identity:10,1,8,8,1",
+        "identity:9,1,2,2",
+    ],
+)
 def test_an_array_that_is_none_is_one_line(model: str, tmp_path: Path) -> None:
     said = refused("teacher-serve", "--model", model, cwd=tmp_path)
-    assert said.startswith("error: --model: expected array:CLASSES,CHANNELS,HEIGHT,WIDTH")
+    assert said.startswith(f"error: --model: expected {model.partition(':')[0]}:CLASSES,CHANNELS,HEIGHT,WIDTH")
     assert said.endswith(f"got {model!r}") and list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from teacher_service.engine import ArrayEngine, Engine
+from teacher_service.engine import ArrayEngine, Engine, IdentityEngine
 
 
 def pictures(count: int, channels: int = 1, height: int = 8, width: int = 8) -> np.ndarray:
@@ -47,6 +47,15 @@ def test_array_engine_digest_follows_shape_and_seed() -> None:
     digests = {ArrayEngine().model_digest, ArrayEngine(seed=1).model_digest, ArrayEngine(class_count=9).model_digest}
     assert len(digests) == 3 and ArrayEngine().model_digest in digests
     assert not np.array_equal(ArrayEngine().answer(pictures(2)), ArrayEngine(seed=1).answer(pictures(2)))
+
+
+def test_identity_engine_answers_with_the_first_pixels_as_probabilities() -> None:
+    engine: Engine = IdentityEngine(class_count=3, channels=1, height=2, width=2)
+    answers = engine.answer(np.array([[1, 2, 0, 9], [0, 0, 9, 9]], np.uint8).reshape(2, 1, 2, 2))
+    np.testing.assert_allclose(answers, [[2 / 6, 3 / 6, 1 / 6], [1 / 12, 1 / 12, 10 / 12]], rtol=1e-6)
+    assert len({engine.model_digest, IdentityEngine().model_digest, ArrayEngine().model_digest}) == 3
+    with pytest.raises(ValueError, match="expected at least 5 pixels"):
+        IdentityEngine(class_count=5, channels=1, height=2, width=2)
 
 
 def test_the_engine_module_does_not_import_torch() -> None:
