@@ -29,6 +29,11 @@ def about(name: str, note: str = "") -> dict[str, Any]:
     }
 
 
+def kept(name: str) -> list[dict[str, Any]]:
+    """The lines of benchmarks/results/NAME.jsonl, oldest first."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
 def keep(name: str, result: dict[str, Any]) -> None:
     """Appends a line to benchmarks/results/NAME.jsonl, and prints it."""
     line = json.dumps(result)

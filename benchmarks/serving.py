@@ -7,7 +7,8 @@
 
 Every subject is asked by the stock ``tritonclient`` but the bare model. The subjects of a part take turns, round by
 round, so that a busy machine slows all of them: what counts are the ratios within a round, of which the median is
-given. Each part prints a JSON line and appends it to benchmarks/results/serving.jsonl.
+given. Each part prints a JSON line and appends it to benchmarks/results/serving.jsonl; ``--picture FILE.svg`` draws
+the last line of each part instead.
 """
 
 import contextlib
@@ -71,6 +72,7 @@ LOADS = {
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Of the model, everywhere.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="For the ledger.  [default: a new folder]")
 @click.option("--note", default="", help="Kept with the result.")
+@click.option("--picture", type=click.Path(path_type=Path), metavar="FILE.svg", help="Measure nothing; draw.")
 @click.option("--as-client", hidden=True)
 @click.option("--as-bare", hidden=True)
 def main(
@@ -80,6 +82,7 @@ def main(
     threads: int,
     work_dir: Path | None,
     note: str,
+    picture: Path | None,
     as_client: str | None,
     as_bare: str | None,
 ) -> None:
@@ -88,6 +91,9 @@ def main(
         return _be_client(**json.loads(as_client))
     if as_bare is not None:
         return _be_bare(**json.loads(as_bare))
+    if picture is not None:
+        picture.write_text(_drawn(record.kept("serving")), "utf-8")
+        return
     stop_on_sigterm()
     for part in only or PARTS:
         with tempfile.TemporaryDirectory(prefix="mekd-serving-", dir=work_dir) as folder:
@@ -461,6 +467,46 @@ def _report(latencies: Sequence[float], batch_pictures: int, seconds: float) -> 
     p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) * 1000
     figures = {"pictures": pictures, "pictures_per_second": pictures / seconds}
     print(json.dumps(figures | {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99}), flush=True)
+
+
+# --- the picture ---
+
+BAR_PX, ROW_PX, LABEL_PX = 340, 22, 190
+SUBJECTS = {
+    "bare": "bare model, in process",
+    "memory": "teacher-serve, books in memory",
+    "sqlite": "teacher-serve, durable SQLite",
+    "triton": "Triton, Python backend",
+}
+
+
+def _drawn(lines: Sequence[dict[str, Any]]) -> str:
+    """Bars of pictures a second, by part and load, of the last line of each part."""
+    last = {line["part"]: line for line in lines}
+    rows: list[str] = []
+    y = 10
+    for part, loads in LOADS.items():
+        for name in loads if part in last else ():
+            load = last[part][name]
+            figures = {subject: load["subjects"][subject]["pictures_per_second"] for subject in load["subjects"]}
+            asked = (
+                f"{load['clients']} × {name}, {load['window'] or 1} in flight, batches of {load['batch_pictures']}"
+            )
+            rows.append(f'<text x="4" y="{y + 14}" font-weight="bold">{part}: {asked}</text>')
+            y += ROW_PX
+            for subject, label in SUBJECTS.items():
+                if subject not in figures:
+                    continue
+                width = round(BAR_PX * figures[subject] / max(figures.values()))
+                colour = "#4477aa" if label.startswith("teacher-serve") else "#bbbbbb"
+                rows.append(f'<text x="{LABEL_PX - 6}" y="{y + 14}" text-anchor="end">{label}</text>')
+                rows.append(f'<rect x="{LABEL_PX}" y="{y + 3}" width="{width}" height="15" fill="{colour}"/>')
+                rows.append(f'<text x="{LABEL_PX + width + 6}" y="{y + 14}">{figures[subject]:,.0f}/s</text>')
+                y += ROW_PX
+            y += ROW_PX // 2
+    size = f'width="{LABEL_PX + BAR_PX + 90}" height="{y}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', *rows, "</svg>"]) + "\n"
 
 
 # --- what the system says ---
