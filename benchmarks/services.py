@@ -61,6 +61,11 @@ def show_account(ledger: str, name: str) -> dict[str, int]:
     return found
 
 
+def list_accounts(ledger: str) -> list[dict[str, int]]:
+    """The same of every account."""
+    return [json.loads(line) for line in _admin(ledger, "account", "list", "--format", "json").splitlines()]
+
+
 def _admin(ledger: str, *arguments: str) -> str:
     done = subprocess.run(
         [command("teacher-admin"), "--ledger", ledger, *arguments], capture_output=True, text=True, timeout=60

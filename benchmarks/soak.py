@@ -21,7 +21,7 @@ import grpc
 import numpy as np
 
 from benchmarks import record
-from benchmarks.services import ServiceError, serving, show_account, stop_on_sigterm
+from benchmarks.services import ServiceError, list_accounts, serving, stop_on_sigterm
 from benchmarks.serving import descendants
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
@@ -55,7 +55,7 @@ def main(agents: int, minutes: float, pause_seconds: float, seed: int, note: str
         with serving(Path(MODEL), ledger, log=folder / "server.log") as address:
             (server,) = descendants() - before
             found = asyncio.run(_soak(address, keys, server, minutes * 60, pause_seconds, random.Random(seed)))
-        posted = sum(show_account(ledger, f"agent-{n}")["posted"] for n in range(agents))
+        posted = sum(account["posted"] for account in list_accounts(ledger))
         errors = sum('"level": "error"' in line for line in (folder / "server.log").read_text().splitlines())
     result = begun | {"agents": agents, "minutes": minutes, "pause_seconds": pause_seconds, "seed": seed}
     result |= found | {"pictures_posted": posted, "errors_logged": errors}

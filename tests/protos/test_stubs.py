@@ -218,7 +218,7 @@ def test_enums_are_prefixed_and_begin_unspecified(name: str) -> None:
 
 def test_every_rpc_has_a_request_and_a_response_of_its_own() -> None:
     methods = [method for file in current().values() for service in file.service for method in service.method]
-    assert len(methods) == len({method.name for method in methods}) == 20
+    assert len(methods) == len({method.name for method in methods}) == 21
     for method in methods:
         assert method.input_type == f".mekd.v1.{method.name}Request"
         assert method.output_type == f".mekd.v1.{method.name}Response"
