@@ -452,7 +452,7 @@ class KServeTeacher:
         patience = Patience(self._wait_seconds, LONGEST_PAUSE_SECONDS)
         attempts: dict[str, int] = {}
         reading = self._same_model(model_digest)
-        window = 1  # it grows with every answer: a wrong setting or an overload costs one batch
+        window, most = 1, WINDOW  # it grows with every answer: a wrong setting or an overload costs one batch
         failed: list[tuple[Batch, Any]] = []
         try:
             while True:
@@ -463,13 +463,15 @@ class KServeTeacher:
                     batch, call = calls.next()
                     if call.code() is grpc.StatusCode.OK:
                         patience.renew()
-                        window = min(window + 1, WINDOW)
+                        window = min(window + 1, most)
                         yield self._answered(batch, call.result(), reading, model_digest)
                     else:
                         failed.append((batch, call))
                     continue
                 if not failed:
                     return
+                if any(call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for _, call in failed):
+                    most = max(1, window - 1)  # a limit on what is under way, most likely: each try beyond it is paid
                 pauses: dict[float, Any] = {}
                 for batch, call in failed:
                     outcome = self._outcome(batch, call, attempts)

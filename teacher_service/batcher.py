@@ -207,8 +207,24 @@ class Batcher:
         return len(self._under_way) < self._calls_at_once and self._queue.size >= self._max_batch_pictures
 
     def _call(self, batch: list[_Part], loop: asyncio.AbstractEventLoop) -> None:
-        """One engine call, in an engine thread: stacking costs the loop nothing, and the engine a thousandth."""
+        """One engine call, in an engine thread: stacking costs the loop nothing, and the engine a thousandth.
+
+        Where it fails each part is tried alone: one caller's picture must not fail another's batch.
+        """
         started = time.perf_counter()
+        outcome = self._outcome(batch)
+        if isinstance(outcome, Exception) and len(batch) > 1:
+            outcomes = [self._outcome([part]) for part in batch]
+        elif isinstance(outcome, Exception):
+            outcomes = [outcome]
+        else:
+            ends = np.cumsum([len(part.images_NCHW) for part in batch])
+            outcomes = list(np.split(outcome, ends[:-1]))
+        ended = time.perf_counter()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: stopped long ago, and everyone told
+            loop.call_soon_threadsafe(self._called, batch, outcomes, started, ended)
+
+    def _outcome(self, batch: list[_Part]) -> Float32Array | Exception:
         outcome: Float32Array | Exception
         try:
             outcome = self._answers(batch)
@@ -218,9 +234,7 @@ class Batcher:
             outcome = RuntimeError(f"the engine raised {error!r}")
         if isinstance(outcome, StopIteration):  # which no future carries
             outcome = RuntimeError(f"the engine raised {outcome!r}")
-        ended = time.perf_counter()
-        with contextlib.suppress(RuntimeError):  # the loop is closed: stopped long ago, and everyone told
-            loop.call_soon_threadsafe(self._called, batch, outcome, started, ended)
+        return outcome
 
     def _answers(self, batch: list[_Part]) -> Float32Array:
         stacked_NCHW = batch[0].images_NCHW
@@ -231,18 +245,19 @@ class Batcher:
             raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")
         return answers_NK
 
-    def _called(self, batch: list[_Part], outcome: Float32Array | Exception, started: float, ended: float) -> None:
+    def _called(
+        self, batch: list[_Part], outcomes: list[Float32Array | Exception], started: float, ended: float
+    ) -> None:
         self._under_way.remove(batch)
-        start = 0
-        for part in batch:
+        answered = []
+        for part, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 part.submission.fail(outcome)
-                continue
-            end = start + len(part.images_NCHW)
-            part.submission.answer(part.number, outcome[start:end])
-            start = end
+            else:
+                part.submission.answer(part.number, outcome)
+                answered.append(part)
         self._wake.set()  # last: whoever asks again in the same breath has a part in the next batch
-        if isinstance(outcome, Exception):
-            return
-        waited_seconds = tuple(started - part.submission.asked_at for part in batch)
-        self._on_call(EngineCall(start, ended - started, waited_seconds))
+        if answered:
+            pictures = sum(len(part.images_NCHW) for part in answered)
+            waited_seconds = tuple(started - part.submission.asked_at for part in answered)
+            self._on_call(EngineCall(pictures, ended - started, waited_seconds))

@@ -28,7 +28,6 @@ from teacher_service.auth import (
 )
 from teacher_service.limits import Limits
 from teacher_service.metrics import Metrics, RpcCounters
-from teacher_service.terms import Terms
 
 STREAMS_WITHOUT_CREDENTIAL = 256
 """Health watches and reflection, over all callers."""
@@ -65,7 +64,7 @@ class Gate(grpc.aio.ServerInterceptor):
         async with contextlib.AsyncExitStack() as stack:
             try:
                 caller = await caller_of(self._authenticator, context)
-                terms = caller.terms if of_account else Terms()
+                terms = caller.terms if of_account else None
                 stack.enter_context(self._limits.stream(caller.account, terms))
             except Refusal as refusal:
                 await abort(context, refusal)

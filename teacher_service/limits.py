@@ -67,20 +67,24 @@ class Limits:
             account.outstanding_pictures -= picture_count
 
     @contextmanager
-    def stream(self, name: str, terms: Terms) -> Iterator[None]:
-        """The time that a stream is open. Refusal: TOO_MANY_STREAMS."""
+    def stream(self, name: str, terms: Terms | None) -> Iterator[None]:
+        """The time that a stream is open; without ``terms`` it takes no place of the account's.
+
+        Refusal: TOO_MANY_STREAMS.
+        """
         if self.streams >= self._max_streams:
             raise Refusal.of(Reason.TOO_MANY_STREAMS, whose="all accounts together", limit=self._max_streams)
         account = self._account(name)
-        if terms.max_streams is not None and account.streams >= terms.max_streams:
+        places = 0 if terms is None else 1
+        if terms is not None and terms.max_streams is not None and account.streams >= terms.max_streams:
             raise Refusal.of(Reason.TOO_MANY_STREAMS, whose="the account", limit=terms.max_streams)
         self.streams += 1
-        account.streams += 1
+        account.streams += places
         try:
             yield
         finally:
             self.streams -= 1
-            account.streams -= 1
+            account.streams -= places
 
     def _spend(self, account: _Account, rate: float, picture_count: int) -> None:
         """Takes from the allowance. Refusal RATE_LIMITED with the wait until it holds enough."""

@@ -8,6 +8,7 @@ caller who goes away is noticed by the batcher (which skips the departed) and no
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import uuid
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class MoneyPath:
                 )
             except Refusal as refusal:
                 return await self._answered_before(caller, run_id, batch, refusal)
-            with self._limits.batch(caller.account, caller.terms, count), self._batcher.place(count, caller.account):
+            # The place first: a batch that finds none uses nothing of its account's rate up.
+            with self._batcher.place(count, caller.account), self._limits.batch(caller.account, caller.terms, count):
                 return await self._held_answer(caller, run_id, batch, gone, parts)
         except QueueFull:
             raise Refusal.of(Reason.OVERLOADED, limit=self._config.max_queue_pictures) from None
@@ -133,7 +135,11 @@ class MoneyPath:
         """The kept answer of a batch that is refused now and was paid for before; else raises the refusal."""
         if not codec.fits_its_header(batch.images):
             raise refusal
-        posted = await self._ledger.replay(_hold_request(caller, run_id, batch, codec.payload_digest(batch.images)))
+        # A replay like any other, but for the bound on a batch's size, which may be what is refused.
+        terms = dataclasses.replace(caller.terms, max_outstanding_pictures=None)
+        with self._limits.batch(caller.account, terms, batch.images.picture_count):
+            digest = codec.payload_digest(batch.images)
+            posted = await self._ledger.replay(_hold_request(caller, run_id, batch, digest))
         if posted is None:
             raise refusal
         return _replayed(batch.batch_id, posted)

@@ -45,7 +45,12 @@ def apply(terms: Terms, probabilities_NK: codec.Float32Array) -> wire.Answer:
         answer.probabilities.CopyFrom(codec.encode_probabilities(rounded(probabilities_NK, terms.decimals)))
     else:
         indices_NJ, values_NJ = most_probable(probabilities_NK, terms.top_k)
-        named = codec.encode_top_k(indices_NJ, rounded(values_NJ, terms.decimals), class_count)
+        values_NJ = rounded(values_NJ, terms.decimals)
+        # Of values that rounding made equal the order would tell more than was sold.
+        order_NJ = np.lexsort((indices_NJ, -values_NJ), axis=-1)
+        indices_NJ = np.take_along_axis(indices_NJ, order_NJ, axis=1)
+        values_NJ = np.take_along_axis(values_NJ, order_NJ, axis=1)
+        named = codec.encode_top_k(indices_NJ, values_NJ, class_count)
         answer.top_k.CopyFrom(named)
     return answer
 

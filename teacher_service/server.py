@@ -47,7 +47,7 @@ SERVICES = ("mekd.v1.TeacherInference", kserve.SERVICE, LEDGER_SERVICE)
 HEALTH_SERVICE = "grpc.health.v1.Health"
 LAST_RESORT_SECONDS = 6.0
 MAX_METADATA_BYTES = 16 * 2**10
-MAX_CALLS_OF_A_CONNECTION = 1000
+MAX_CALLS_OF_A_CONNECTION = 128  # a call may hold a whole message before any limit of its account is looked at
 SPARE_CONNECTIONS = 256  # for those who ask without a stream: admins, probes
 HANDSHAKE_TIMEOUT_MS = 10_000
 KEEPALIVE_MS = 60_000
@@ -295,7 +295,9 @@ async def _key_of_anyone(books: Ledger) -> str:
 
 def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
     """Limits that fit each other: what Describe promises must pass through message size and queue. StartError."""
-    picture_bytes = max(engine.channels * engine.height * engine.width, 4 * len(engine.labels))
+    # The largest answer is a top-k one that names every class: a float and an index, a varint, for each.
+    index_bytes = max(1, -(-(len(engine.labels) - 1).bit_length() // 7))
+    picture_bytes = max(engine.channels * engine.height * engine.width, (4 + index_bytes) * len(engine.labels))
     most = (config.max_message_bytes - MESSAGE_HEADER_BYTES) // picture_bytes
     if most < 1:
         raise StartError(

@@ -299,17 +299,17 @@ async def test_every_call_is_told_with_its_size_its_seconds_and_what_was_waited_
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), MemoryError()])
-async def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_other(error: Exception) -> None:
+async def test_an_engine_failure_reaches_those_it_belongs_to_and_no_other(error: Exception) -> None:
     engine = Doubler()
     async with running(engine) as batcher:
-        engine.fail_on[2] = error
+        engine.fail_on[1] = error
         first = await blocked(engine, batcher)
         waiting = [await asked(batcher, *values) for values in ((1,), (2, 3), (4, 5))]
         engine.gate.set()
         told = await asyncio.gather(first, *waiting, return_exceptions=True)
-    assert engine.calls == [[0], [1, 2, 3], [4, 5]]
-    assert told[1:3] == [error, error]
-    assert (told[0].tolist(), told[3].tolist()) == ([[0.0]], [[8.0], [10.0]])
+    assert engine.calls == [[0], [1, 2, 3], [1], [2, 3], [4, 5]]
+    assert told[1] is error
+    assert [told[0].tolist(), told[2].tolist(), told[3].tolist()] == [[[0.0]], [[4.0], [6.0]], [[8.0], [10.0]]]
 
 
 @pytest.mark.parametrize("error", [StopIteration(), SystemExit(3)])
@@ -334,7 +334,7 @@ async def test_a_wrong_number_of_answers_is_a_failure_of_the_whole_batch() -> No
         assert (await batcher.ask(images(1))).tolist() == [[2.0]]
 
 
-async def test_a_batch_that_cannot_be_stacked_is_a_failure_and_not_the_end() -> None:
+async def test_what_cannot_be_stacked_is_computed_apart() -> None:
     engine = Doubler()
     async with running(engine) as batcher:
         first = await blocked(engine, batcher)
@@ -343,7 +343,7 @@ async def test_a_batch_that_cannot_be_stacked_is_a_failure_and_not_the_end() -> 
         engine.gate.set()
         await first
         told = await asyncio.gather(*odd, return_exceptions=True)
-        assert [type(outcome) for outcome in told] == [ValueError, ValueError]
+        assert told[0].tolist() == [[2.0]]  # computed alone
         assert (await batcher.ask(images(3))).tolist() == [[6.0]]
 
 
@@ -392,3 +392,39 @@ async def test_pictures_are_freed_as_soon_as_they_are_answered() -> None:
             assert freed == [3, 9]
     finally:
         gc.enable()
+
+
+async def test_a_picture_that_breaks_the_engine_fails_its_own_batch_and_nobody_elses() -> None:
+    begun, gate = threading.Event(), threading.Event()
+    sizes: list[int] = []
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        begun.set()
+        assert gate.wait(10)
+        if (images == 255).any():
+            raise ValueError("not finite")
+        return images.reshape(len(images), -1)[:, :1].astype(np.float32)
+
+    def images(count: int, value: int) -> np.ndarray:
+        return np.full((count, 1, 2, 2), value, np.uint8)
+
+    calls: list[int] = []
+    batcher = Batcher(
+        answer, max_batch_pictures=64, max_queue_pictures=64, on_call=lambda call: calls.append(call.picture_count)
+    )
+    batcher.start()
+    try:
+        first = asyncio.create_task(batcher.ask(images(1, 7), owner="a"))
+        await asyncio.to_thread(begun.wait, 10)
+        good = asyncio.create_task(batcher.ask(images(3, 5), owner="b"))
+        evil = asyncio.create_task(batcher.ask(images(2, 255), owner="c"))
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert (await first).tolist() == [[7.0]]
+        assert (await good).tolist() == [[5.0]] * 3
+        with pytest.raises(ValueError, match="not finite"):
+            await evil
+        assert sizes[:2] == [1, 5] and sorted(sizes[2:]) == [2, 3] and calls == [1, 3]
+    finally:
+        await batcher.stop()

@@ -286,6 +286,16 @@ async def test_an_account_opens_its_streams_and_no_more_until_one_has_ended() ->
         await streams[1].result()
 
 
+async def test_who_only_listens_takes_no_stream_of_the_accounts_whichever_was_first() -> None:
+    async with limited(Terms(max_streams=1)) as service:
+        watching = service.quota.WatchBalance(quota_wire.WatchBalanceRequest(), metadata=service.metadata())
+        await watching.read()
+        stream = await service.stream()
+        await stream.send("a", pictures(2))
+        await stream.result()
+        watching.cancel()
+
+
 async def test_the_server_bounds_the_streams_of_all_and_gives_every_place_back() -> None:
     async with serving(max_streams=3) as service:
         for _ in range(5):

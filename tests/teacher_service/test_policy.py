@@ -170,3 +170,11 @@ async def test_changed_terms_are_noticed_within_five_seconds_on_an_open_stream_a
         service.clock.seconds += 0.001
         assert await kind("c") == "top_k"
         assert await kind("a") == "probabilities"  # as it was sold
+
+
+def test_the_order_of_values_that_rounding_made_equal_tells_nothing() -> None:
+    probabilities = np.array([[0.16, 0.15, 0.18, 0.19, 0.17, 0.15]], np.float32)
+    sold = policy.apply(Terms(top_k=5, decimals=1), probabilities).top_k
+    assert list(sold.indices) == sorted(sold.indices)
+    falling = np.array([[0.1, 0.6, 0.3]], np.float32)
+    assert list(policy.apply(Terms(top_k=3, decimals=1), falling).top_k.indices) == [1, 2, 0]

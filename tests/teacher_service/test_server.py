@@ -177,7 +177,7 @@ def test_a_message_is_never_promised_larger_than_it_may_be() -> None:
     large_pictures = ArrayEngine(class_count=10, channels=3, height=64, width=64)
     assert _fitting(config, large_pictures).max_batch_pictures == (2**20 - 4096) // (3 * 64 * 64) == 85
     large_answers = ArrayEngine(class_count=5000)
-    assert _fitting(config, large_answers).max_batch_pictures == (2**20 - 4096) // 20_000 == 52
+    assert _fitting(config, large_answers).max_batch_pictures == (2**20 - 4096) // 30_000 == 34
     assert _fitting(config, ArrayEngine()).max_batch_pictures == 512
     with pytest.raises(StartError, match="expected a picture and its answer to fit into a message of 5000 bytes"):
         _fitting(ServerConfig(model=Path("x"), max_message_bytes=5000), large_pictures)
