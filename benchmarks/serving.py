@@ -471,7 +471,7 @@ def _report(latencies: Sequence[float], batch_pictures: int, seconds: float) -> 
 
 # --- the picture ---
 
-BAR_PX, ROW_PX, LABEL_PX = 340, 22, 190
+BAR_PX, ROW_PX, LABEL_PX = 340, 22, 215
 SUBJECTS = {
     "bare": "bare model, in process",
     "memory": "teacher-serve, books in memory",
