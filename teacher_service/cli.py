@@ -403,13 +403,15 @@ def _engine(config: ServerConfig, model: Path) -> Any:
         if threads is None and not os.environ.get("OMP_NUM_THREADS"):
             threads = threads_beside_the_network()
         use_threads(threads)
-        return TorchEngine(
+        engine = TorchEngine(
             load_model(model, given=config.model_given),
             device=config.device,
             precision=config.precision,
             compiled=config.compile,
             max_batch_pictures=config.max_engine_pictures,
         )
+        structlog.get_logger().info("engine ready", **engine.found)
+        return engine
     except (ModelFileError, EngineError) as error:
         _fail(str(error))
 

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -28,8 +27,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from networks.classifiers import Classifier
 from networks.modelfile import LoadedModel
 from teacher_service.engine import EngineError, Float32Array, UInt8Array
-
-log = structlog.get_logger()
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -97,16 +94,16 @@ class TorchEngine:
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:300]
             raise EngineError(f"the model cannot run on device {name!r}: {reason}") from error
-        log.info(
-            "engine ready",
-            device=str(self._device),
-            precision=precision,
-            compiled=compiled,
-            threads=self._threads,
-            one_thread_up_to_pictures=self._one_thread_pictures,
-            batch_pictures=self.batch_pictures,
-            largest_deviation_from_fp32=self.largest_deviation,
-        )
+        self.found: dict[str, object] = {
+            "device": str(self._device),
+            "precision": precision,
+            "compiled": compiled,
+            "threads": self._threads,
+            "one_thread_up_to_pictures": self._one_thread_pictures,
+            "batch_pictures": self.batch_pictures,
+            "largest_deviation_from_fp32": self.largest_deviation,
+        }
+        """What was asked for and what was measured at load, for the log."""
 
     def answer(self, images_NCHW: UInt8Array) -> Float32Array:
         """Return `probabilities_NK` whose rows sum to 1.
