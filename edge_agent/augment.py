@@ -23,6 +23,12 @@ def shift(images_NCHW: Tensor, *, largest_px: int, rng: torch.Generator) -> Tens
     return shifted_NHWC.permute(0, 3, 1, 2).contiguous()
 
 
+def mirror(images_NCHW: Tensor, *, rng: torch.Generator) -> Tensor:
+    """Mirror each picture left to right, or not: half of them on average."""
+    mirrored_N = (torch.rand(len(images_NCHW), generator=rng) < 0.5).to(images_NCHW.device)
+    return torch.where(mirrored_N[:, None, None, None], images_NCHW.flip(3), images_NCHW)
+
+
 def recolour(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
     """Change each picture's brightness and contrast, by up to `strength` (1 = the half range) each.
 

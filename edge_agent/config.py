@@ -33,6 +33,8 @@ class DeprivatizeConfig:
     """Largest shift that the discriminator sees, as a fraction of the side."""
     cutout_fraction: float = 0.0
     """Side of the square hidden from the discriminator, as a fraction of the picture's side."""
+    mirror: bool = False
+    """Whether local pictures also count mirrored: right for most photographs, wrong for digits and letters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class DistillConfig:
     """Part of each batch that the image loss is taken on: it costs a pass through the generator."""
     shift_px: int = 1
     """Largest shift of the student's view, in pixels each way."""
+    mirror: bool = False
+    """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,8 @@ def train_generator(
 
         chosen = torch.randint(count, (config.batch_count,), generator=rng)
         real_NCHW = normalise(images_NCHW[chosen.to(device)])
+        if config.mirror:
+            real_NCHW = augment.mirror(real_NCHW, rng=rng)
         with torch.no_grad():
             synthetic_NCHW = fake()
         real_N, synthetic_N = score(torch.cat([real_NCHW, synthetic_NCHW])).split(config.batch_count)

@@ -166,7 +166,10 @@ def train_student(
 
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:
     """Bytes to what the student sees: another view each time."""
-    return augment.shift(normalise(images_NCHW), largest_px=config.shift_px, rng=rng)
+    view_NCHW = normalise(images_NCHW)
+    if config.mirror:
+        view_NCHW = augment.mirror(view_NCHW, rng=rng)
+    return augment.shift(view_NCHW, largest_px=config.shift_px, rng=rng)
 
 
 def answer_loss(

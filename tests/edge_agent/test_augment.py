@@ -59,6 +59,16 @@ def test_shift_by_nothing_changes_nothing() -> None:
     assert augment.shift(images_NCHW, largest_px=0, rng=seeded(1)).equal(images_NCHW)
 
 
+def test_about_half_of_the_pictures_are_mirrored_and_the_others_left() -> None:
+    images_NCHW = pictures(200)
+    mirrored_NCHW = augment.mirror(images_NCHW, rng=seeded(1))
+    same_N = (mirrored_NCHW == images_NCHW).flatten(1).all(1)
+    flipped_N = (mirrored_NCHW == images_NCHW.flip(3)).flatten(1).all(1)
+    assert (same_N ^ flipped_N).all()
+    assert 70 < int(flipped_N.sum()) < 130  # 200 fair coins: 30 is more than four standard deviations
+    assert mirrored_NCHW.equal(augment.mirror(images_NCHW, rng=seeded(1)))
+
+
 def test_recolour_changes_brightness_and_contrast_within_its_strength() -> None:
     images_NCHW = pictures(500)
     changed_NCHW = augment.recolour(images_NCHW, strength=0.2, rng=seeded(1))
