@@ -70,7 +70,7 @@ def main(seed: int) -> None:
         torch.manual_seed(seed)
         student = registry.build("resnet8", class_count=10, channels=1)
         pool = Pool(images_NCHW=images_NCHW, latents_NL=latents_NL, **answers)
-        student = train_student(student, generator, pool, config=DistillConfig(), **run)
+        student = train_student(student, generator, pool, class_count=10, config=DistillConfig(), **run)
         accuracy = (predict_classes(student, torch.from_numpy(test.images_NCHW)).numpy() == test.labels_N).mean()
         size = policy.apply(terms, probabilities_NK[:128]).ByteSize()
         click.echo(f"{codec.kind_of(answer)}: {accuracy:.4f} with {BUDGET} queries; {size} bytes a batch of 128")

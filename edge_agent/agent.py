@@ -321,6 +321,7 @@ class Agent:
                 student.to(self._device),
                 generator.to(self._device),
                 train,
+                class_count=len(facts.labels),
                 config=self._config.distill,
                 seed=self._config.seed,
                 device=self._device,

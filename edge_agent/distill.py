@@ -77,9 +77,10 @@ class Pool:
 @torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
 def train_student(
     student: Classifier,
-    generator: Generator,
+    generator: Generator | None,
     pool: Pool,
     *,
+    class_count: int,
     config: DistillConfig,
     seed: int,
     device: torch.device,
@@ -89,11 +90,11 @@ def train_student(
     """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
 
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
-    generator's pictures of both answers.
+    generator's pictures of both answers; only that needs a generator.
     """
-    class_count = generator.arguments["class_count"]
     student.to(device).to(memory_format=torch.channels_last).train()
-    generator.to(device).eval().requires_grad_(False)
+    if generator is not None:
+        generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
     answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
@@ -114,6 +115,8 @@ def train_student(
     steps_a_pass = max(1, len(images_NCHW) // config.batch_count)
     steps = config.passes * steps_a_pass
     image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
+    if image_count > 0 and generator is None:
+        raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
 
     done = 0
     order = torch.empty(0, dtype=torch.int64)
@@ -144,7 +147,7 @@ def train_student(
             logits_NK = student(_students_view(images_NCHW[chosen], config, rng)).float()
         loss = answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen]).mean()
         figures = {"answer_loss": loss.item()}
-        if image_count > 0:
+        if generator is not None and image_count > 0:
             few = chosen[:image_count]
             noise_NE = latents_NL[few, class_count:]
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()

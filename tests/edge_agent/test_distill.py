@@ -105,6 +105,7 @@ def train(
         student or tiny_student(),
         small_generator(),
         pool(hard=hard),
+        class_count=2,
         config=config,
         seed=seed,
         device=CPU,
@@ -245,6 +246,7 @@ def test_rounded_answers_train_with_their_own_smallest_probability(monkeypatch: 
         tiny_student(),
         small_generator(),
         answers,
+        class_count=2,
         config=dataclasses.replace(SMALL, passes=2),
         seed=0,
         device=CPU,
@@ -262,6 +264,7 @@ def test_generator_and_pool_stay_as_they_were() -> None:
         tiny_student(),
         generator,
         answers,
+        class_count=2,
         config=SMALL,
         seed=0,
         device=CPU,
@@ -270,6 +273,14 @@ def test_generator_and_pool_stay_as_they_were() -> None:
     )
     assert all(before[name].equal(value) for name, value in generator.state_dict().items())
     assert answers.images_NCHW.equal(images_NCHW)
+
+
+def test_without_a_generator_there_is_no_image_loss() -> None:
+    run = {"class_count": 2, "seed": 0, "device": CPU, "checkpoint": Keep(), "progress": silent}
+    without = train_student(tiny_student(), None, pool(), config=dataclasses.replace(SMALL, image_weight=0.0), **run)  # type: ignore[arg-type]
+    assert not without.training
+    with pytest.raises(ValueError, match=r"image_weight: expected 0 without a generator, got 1"):
+        train_student(tiny_student(), None, pool(), config=dataclasses.replace(SMALL, image_weight=1.0), **run)  # type: ignore[arg-type]
 
 
 def test_step_size_rises_then_falls_to_zero() -> None:
@@ -318,6 +329,7 @@ def test_a_single_answer_trains_any_student(hard: bool) -> None:
         registry.build("mobilenet", class_count=2, channels=1),
         small_generator(),
         Pool(images_NCHW=images_NCHW, latents_NL=torch.randn(1, 5), **answers),
+        class_count=2,
         config=DistillConfig(passes=1, image_weight=0.0),
         seed=0,
         device=CPU,
