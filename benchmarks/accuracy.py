@@ -1,11 +1,13 @@
-"""How accurate is a student whose every query was counted? ``python -m benchmarks.accuracy --data DIR``
+"""How accurate is a student whose every query was counted? ``python -m benchmarks.accuracy --data DIR --all``
 
-MNIST, 10,000 local pictures without labels, a ResNet32 teacher behind teacher-serve, a ResNet8 student, 50,000
-queries in all. The teacher trains on the cloud's part, which holds none of the device's pictures. Test pictures and
-labels are read once, at the end, by this program alone. Interrupted or out of time, the same command goes on where it
-was. Each finished run appends one line to benchmarks/results/accuracy.jsonl.
+Each row of the table has a file in benchmarks/configs/accuracy, its seeds in it, fixed before the first look at a
+test figure (``rows``). A finished cell (row, seed) appends one line to benchmarks/results/accuracy.jsonl and is not
+measured again. Interrupted or out of time, the same command goes on where it was: generators, answers and students
+under way are kept in runs/accuracy. Test pictures and labels are read once a cell, at its end, by this program alone.
+``--table`` writes benchmarks/README.md and the picture beside it from the results.
 """
 
+import hashlib
 import signal
 import sys
 from pathlib import Path
@@ -13,18 +15,38 @@ from types import FrameType
 from typing import Any
 
 import click
+import numpy as np
+import tomli_w
 import torch
 
-from benchmarks import datasets, record
-from benchmarks.evaluation import add_test_figures
+from benchmarks import accuracy_table, datasets, record, references, rows
+from benchmarks.evaluation import add_test_figures, correct, share
+from benchmarks.rows import Row
 from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
+from edge_agent import pool as pools
+from edge_agent.agent import choose_device
+from edge_agent.config import RunConfig, build_config
 from edge_agent.console import Console
+from edge_agent.distill import Pool, train_student
+from edge_agent.runs import RunFolder, digest_of
+from edge_agent.teacher import Description
+from networks import registry
+from networks.gan import Generator
+from networks.modelfile import ModelFacts, load_model, save_model
 
-HERE = Path(__file__).parent
-CONFIG = HERE / "configs" / "mnist.toml"
-BUDGET = 50_000
-TEACHER = {"architecture": "resnet32", "epochs": 4, "peak_learning_rate": 0.2, "shift_px": 2}
+RUNS = Path("runs/accuracy")
+MNIST_TEACHER = {"architecture": "resnet32", "epochs": 4, "peak_learning_rate": 0.2, "shift_px": 2}
+CIFAR_TEACHER = {
+    "output": "logits",
+    "channels": 3,
+    "height": 32,
+    "width": 32,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+KEPT_TEST_PICTURES = 1000
+"""Up to so many test pictures a line also says which of them were right, for paired comparisons."""
 
 
 class _OutOfTime(BaseException):
@@ -38,82 +60,248 @@ class _OutOfTime(BaseException):
     envvar="MEKD_DATA",
     default=Path("runs/data"),
     show_default=True,
-    help="Where MNIST lies, or is downloaded to; also in MEKD_DATA.",
+    help="Where MNIST, CIFAR-10 and teachers/rn56.pt lie; MNIST is downloaded if it is not there. Also in MEKD_DATA.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of teacher, generator, queries and student.")
-@click.option("--answers", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
-@click.option("--run-dir", type=click.Path(path_type=Path), help="[default: runs/accuracy/mnist-ANSWERS-SEED]")
+@click.option("--row", "names", multiple=True, help="A row of the table; may be given several times.")
+@click.option("--all", "everything", is_flag=True, help="Every row, in the order of the table.")
 @click.option(
-    "--config",
-    "config_file",
-    type=click.Path(exists=True, path_type=Path),
-    default=CONFIG,
-    help="Settings of the run.  [default: benchmarks/configs/mnist.toml]",
+    "--seed", type=int, help="One of the row's seeds.  [default: all of them, the first of every row first]"
 )
 @click.option("--max-minutes", type=float, help="Stop after so long; the same command goes on where it was.")
+@click.option("--table", is_flag=True, help="Measure nothing; write benchmarks/README.md from the results.")
 def main(
-    data: Path, seed: int, answers: str, run_dir: Path | None, config_file: Path, max_minutes: float | None
+    data: Path, names: tuple[str, ...], everything: bool, seed: int | None, max_minutes: float | None, table: bool
 ) -> None:
-    """Measure MNIST, ResNet32 to ResNet8, 50,000 counted queries."""
-    run_dir = run_dir or Path(f"runs/accuracy/mnist-{answers}-{seed}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Measure the rows of the accuracy table, every query counted by the teacher's ledger."""
+    if table:
+        accuracy_table.write()
+        return
+    if not names and not everything:
+        raise click.UsageError(f"expected --all or --row with one of {', '.join(rows.ORDER)}")
     stop_on_sigterm()
-    begun = record.about("accuracy")
     if max_minutes is not None:
         signal.signal(signal.SIGALRM, _out_of_time)
         signal.setitimer(signal.ITIMER_REAL, max_minutes * 60)
     try:
-        summary = measure(data, seed, answers, run_dir, config_file)
-    except (OSError, ServiceError) as error:
+        chosen = [rows.read(name) for name in (names or rows.ORDER)]
+        cells = sorted(
+            ((row, number) for row in chosen for number in row.seeds if seed in (None, number)),
+            key=lambda cell: cell[1],  # stable: the first seed of every row before the second of any
+        )
+        for row, number in cells:
+            if not done(row, number):
+                begun = record.about("accuracy")
+                record.keep("accuracy", begun | facts_of(row, number) | measure(row, number, data))
+    except (OSError, ValueError, ServiceError) as error:
         sys.exit(f"error: {error}")
     except _OutOfTime:
-        sys.exit(f"unfinished after {max_minutes} minutes; the same command goes on where {run_dir} stands")
-    record.keep("accuracy", begun | _line(summary, answers, config_file))
+        sys.exit(f"unfinished after {max_minutes} minutes; the same command goes on where {RUNS} stands")
 
 
-def measure(data: Path, seed: int, answers: str, run_dir: Path, config_file: Path) -> dict[str, Any]:
-    """Teacher, server, agent, test figures; each step is skipped where its result lies in ``run_dir``."""
-    console = Console()
-    teacher = run_dir.parent / f"mnist-teacher-{seed}.pt"
-    test = datasets.mnist(data, "test")
-    if not teacher.is_file():
-        with console.bar("cloud: train the teacher", "steps") as tell:
-            train_teacher(datasets.mnist(data, "cloud"), path=teacher, seed=seed, progress=tell, **TEACHER)  # type: ignore[arg-type]
-    ledger = f"sqlite:///{run_dir / 'ledger.db'}"
-    key_file = run_dir / "key"
+def facts_of(row: Row, seed: int) -> dict[str, Any]:
+    """What names a cell in the results."""
+    return {
+        "row": row.name,
+        "seed": seed,
+        "config_digest": hashlib.sha256(row.text.encode()).hexdigest()[:16],
+        "config": row.text,
+        **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        "torch": torch.__version__,
+    }
+
+
+def done(row: Row, seed: int) -> bool:
+    """Whether the results have this cell, under its present settings."""
+    facts = facts_of(row, seed)
+    wanted = {name: facts[name] for name in ("row", "seed", "config_digest")}
+    return any(wanted.items() <= line.items() for line in record.kept("accuracy"))
+
+
+def measure(row: Row, seed: int, data: Path) -> dict[str, Any]:
+    """One cell: train, then look at the test part once. Each step is skipped where its result lies in its folder."""
+    folder = RUNS / f"{row.name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if row.dataset == "cifar10":
+        data = datasets.cifar10_root(data, unpacked=RUNS.parent / "data")
+    teacher = teacher_of(row.dataset, seed, data)
+    if row.of:
+        return _on_a_pool(row, seed, data, teacher, folder)
+    if row.reference:
+        return _reference(row, seed, data, teacher, folder)
+    run(row, seed, data, teacher, folder)
+    summary = add_test_figures(folder, teacher, datasets.part(row.dataset, data, "test"))
+    kept = ("queries", "ledger", "bytes", "private_images_sent", "privacy", "seconds", "agreement_synthetic")
+    return _test_figures(row, data, teacher, folder / "student.pt") | {
+        "accuracy": summary["accuracy"],
+        **{name: summary[name] for name in kept if name in summary},
+    }
+
+
+def teacher_of(dataset: str, seed: int, data: Path) -> Path:
+    """A checkpoint that teacher-serve takes: trained on the cloud's part, or given with the data."""
+    if dataset == "cifar10":
+        path = RUNS / "cifar10-teacher.pt"
+        if not path.is_file():
+            found = load_model(data / "teachers" / "rn56.pt", given=CIFAR_TEACHER)
+            save_model(path, found.module, found.facts)
+        return path
+    path = RUNS / f"mnist-teacher-{seed}.pt"
+    if not path.is_file():
+        with Console().bar("cloud: train the teacher", "steps") as tell:
+            cloud = datasets.part("mnist", data, "cloud")
+            train_teacher(cloud, path=path, seed=seed, progress=tell, **MNIST_TEACHER)  # type: ignore[arg-type]
+    return path
+
+
+def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> None:
+    """teacher-serve and edge-agent as processes, with a fresh account; what is done already is not done again."""
+    settings = dict(row.run)
+    if row.dataset == "mnist-digits":
+        settings["images"] = str(datasets.pen_digits_folder(RUNS.parent / "data" / "pen-digits"))
+    config = folder / "row.toml"
+    config.write_text(tomli_w.dumps(settings))
+    ledger = f"sqlite:///{folder / 'ledger.db'}"
+    key_file = folder / "key"
     if not key_file.is_file():
+        key = create_account(ledger, "benchmark", int(settings["budget"]))
         key_file.touch(mode=0o600)
-        key_file.write_text(create_account(ledger, "benchmark", BUDGET))
-    with serving(teacher, ledger, log=run_dir / "teacher-serve.log", more=("--answers", answers)) as address:
+        key_file.write_text(key)
+    with serving(teacher, ledger, log=folder / "teacher-serve.log", more=("--answers", row.answers)) as address:
         status = run_agent(
             [
-                *("--phase", "all", "--images", "mnist", "--data", str(data), "--config", str(config_file)),
-                *("--teacher", address, "--budget", str(BUDGET), "--seed", str(seed), "--run-dir", str(run_dir)),
+                *("--phase", "all", "--data", str(data), "--config", str(config)),
+                *("--teacher", address, "--seed", str(seed), "--run-dir", str(folder)),
             ],
             api_key=key_file.read_text(),
         )
     if status != 0:
         raise ServiceError(f"edge-agent ended with exit status {status}")
+    with RunFolder(folder) as opened:
+        charged = opened.journal.totals().charged_pictures
     posted = show_account(ledger, "benchmark")["posted"]
-    summary = add_test_figures(run_dir, teacher, test)
-    if posted != summary["queries"]["charged"]:
-        raise ServiceError(f"expected the ledger to have posted {summary['queries']['charged']}, got {posted}")
-    return summary
+    if posted != charged:
+        raise ServiceError(f"expected the ledger to have posted {charged}, got {posted}")
 
 
-def _line(summary: dict[str, Any], answers: str, config_file: Path) -> dict[str, Any]:
-    return {
-        "dataset": "mnist",
-        "teacher": TEACHER["architecture"],
-        "student": "resnet8",
-        "answers": answers,
-        "local_pictures": 10_000,
-        **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        "torch": torch.__version__,
-        "config": config_file.read_text(),
-        **{name: summary[name] for name in ("seed", "accuracy", "agreement", "agreement_synthetic", "queries")},
-        **{name: summary[name] for name in ("ledger", "bytes", "private_images_sent", "seconds")},
+def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> dict[str, Any]:
+    """Another student on the answers that another row has paid for."""
+    below = rows.read(row.of)
+    bought = RUNS / f"{below.name}-{seed}"
+    bought.mkdir(parents=True, exist_ok=True)
+    run(below, seed, data, teacher, bought)
+    with RunFolder(bought) as opened:
+        description = _description(opened)
+        generator = _generator(opened)
+        pool = pools.load_pool(opened.journal, generator, description, label_smoothing=0.0)
+        charged = opened.journal.totals().charged_pictures
+    config = _config(row, seed, data)
+    pool, _ = pools.split_pool(pool, len(pool) - (row.queries or len(pool)))
+    if row.answers == "hard":
+        pool = pool.hardened()
+    trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
+    facts = load_model(bought / "student.pt").facts
+    seconds = _train(config, trained, generator, facts, folder)
+    return _test_figures(row, data, teacher, folder / "student.pt") | {
+        "queries": {"charged": len(pool), "pool": charged},
+        "seconds": {"distill": seconds},
     }
+
+
+def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> dict[str, Any]:
+    config = _config(row, seed, data)
+    if row.reference == "views":
+        pool, queries = references.views(
+            datasets.part(row.dataset, data, "device").images_NCHW,
+            teacher=teacher,
+            budget=config.budget,
+            mirror=config.distill.mirror,
+            seed=seed,
+            folder=folder,
+        )
+    else:
+        pool, queries = references.labels(row.dataset, data, row.pictures), {"charged": 0}
+    facts = load_model(teacher).facts
+    channels = facts.channels
+    facts = ModelFacts(
+        architecture=config.student,
+        labels=facts.labels,
+        channels=channels,
+        height=facts.height,
+        width=facts.width,
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+        output="logits",
+    )
+    seconds = _train(config, pool, None, facts, folder)
+    return _test_figures(row, data, teacher, folder / "student.pt") | {
+        "queries": queries,
+        "private_images_sent": queries["charged"],
+        "seconds": {"distill": seconds},
+    }
+
+
+def _config(row: Row, seed: int, data: Path) -> RunConfig:
+    own = {"images": row.dataset, "seed": seed, "data": str(data)}
+    return build_config(rows.merged(own, row.run))
+
+
+def _train(
+    config: RunConfig, pool: Pool, generator: Generator | None, facts: ModelFacts, folder: Path
+) -> float | None:
+    """The agent's training, checkpointed in a run folder of its own; returns its seconds over all starts."""
+    inputs = digest_of({"config": repr(config), "pictures": len(pool)})
+    with RunFolder(folder) as own:
+        if not (own.done("distill", inputs) and own.has("student.pt")):
+            device = choose_device(config.device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                student = registry.build(config.student, class_count=len(facts.labels), channels=facts.channels)
+            with own.clock("distill"), Console().bar(folder.name, "steps") as tell:
+                student = train_student(
+                    student.to(device),
+                    generator,
+                    pool,
+                    class_count=len(facts.labels),
+                    config=config.distill,
+                    seed=config.seed,
+                    device=device,
+                    checkpoint=own.checkpoint("distill", inputs),
+                    progress=tell,
+                )
+            own.write_student(student.cpu(), ModelFacts(**{**vars(facts), "architecture": config.student}))
+            own.finish("distill", inputs)
+        return own.seconds("distill")
+
+
+def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[str, Any]:
+    """Test accuracy of student and teacher, and how often they agree."""
+    test = datasets.part(row.dataset, data, "test")
+    teachers, students = (correct(path, test) for path in (teacher, student))
+    figures: dict[str, Any] = {
+        "accuracy": {"teacher": share(teachers.right_N), "student": share(students.right_N)},
+        "share_kept": round(float(students.right_N.mean() / teachers.right_N.mean()), 5),
+        "agreement": share(teachers.classes_N == students.classes_N),
+        "test_pictures": len(test.labels_N),
+        "private_images_sent": 0,
+    }
+    if len(test.labels_N) <= KEPT_TEST_PICTURES:
+        figures["right"] = {
+            "teacher": np.packbits(teachers.right_N).tobytes().hex(),
+            "student": np.packbits(students.right_N).tobytes().hex(),
+        }
+    return figures
+
+
+def _description(folder: RunFolder) -> Description:
+    known = folder.journal.fact("teacher")
+    return Description(**{**known, "labels": tuple(known["labels"])})
+
+
+def _generator(folder: RunFolder) -> Generator:
+    content = folder.read_tensors("generator.pt")
+    generator = Generator(**content["arguments"])
+    generator.load_state_dict(content["state_dict"])
+    return generator.eval().requires_grad_(False)
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:

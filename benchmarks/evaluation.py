@@ -5,6 +5,7 @@ Shape letters: N pictures, K classes.
 
 import json
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ from teacher_service.torch_engine import TorchEngine
 BATCH_COUNT = 200
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What a model said of test pictures: a class each (int64, N), and whether it was right (bool, N)."""
+
+    classes_N: np.ndarray[Any, np.dtype[np.int64]]
+    right_N: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def correct(model: Path, test: Labelled) -> Looked:
+    """Asks a local copy of a model about every test picture."""
+    classes_N = _classes(model, test)
+    return Looked(classes_N, classes_N == test.labels_N)
+
+
+def share(right_N: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+    """The part that is true, to five decimals."""
+    return round(float(right_N.mean()), 5)
+
+
 def add_test_figures(run_dir: Path, teacher: Path, test: Labelled) -> dict[str, Any]:
     """Fills ``accuracy.*`` and ``agreement`` into a run's summary.json, and returns the summary.
 
@@ -28,17 +48,16 @@ def add_test_figures(run_dir: Path, teacher: Path, test: Labelled) -> dict[str, 
     run's own settings.
     """
     adapt = build_config(tomllib.loads((run_dir / "run.toml").read_text("utf-8"))).adapt
-    teacher_N = _classes(teacher, test)
-    student_N = _classes(run_dir / "student.pt", test)
+    teachers, students = correct(teacher, test), correct(run_dir / "student.pt", test)
     adapted_N = _adapted_classes(run_dir, test, adapt)
     path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text())
     summary["accuracy"] = {
-        "teacher": _share(teacher_N, test.labels_N),
-        "student": _share(student_N, test.labels_N),
-        "student_adapted": _share(adapted_N, test.labels_N),
+        "teacher": share(teachers.right_N),
+        "student": share(students.right_N),
+        "student_adapted": share(adapted_N == test.labels_N),
     }
-    summary["agreement"] = _share(student_N, teacher_N)
+    summary["agreement"] = share(students.classes_N == teachers.classes_N)
     beside = path.with_name(".summary.json.new")
     beside.write_text(json.dumps(summary, indent=2) + "\n")
     beside.replace(path)
@@ -59,7 +78,3 @@ def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.nd
     adapter = Adapter(student, memory, adapt)
     parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
     return np.concatenate([adapter.predict(part)[1].argmax(1) for part in parts])
-
-
-def _share(predicted_N: np.ndarray[Any, Any], expected_N: np.ndarray[Any, Any]) -> float:
-    return round(float((predicted_N == expected_N).mean()), 5)

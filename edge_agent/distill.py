@@ -69,6 +69,13 @@ class Pool:
         assert self.class_indices_N is not None
         return responses.one_hot(self.class_indices_N, class_count)
 
+    def hardened(self) -> "Pool":
+        """Return the pool with every answer reduced to the index of its largest probability."""
+        if self.probabilities_NK is None:
+            return self
+        indices_N = self.probabilities_NK.argmax(dim=1)
+        return Pool(images_NCHW=self.images_NCHW, latents_NL=self.latents_NL, class_indices_N=indices_N)
+
     def epsilons(self) -> Tensor:
         """Return the smallest probability (N, 1) that a logarithm is taken of."""
         return self.epsilon_N1 if self.epsilon_N1 is not None else torch.full((len(self), 1), responses.EPSILON)

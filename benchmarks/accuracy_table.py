@@ -1,0 +1,143 @@
+"""benchmarks/README.md and benchmarks/accuracy.svg, written from benchmarks/results/accuracy.jsonl alone.
+
+Shape letters: N test pictures, S seeds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record, rows
+
+HERE = Path(__file__).parent
+RESAMPLES = 10_000
+CURVE = ("mnist-10k", "mnist-20k", "mnist-30k", "mnist-40k", "mnist-soft")
+PLOT_WIDTH_PX, PLOT_HEIGHT_PX, LEFT_PX, BOTTOM_PX = 460, 240, 60, 40
+
+_HEAD = """# Accuracy, every query counted
+
+Written by `python -m benchmarks.accuracy --table` from [results/accuracy.jsonl](results/accuracy.jsonl), which has
+every line that was ever measured: date, commit, device, settings, queries by phase from the ledger, bytes, seconds.
+A cell is measured by `python -m benchmarks.accuracy --data DIR --row ROW --seed S`; its settings and seeds are in
+[configs/accuracy](configs/accuracy), written before its first look at a test figure. No phase, no choice and no
+checkpoint sees a test label; the last average of a fixed schedule is the student.
+
+`kept` is the student's accuracy as a share of the teacher's. Rows of one dataset and seed share one pool of answers.
+"""
+
+
+def write() -> None:
+    """Write both files; unfinished cells are listed with their commands."""
+    lines = latest(record.kept("accuracy"))
+    picture = curve(lines)
+    parts = [_HEAD, table(lines), unfinished(lines)]
+    if picture is not None:
+        (HERE / "accuracy.svg").write_text(picture)
+        parts.insert(2, "![Accuracy against queries](accuracy.svg)\n")
+    (HERE / "README.md").write_text("\n".join(part for part in parts if part))
+
+
+def latest(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The last line of each cell (row, seed) under the row's present settings or former ones."""
+    return {(line["row"], line["seed"]): line for line in lines if "row" in line}
+
+
+def table(lines: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """One line a row: means over the seeds that are there, and the smallest and largest."""
+    found = ["| row | seeds | queries | teacher | student (min to max) | kept | agreement | bytes | membership AUC |"]
+    found.append("|---|---|---|---|---|---|---|---|---|")
+    for name in rows.ORDER:
+        cells = [line for (row, _), line in sorted(lines.items()) if row == name]
+        if not cells:
+            continue
+        students = [cell["accuracy"]["student"] for cell in cells]
+        queries = cells[0]["queries"]["charged"]
+        sent = [sum(cell["bytes"][way] for way in ("sent", "received")) / 1e6 for cell in cells if "bytes" in cell]
+        risks = [cell["privacy"]["membership_auc"] for cell in cells if cell.get("privacy")]
+        found.append(
+            f"| [{name}](configs/accuracy/{name}.toml) | {len(cells)} of {len(rows.read(name).seeds)} | {queries:,} "
+            f"| {_percent(np.mean([cell['accuracy']['teacher'] for cell in cells]))} "
+            f"| **{_percent(np.mean(students))}** ({_percent(min(students))} to {_percent(max(students))}) "
+            f"| {_percent(np.mean([cell['share_kept'] for cell in cells]))} "
+            f"| {_percent(np.mean([cell['agreement'] for cell in cells]))} "
+            f"| {f'{np.mean(sent):.1f} MB' if sent else ''} | {f'{np.mean(risks):.3f}' if risks else ''} |"
+        )
+    bootstrapped = [
+        (name, difference(cells))
+        for name in rows.ORDER
+        if len(cells := [line for (row, _), line in sorted(lines.items()) if row == name and "right" in line]) > 0
+    ]
+    for name, (low, middle, high) in bootstrapped:
+        found.append(
+            f"\n`{name}`: student less teacher {100 * middle:+.1f} points (95 %: {100 * low:+.1f} to "
+            f"{100 * high:+.1f}, paired bootstrap over test pictures, mean of the seeds)."
+        )
+    return "\n".join(found) + "\n"
+
+
+def difference(cells: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Student's less teacher's accuracy, mean of the cells: 2.5 % bound, mean, 97.5 % bound.
+
+    A paired bootstrap: test pictures are drawn again with replacement, each with its answers of all seeds.
+    """
+    gains_SN = np.stack([_right(cell, "student") - _right(cell, "teacher") for cell in cells])
+    gain_N = gains_SN.mean(axis=0)
+    rng = np.random.default_rng(0)
+    means = np.array([gain_N[rng.integers(len(gain_N), size=len(gain_N))].mean() for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(gain_N.mean()), float(high)
+
+
+def _right(cell: dict[str, Any], who: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(cell["right"][who]), np.uint8))
+    return bits[: cell["test_pictures"]].astype(np.float64)
+
+
+def unfinished(lines: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """The cells that no line has yet, each with the command that measures it."""
+    missing = [(name, seed) for name in rows.ORDER for seed in rows.read(name).seeds if (name, seed) not in lines]
+    if not missing:
+        return ""
+    commands = [
+        f"- {name}, seed {seed}: `python -m benchmarks.accuracy --row {name} --seed {seed}`" for name, seed in missing
+    ]
+    return "\n".join(["## Unfinished", "", *commands, ""])
+
+
+def curve(lines: dict[tuple[str, int], dict[str, Any]]) -> str | None:
+    """Accuracy against queries as a picture, a dot a cell and a line through the means; None without two points."""
+    points = {
+        cells[0]["queries"]["charged"]: [cell["accuracy"]["student"] for cell in cells]
+        for name in CURVE
+        if (cells := [line for (row, _), line in sorted(lines.items()) if row == name])
+    }
+    if len(points) < 2:
+        return None
+    values = [value for found in points.values() for value in found]
+    low, high = min(values) - 0.001, max(values) + 0.001
+    right = max(points)
+
+    def x(queries: int) -> float:
+        return float(LEFT_PX + PLOT_WIDTH_PX * queries / right)
+
+    def y(accuracy: float) -> float:
+        return float(10 + PLOT_HEIGHT_PX * (high - accuracy) / (high - low))
+
+    marks = []
+    for queries, found in sorted(points.items()):
+        base = PLOT_HEIGHT_PX + 26
+        marks.append(f'<text x="{x(queries):.0f}" y="{base}" text-anchor="middle">{queries // 1000}K</text>')
+        marks += [f'<circle cx="{x(queries):.1f}" cy="{y(value):.1f}" r="3" fill="#4477aa"/>' for value in found]
+    for tick in np.linspace(low, high, 5):
+        marks.append(f'<text x="{LEFT_PX - 8}" y="{y(tick) + 4:.0f}" text-anchor="end">{_percent(tick)}</text>')
+    line = " ".join(f"{x(queries):.1f},{y(float(np.mean(found))):.1f}" for queries, found in sorted(points.items()))
+    marks.append(f'<polyline points="{line}" fill="none" stroke="#4477aa"/>')
+    middle, bottom = LEFT_PX + PLOT_WIDTH_PX / 2, PLOT_HEIGHT_PX + BOTTOM_PX + 6
+    marks.append(f'<text x="{middle:.0f}" y="{bottom}" text-anchor="middle">queries charged (MNIST, soft)</text>')
+    size = f'width="{LEFT_PX + PLOT_WIDTH_PX + 30}" height="{bottom + 8}" font-family="sans-serif" font-size="12"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *marks, "</svg>"]) + "\n"
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * float(value):.2f}"

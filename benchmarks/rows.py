@@ -1,0 +1,79 @@
+"""The rows of the accuracy table: one file each in benchmarks/configs/accuracy, written before its first test figure.
+
+A row is one of
+
+- a run of edge-agent (`dataset`): teacher-serve, an account, all phases, as processes of their own;
+- another student on the answers that such a run has paid for (`of`): the first `queries` of them, as probabilities
+  or, with `answers = "hard"`, the index of the largest: what a label-only account gets;
+- a reference without any synthetic picture (`reference`): "labels", supervised, or "views", the local pictures
+  themselves sent to the teacher.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "configs" / "accuracy"
+
+# The order in which missing cells are filled: what the others stand on first, then what is asked about most.
+ORDER = (
+    "mnist-soft",
+    "mnist-hard",
+    "mnist-kl-only",
+    "mnist-hard-kl-only",
+    "mnist-10k",
+    "mnist-digits",
+    "mnist-20k",
+    "mnist-30k",
+    "mnist-40k",
+    "mnist-real-views",
+    "mnist-supervised-10k",
+    "mnist-supervised-all",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a row's file says; the settings of the row that it is `of` are underneath its own."""
+
+    name: str
+    seeds: tuple[int, ...]
+    dataset: str = ""
+    """mnist, mnist-digits or cifar10."""
+    of: str = ""
+    reference: str = ""
+    answers: str = "soft"
+    queries: int = 0
+    """How many of the pool's answers, in the order that they were asked for; 0: all."""
+    pictures: str = "device"
+    """Of a supervised reference: device (the local pictures) or all (the whole training set)."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of edge-agent, as layers."""
+    text: str = ""
+    """The file, and that of the row it is `of`: what a result depends on."""
+
+
+def read(name: str) -> Row:
+    """Return a row. Raises ValueError for a file that says what no row has, OSError where there is none."""
+    text = (FOLDER / f"{name}.toml").read_text("utf-8")
+    said = tomllib.loads(text)
+    known = {field.name for field in fields(Row)} - {"name", "text"}
+    if unknown := sorted(said.keys() - known):
+        raise ValueError(f"{name}.toml: expected some of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+    said["seeds"] = tuple(said["seeds"])
+    if "of" in said:
+        below = read(said["of"])
+        said["dataset"] = below.dataset
+        said["run"] = merged(below.run, said.get("run", {}))
+        text += f"\n# --- {below.name} ---\n{below.text}"
+    return Row(name=name, text=text, **said)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two layers of settings as one: sections are merged, a value above wins."""
+    found = dict(below)
+    for name, value in above.items():
+        found[name] = merged(below.get(name, {}), value) if isinstance(value, Mapping) else value
+    return found
