@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_SECONDS = 120.0
@@ -48,6 +48,20 @@ def lasting_address() -> str:
                 continue
             return f"127.0.0.1:{port}"
     raise ServiceError("expected a free port on 127.0.0.1 from 10000 to 31999, found none in 100 attempts")
+
+
+def descendants(of: int | None = None) -> set[int]:
+    """All processes below one; None: below this one. Linux only."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    generation = {of or os.getpid()}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation}
+        found |= generation
+    return found
 
 
 def create_account(ledger: str, name: str, budget: int) -> str:

@@ -1,11 +1,14 @@
-"""What serving costs over the bare model, and beside Triton: ``python -m benchmarks.serving``
+"""What serving costs over the bare model, and beside other servers: ``python -m benchmarks.serving``
 
     resnet56   8 agents with 8 batches in flight each, against the bare model in process: durable ledger, ledger in
-               memory, Triton's Python backend; the same weights, threads and pictures everywhere
+               memory, Triton's Python backend, LitServe, MLServer, Ray Serve; the same weights, threads and pictures
+               everywhere
     identity   the same with a model that costs nothing, so that transport alone is measured: one stream, and unary
     one        one picture, one client, unary: latency over the bare model's
 
-Every subject is asked by the stock ``tritonclient`` but the bare model. The subjects of a part take turns, round by
+Servers that are not installed are named and left out (``benchmarks.triton``, ``benchmarks.peers``). Those that speak
+the Open Inference Protocol, ours included, are asked by the stock ``tritonclient``, the others over HTTP; where a
+protocol has no stream, as many single calls are kept in flight instead. The subjects of a part take turns, round by
 round, so that a busy machine slows all of them: what counts are the ratios within a round, of which the median is
 given. Each part prints a JSON line and appends it to benchmarks/results/serving.jsonl; ``--picture FILE.svg`` draws
 the last line of each part instead.
@@ -13,6 +16,7 @@ the last line of each part instead.
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import select
@@ -22,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,15 +35,21 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks import record, triton
-from benchmarks.services import ServiceError, create_account, serving, serving_anyone, stop_on_sigterm
+from benchmarks import peers, record, triton
+from benchmarks.bare import CLASS_COUNT, SHAPE_CHW, bare_model
+from benchmarks.services import (
+    ServiceError,
+    create_account,
+    descendants,
+    serving,
+    serving_anyone,
+    stop_on_sigterm,
+)
 
 PARTS = ("resnet56", "identity", "one")
 MODEL_NAME = "teacher"
 START_SECONDS = 120.0
 LONGEST_REQUEST_SECONDS = 120.0
-CLASS_COUNT = 10
-SHAPE_CHW = (3, 32, 32)
 BUDGET_PICTURES = 2**52
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
@@ -51,7 +61,7 @@ class Load:
     clients: int
     """Each has a connection and an account of its own."""
     window: int
-    """Requests that each keeps in flight on a stream; 0: unary calls, one at a time."""
+    """Requests that each keeps in flight on a stream (or as calls, where there is none); 0: calls, one at a time."""
     batch_pictures: int
 
 
@@ -134,13 +144,9 @@ def _figures(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _ratios(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Median, least and most over the rounds of every ratio that the targets name; differences for latency."""
     found: dict[str, Any] = {}
-    for first, second in (
-        ("memory", "bare"),
-        ("sqlite", "bare"),
-        ("sqlite", "memory"),
-        ("memory", "triton"),
-        ("triton", "bare"),
-    ):
+    others = ("triton", *(peer.name for peer in peers.PEERS))
+    ours = (("memory", "bare"), ("sqlite", "bare"), ("sqlite", "memory"))
+    for first, second in (*ours, *(pair for other in others for pair in (("memory", other), (other, "bare")))):
         if first in turns and second in turns:
             pairs = list(zip(turns[first], turns[second], strict=True))
             ratios = [a["pictures_per_second"] / b["pictures_per_second"] for a, b in pairs]
@@ -209,6 +215,11 @@ def _subjects(part: str, load: Load, folder: Path, threads: int) -> dict[str, An
         _say(f"{part}: without Triton ({triton.missing()})")
     else:
         subjects["triton"] = _triton("" if identity else str(model), load, folder, threads)
+    for peer in peers.PEERS:
+        if lacking := peers.missing(peer, torch=not identity):
+            _say(f"{part}: without {peer.name} ({lacking})")
+        else:
+            subjects[peer.name] = _peer(peer, "" if identity else str(model), load, folder, threads)
     return subjects
 
 
@@ -256,19 +267,24 @@ dynamic_batching {{ max_queue_delay_microseconds: 1000 }}
             yield Asked(worker, servers)
 
 
+@contextmanager
+def _peer(peer: peers.Peer, model: str, load: Load, folder: Path, threads: int) -> Iterator[Asked]:
+    before = descendants()
+    with peers.serving(peer, model, threads, log=folder / f"{peer.name}.log") as address:
+        servers = sorted(descendants() - before)
+        with _client(address, [""] * load.clients, load, path=peer.path, streams=False) as worker:
+            yield Asked(worker, servers)
+
+
 _TRITON_MODEL = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-MODEL = {model!r}
+from benchmarks.bare import answerer
 
 class TritonPythonModel:
     def initialize(self, args):
-        if MODEL:
-            from benchmarks.serving import bare_model
-            self.answer = bare_model(MODEL, {threads})
-        else:
-            self.answer = lambda images: images.reshape(len(images), -1)[:, :10].astype(np.float32)
+        self.answer = answerer({model!r}, {threads})
 
     def execute(self, requests):
         # Not as_numpy(): with numpy 2 this Triton then gives wrong values (benchmarks/triton.py).
@@ -305,29 +321,6 @@ def _save_resnet56(path: Path) -> None:
     save_model(path, registry.build("resnet56", class_count=CLASS_COUNT, channels=channels).eval(), facts)
 
 
-def bare_model(path: str, threads: int) -> Any:
-    """The model as one would call it without a server: uint8 (N, C, H, W) -> float32 probabilities (N, K).
-
-    Channels last and inference mode, as is usual, so that the ceiling is not a straw man.
-    """
-    import torch
-
-    from networks.modelfile import load_model
-
-    torch.set_num_threads(threads)
-    loaded = load_model(Path(path))
-    module = loaded.module.eval().to(memory_format=torch.channels_last)
-    mean_C11 = torch.tensor(loaded.facts.mean).view(-1, 1, 1)
-    std_C11 = torch.tensor(loaded.facts.std).view(-1, 1, 1)
-
-    @torch.inference_mode()
-    def answer(images_NCHW: Any) -> Any:
-        images = (torch.tensor(images_NCHW).float() / 255 - mean_C11) / std_C11
-        return module(images.contiguous(memory_format=torch.channels_last)).softmax(dim=1).numpy()
-
-    return answer
-
-
 # --- the children ---
 
 
@@ -347,8 +340,12 @@ def _worker(role: str, settings: dict[str, Any]) -> Iterator["subprocess.Popen[s
         process.communicate()
 
 
-def _client(address: str, keys: Sequence[str], load: Load) -> contextlib.AbstractContextManager[Any]:
-    return _worker("--as-client", {"address": address, "keys": list(keys), "load": asdict(load)})
+def _client(
+    address: str, keys: Sequence[str], load: Load, *, path: str = "", streams: bool = True
+) -> contextlib.AbstractContextManager[Any]:
+    """``path``: asked there over HTTP, and not with ``tritonclient``."""
+    settings = {"address": address, "keys": list(keys), "load": asdict(load), "path": path, "streams": streams}
+    return _worker("--as-client", settings)
 
 
 def _turns() -> Iterator[float]:
@@ -373,9 +370,15 @@ def _be_bare(model: str, batch_pictures: int, threads: int) -> None:
         _report(latencies, batch_pictures, now - began)
 
 
-def _be_client(address: str, keys: Sequence[str], load: dict[str, int]) -> None:
+def _be_client(address: str, keys: Sequence[str], load: dict[str, int], path: str, streams: bool) -> None:
     asked = Load(**load)
-    clients = [_Client(address, key, asked) for key in keys]
+    clients: list[_StreamClient | _CallingClient]
+    if asked.window and streams:
+        clients = [_StreamClient(address, key, asked) for key in keys]
+    elif path:
+        clients = [_CallingClient(functools.partial(_http_call, address, path, asked), asked) for _ in keys]
+    else:
+        clients = [_CallingClient(_grpc_connect(address, key, asked), asked) for key in keys]
     for client in clients:
         client.work(time.perf_counter() + 0.5)
     for client in clients:
@@ -388,18 +391,12 @@ def _be_client(address: str, keys: Sequence[str], load: dict[str, int]) -> None:
         _report(latencies, asked.batch_pictures, time.perf_counter() - began)
 
 
-class _Client:
-    """One ``tritonclient`` that keeps a window full, or calls one by one, until a time."""
+class _StreamClient:
+    """One ``tritonclient`` that keeps a window full until a time."""
 
     def __init__(self, address: str, key: str, load: Load) -> None:
-        import tritonclient.grpc as oip
-
         self._load = load
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._client = oip.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
-        images_NCHW = _pictures(load.batch_pictures)
-        self._input = oip.InferInput("images", images_NCHW.shape, "UINT8")
-        self._input.set_data_from_numpy(images_NCHW)
+        self._client, self._input = _triton_client(address, load)
         self._until = 0.0
         self._sent: dict[str, float] = {}
         self._latencies: list[float] = []
@@ -407,16 +404,13 @@ class _Client:
         self._idle = threading.Event()
         self._lock = threading.Lock()
         self._count = 0
-        if load.window:
-            self._client.start_stream(self._answered, headers=self._headers)
+        self._client.start_stream(self._answered, headers=_headers(key))
 
     def work(self, until: float) -> None:
         """Begins; ``rest`` waits."""
         self._until = until
         self._latencies = []
         self._idle.clear()
-        if not self._load.window:
-            threading.Thread(target=self._call_one_by_one, daemon=True).start()
         for _ in range(self._load.window):
             self._send()
 
@@ -446,15 +440,80 @@ class _Client:
         elif done:
             self._idle.set()
 
-    def _call_one_by_one(self) -> None:
+
+Connect = Callable[[], contextlib.AbstractContextManager[Callable[[], object]]]
+
+
+class _CallingClient:
+    """Threads, one for each request in flight, that call one by one until a time.
+
+    ``connect``: a context of what makes one call; entered once by each thread in each turn.
+    """
+
+    def __init__(self, connect: Connect, load: Load) -> None:
+        self._connect = connect
+        self._thread_count = max(1, load.window)
+        self._threads: list[threading.Thread] = []
+        self._latencies: list[float] = []
+        self._failure: Exception | None = None
+
+    def work(self, until: float) -> None:
+        """Begins; ``rest`` waits."""
+        self._latencies = []
+        self._threads = [
+            threading.Thread(target=self._call, args=(until,), daemon=True) for _ in range(self._thread_count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def rest(self) -> list[float]:
+        """Seconds that each request since ``work`` took. Raises what went wrong."""
+        for thread in self._threads:
+            thread.join(LONGEST_REQUEST_SECONDS)
+        if self._failure is not None or any(thread.is_alive() for thread in self._threads):
+            raise ServiceError(f"a client failed: {self._failure or 'no answer'}")
+        return self._latencies
+
+    def _call(self, until: float) -> None:
         try:
-            while (began := time.perf_counter()) < self._until:
-                self._client.infer(MODEL_NAME, [self._input], headers=self._headers)
-                self._latencies.append(time.perf_counter() - began)
+            with self._connect() as call:
+                while (began := time.perf_counter()) < until:
+                    call()
+                    self._latencies.append(time.perf_counter() - began)
         except Exception as error:
             self._failure = error
-        finally:
-            self._idle.set()
+
+
+@contextmanager
+def _http_call(address: str, path: str, load: Load) -> Iterator[Callable[[], object]]:
+    # A new connection in each turn: servers close one that was idle while the others had theirs.
+    host, _, port = address.rpartition(":")
+    pictures = _pictures(load.batch_pictures).tobytes()
+    with contextlib.closing(
+        http.client.HTTPConnection(host, int(port), timeout=LONGEST_REQUEST_SECONDS)
+    ) as connection:
+        yield lambda: peers.post(connection, path, pictures)
+
+
+def _grpc_connect(address: str, key: str, load: Load) -> Connect:
+    client, pictures = _triton_client(address, load)
+    call = functools.partial(client.infer, MODEL_NAME, [pictures], headers=_headers(key))
+    return lambda: contextlib.nullcontext(call)  # one connection for all threads and turns
+
+
+def _triton_client(address: str, load: Load) -> tuple[Any, Any]:
+    """A client, and the input tensor that it sends."""
+    import tritonclient.grpc as oip
+
+    client = oip.InferenceServerClient(address, channel_args=[("grpc.enable_http_proxy", 0)])
+    images_NCHW = _pictures(load.batch_pictures)
+    pictures = oip.InferInput("images", images_NCHW.shape, "UINT8")
+    pictures.set_data_from_numpy(images_NCHW)
+    return client, pictures
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 @functools.cache
@@ -477,6 +536,9 @@ SUBJECTS = {
     "memory": "teacher-serve, books in memory",
     "sqlite": "teacher-serve, durable SQLite",
     "triton": "Triton, Python backend",
+    "litserve": "LitServe, HTTP",
+    "mlserver": "MLServer",
+    "rayserve": "Ray Serve, HTTP",
 }
 
 
@@ -510,20 +572,6 @@ def _drawn(lines: Sequence[dict[str, Any]]) -> str:
 
 
 # --- what the system says ---
-
-
-def descendants() -> set[int]:
-    """All processes below this one."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found: set[int] = set()
-    generation = {os.getpid()}
-    while generation:
-        generation = {pid for pid, parent in parents.items() if parent in generation}
-        found |= generation
-    return found
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:

@@ -21,8 +21,7 @@ import grpc
 import numpy as np
 
 from benchmarks import record
-from benchmarks.services import ServiceError, list_accounts, serving, stop_on_sigterm
-from benchmarks.serving import descendants
+from benchmarks.services import ServiceError, descendants, list_accounts, serving, stop_on_sigterm
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub

@@ -8,12 +8,15 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from edge_agent.config import ConfigError, RunConfig, build_config, parse_setting
 from edge_agent.failures import BadInput, Failure
+
+if TYPE_CHECKING:
+    from edge_agent.journal import Journal, Totals
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PHASES = ("deprivatize", "distill", "adapt")
@@ -153,12 +156,14 @@ def status(run_dir: str, form: str) -> None:
         journal = Journal.open(path)
         totals = journal.totals()
         metered_by = journal.fact("metered_by") or "teacher"
-        found = {
+        found: dict[str, Any] = {
             "run_id": journal.run_id,
             "metered_by": metered_by,
             "planned": totals.planned_pictures,
             "sent": totals.sent_pictures,
-            "charged": totals.sent_pictures if metered_by == "agent" else totals.charged_pictures,
+            "charged": _charged(totals, metered_by),
+            "charged_by_phase": {phase: _charged(journal.totals(phase), metered_by) for phase in PHASES},
+            "answers": _bought(journal),
             "unanswered": totals.planned_pictures - totals.charged_pictures,
             "phases_done": [phase for phase in PHASES if journal.fact(f"done.{phase}") is not None],
         }
@@ -169,7 +174,30 @@ def status(run_dir: str, form: str) -> None:
         click.echo(json.dumps(found))
     else:
         for name, value in found.items():
-            click.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else value}")
+            click.echo(f"{name:17}{_in_words(value)}")
+
+
+def _charged(totals: "Totals", metered_by: str) -> int:
+    """Pictures that use up the budget: where the teacher keeps no books, what was sent."""
+    return totals.sent_pictures if metered_by == "agent" else totals.charged_pictures
+
+
+def _bought(journal: "Journal") -> dict[str, int]:
+    """Kind of answer -> pictures answered so; as ``pool.bought``, but torch is not imported for it."""
+    from protos import codec
+    from protos.mekd.v1 import teacher_inference_pb2 as wire
+
+    found: dict[str, int] = {}
+    for picture_count, answer in journal.kept_answers():
+        kind = codec.kind_of(wire.Answer.FromString(answer))
+        found[kind] = found.get(kind, 0) + picture_count
+    return found
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):  # kinds of answers have commas in their names
+        return "; ".join(f"{number} {name}" for name, number in value.items() if number)
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 @main.command()

@@ -191,6 +191,13 @@ class Journal:
         """What was answered, by slot."""
         return self._select("phase = ? AND answer IS NOT NULL", phase)
 
+    def kept_answers(self) -> Iterator[tuple[int, bytes]]:
+        """Number of pictures and answer of every answered batch, by phase and slot; the pictures are not read."""
+        with _store_problems(self._path):
+            yield from self._connection.execute(
+                "SELECT picture_count, answer FROM batches WHERE answer IS NOT NULL ORDER BY phase, slot"
+            )
+
     def slots(self, phase: str) -> int:
         """The first slot never planned."""
         return int(self._one("SELECT coalesce(max(slot) + 1, 0) FROM batches WHERE phase = ?", phase)[0])

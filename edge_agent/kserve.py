@@ -454,20 +454,29 @@ class KServeTeacher:
         reading = self._same_model(model_digest)
         window, most = 1, WINDOW  # it grows with every answer: a wrong setting or an overload costs one batch
         failed: list[tuple[Batch, Any]] = []
+        problem: BadInput | None = None  # with an answer; those under way with it are paid for, and kept first
         try:
             while True:
                 # Once one has failed nothing is sent until all is settled: it would likely fail too, and it is paid.
-                while not failed and len(calls) < window and (batch := outbox.next_batch()) is not None:
+                fine = not failed and problem is None
+                while fine and len(calls) < window and (batch := outbox.next_batch()) is not None:
                     calls.add(batch, self._sent(batch, reading))
                 if calls:
                     batch, call = calls.next()
                     if call.code() is grpc.StatusCode.OK:
                         patience.renew()
                         window = min(window + 1, most)
-                        yield self._answered(batch, call.result(), reading, model_digest)
+                        try:
+                            answered = self._answered(batch, call.result(), reading, model_digest)
+                        except BadInput as error:
+                            problem = problem or error
+                        else:
+                            yield answered
                     else:
                         failed.append((batch, call))
                     continue
+                if problem is not None:
+                    raise problem
                 if not failed:
                     return
                 if any(call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for _, call in failed):
@@ -531,7 +540,11 @@ class KServeTeacher:
         answer.pixel_digest = codec.pixel_digest(codec.decode_images(images))
         try:
             values = _values(response, reading.output)
-            if reading.output_kind == "labels":
+            # Of others, parameters of these names may mean anything.
+            decimals, top_k = _policy(response) if self._knows_ids else (None, None)
+            if decimals is not None or top_k is not None:
+                _put_sold(answer, values, batch.picture_count, reading, decimals, top_k)
+            elif reading.output_kind == "labels":
                 indices_N = _labels(values, batch.picture_count, len(reading.labels))
                 answer.class_indices.CopyFrom(codec.encode_class_indices(indices_N, len(reading.labels)))
             else:
@@ -588,11 +601,6 @@ class KServeTeacher:
         self._reading, self._versions = reading, tuple(metadata.versions)
         self._said_digest = _parameter(config, "model_digest")
         self._knows_ids = metadata.platform == OUR_PLATFORM
-        if self._knows_ids and (_parameter(config, "top_k") or _parameter(config, "decimals")):
-            raise BadInput(
-                f"{self._address} sells this account top-k or rounded answers, which this protocol cannot tell apart "
-                f"from wrong ones; give --teacher {self._address.host_port}"
-            )
         return _digest(metadata, self._said_digest, reading), reading
 
     def _config(self) -> model_config_pb2.ModelConfig | None:
@@ -701,18 +709,47 @@ def _labels(values: npt.NDArray[Any], count: int, classes: int) -> codec.Int64Ar
     return flat_N.astype(np.int64)
 
 
+def _policy(response: Any) -> tuple[int | None, int | None]:
+    """Decimals and classes named of an answer, as a server of this project says; None: nothing was taken away."""
+    decimals, top_k = (
+        int(response.parameters[name].int64_param) if name in response.parameters else None
+        for name in ("decimals", "top_k")
+    )
+    return decimals, top_k
+
+
+def _put_sold(
+    answer: wire.Answer,
+    values: npt.NDArray[Any],
+    count: int,
+    reading: Reading,
+    decimals: int | None,
+    top_k: int | None,
+) -> None:
+    """Puts probabilities into an answer as they were sold, with what the policy took away. Raises ValueError.
+
+    Which of the classes at 0 a top-k answer named is lost in a tensor, and makes no difference to what is decoded.
+    """
+    if reading.output_kind != "probabilities":
+        raise ValueError("expected output_kind probabilities of answers that are rounded or top-k")
+    rows_NK = _rows(values, count, reading).astype(np.float32)
+    if top_k is None:
+        answer.probabilities.CopyFrom(codec.encode_probabilities(rows_NK))
+    else:
+        named = int((rows_NK != 0).sum(axis=1).max())
+        if not max(1, named) <= top_k <= rows_NK.shape[1]:
+            raise ValueError(f"expected {top_k} classes named of {rows_NK.shape[1]}, got {named} that are not 0")
+        indices_NJ = np.argsort(-rows_NK, axis=1, kind="stable")[:, :top_k]
+        values_NJ = np.take_along_axis(rows_NK, indices_NJ, axis=1)
+        answer.top_k.CopyFrom(codec.encode_top_k(indices_NJ, values_NJ, rows_NK.shape[1]))
+    if decimals is not None:
+        answer.decimals = decimals
+    codec.decode_answer(answer, picture_count=count, class_count=rows_NK.shape[1])
+
+
 def _probabilities(values: npt.NDArray[Any], count: int, reading: Reading) -> codec.Float32Array:
     """Probabilities (N, K) as float32; logits become some by softmax, in double precision. Raises ValueError."""
-    classes = len(reading.labels)
-    expected = [count, classes] if reading.batched else [classes]
-    got = list(values.shape)
-    while len(got) > len(expected) and got[-1] == 1:
-        got.pop()
-    if got != expected:
-        raise ValueError(f"expected a tensor {expected}, got {list(values.shape)}")
-    rows_NK = values.reshape(count, classes).astype(np.float64)
-    if not np.isfinite(rows_NK).all():
-        raise ValueError("expected finite numbers, got others")
+    rows_NK = _rows(values, count, reading)
     if reading.output_kind == "logits":
         rows_NK = np.exp(rows_NK - rows_NK.max(axis=1, keepdims=True))
         rows_NK /= rows_NK.sum(axis=1, keepdims=True)
@@ -725,3 +762,18 @@ def _probabilities(values: npt.NDArray[Any], count: int, reading: Reading) -> co
                 f"{rows_NK.min():.6g} and a sum of {worst:.6g}; if they are logits, say so: output_kind"
             )
     return rows_NK.astype(np.float32)
+
+
+def _rows(values: npt.NDArray[Any], count: int, reading: Reading) -> npt.NDArray[np.float64]:
+    """A tensor's finite numbers as (N, K). Raises ValueError."""
+    classes = len(reading.labels)
+    expected = [count, classes] if reading.batched else [classes]
+    got = list(values.shape)
+    while len(got) > len(expected) and got[-1] == 1:
+        got.pop()
+    if got != expected:
+        raise ValueError(f"expected a tensor {expected}, got {list(values.shape)}")
+    rows_NK = values.reshape(count, classes).astype(np.float64)
+    if not np.isfinite(rows_NK).all():
+        raise ValueError("expected finite numbers, got others")
+    return rows_NK

@@ -1,7 +1,7 @@
 """grpc.health.v1: whether this server is alive, and whether it can sell answers just now.
 
 Two kinds of names: ``LIVENESS`` says SERVING for as long as the process works at all, the others (the empty name, and
-every service's) only while the ledger can be read and the server is not stopping. Unlike the servicer of
+every service's) only while the ledger can be read and written and the server is not stopping. Unlike the servicer of
 grpcio-health-checking this one holds no lock while it writes, so a watcher that does not read holds up nobody.
 """
 
@@ -14,7 +14,8 @@ import structlog
 from grpc_health.v1 import health_pb2 as wire
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
-from teacher_service.ledger import OPERATORS, Ledger, LedgerError, LedgerUnavailable
+from protos.errors import Refusal
+from teacher_service.ledger import Ledger, LedgerError
 
 log = structlog.get_logger()
 
@@ -72,7 +73,7 @@ class Health(HealthServicer):
 
 
 async def follow(ledger: Ledger, health: Health) -> None:
-    """Not ready while the ledger cannot be read, ready when it is back; for ever."""
+    """Not ready while the ledger cannot be read or written, ready when it is back; for ever."""
     ready = True
     probe: asyncio.Task[bool] | None = None
     try:
@@ -97,9 +98,7 @@ async def follow(ledger: Ledger, health: Health) -> None:
 
 async def _answers(ledger: Ledger) -> bool:
     try:
-        await ledger.account(OPERATORS)
-    except LedgerUnavailable:
+        await ledger.check()
+    except (LedgerError, Refusal):
         return False
-    except LedgerError:  # it answers: there is no such account
-        pass
     return True

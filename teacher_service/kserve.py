@@ -287,6 +287,11 @@ class _Model:
         response.parameters["receipt"].string_param = f"{receipt.account}:{receipt.sequence}:{receipt.head.hex()}"
         response.parameters["idempotency_key"].string_param = batch_id
         response.parameters["model_digest"].string_param = result.answer.model_digest
+        # Of this very answer: a kept one has the policy that it was sold under.
+        if result.answer.HasField("decimals"):
+            response.parameters["decimals"].int64_param = result.answer.decimals
+        if result.answer.WhichOneof("outcome") == "top_k":
+            response.parameters["top_k"].int64_param = result.answer.top_k.named_count
         return response
 
     def _sold_output(self, caller: Caller) -> str:

@@ -525,6 +525,9 @@ class Ledger(Protocol):
     async def revoke_key(self, key_id: str) -> None:
         """Ends a credential for good. LedgerError where there is none."""
 
+    async def check(self) -> None:
+        """Raises LedgerUnavailable while the books cannot be read, or this instance's lease could not be written."""
+
     async def close(self) -> None:
         """Gives back what this instance still holds and closes the store."""
 

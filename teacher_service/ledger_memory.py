@@ -116,6 +116,9 @@ class MemoryLedger:
             return account
         return self._record(rules.apply_grant(account, picture_count, self._clock(), grant_id))
 
+    async def check(self) -> None:
+        return None
+
     async def account(self, name: str) -> Account:
         return self._account(name)
 

@@ -263,6 +263,9 @@ class RemoteLedger:
     async def revoke_key(self, key_id: str) -> None:
         await self._change("RevokeKey", wire.RevokeKeyRequest(key_id=key_id))
 
+    async def check(self) -> None:
+        await self.renew_lease(self.instance_id)
+
     # --- reading: either's key ---
 
     async def account(self, name: str) -> Account:

@@ -401,6 +401,7 @@ class SqlLedger:
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._pruner: asyncio.Task[None] | None = None
+        self._lease_written = True
         self._closed = False
 
     @classmethod
@@ -630,6 +631,12 @@ class SqlLedger:
 
     # --- reading ---
 
+    async def check(self) -> None:
+        await self._read(lambda connection: connection.execute(sa.select(tables.accounts.c.name).limit(1)).first())
+        # The one write that is always due, every third of a lease: a store that is full or read-only can be read.
+        if not self._lease_written:
+            raise LedgerUnavailable("the ledger's store could not be written when the lease was last renewed")
+
     async def account(self, name: str) -> Account:
         return await self._read(lambda connection: _read_account(connection, name))
 
@@ -752,12 +759,12 @@ class SqlLedger:
             # jumps, either way, are followed at once.
             ahead_ms = self._clock() - renewed_ms
             if time.monotonic() >= renew_at or not 0 <= ahead_ms < self._lease_ms // 3:
-                self._try("renewing the lease", self._renew)
+                self._lease_written = self._try("renewing the lease", self._renew)
                 self._try("expiring what the dead left held", self._sweep)
                 renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
 
-    def _try(self, what: str, step: Callable[[Connection], None]) -> None:
-        """One transaction of the server's own.
+    def _try(self, what: str, step: Callable[[Connection], None]) -> bool:
+        """One transaction of the server's own, and whether it was made.
 
         Whatever goes wrong is logged and the writer lives on, or every caller would wait for ever; posts are refused
         once another instance has seen our lease lapse.
@@ -767,6 +774,8 @@ class SqlLedger:
                 step(connection)
         except Exception as error:
             log.warning("the ledger failed at %s: %s", what, str(error) or repr(error))
+            return False
+        return True
 
     def _commit(self, group: list[_Command]) -> None:
         """Applies a group in one transaction: a refused command changes nothing, a failed store fails all.

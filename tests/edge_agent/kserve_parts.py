@@ -34,6 +34,7 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, **changes: Any) -> None:
         self.name = "m"
         self.versions = ["1"]
+        self.platform = "fake"
         self.datatype = "UINT8"
         self.layout = "NCHW"
         self.sizes = (1, 8, 8)
@@ -59,7 +60,7 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.metadata.append(dict(context.invocation_metadata()))
         if request.name != self.name or (request.version and request.version not in self.versions):
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
-        answer = service_pb2.ModelMetadataResponse(name=self.name, versions=self.versions, platform="fake")
+        answer = service_pb2.ModelMetadataResponse(name=self.name, versions=self.versions, platform=self.platform)
         answer.inputs.add(name="pictures", datatype=self.datatype, shape=self._batched(self._picture_shape()))
         answer.outputs.add(name=self.output, datatype=self.answer_type, shape=self._batched(self._answer_shape()))
         return answer

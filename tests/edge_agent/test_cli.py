@@ -1,11 +1,19 @@
 """``edge-agent`` as typed: what goes wrong before any work is one line, with its exit code."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from edge_agent import pool as pools
 from edge_agent.cli import _config, main
+from edge_agent.journal import Batch, Journal
+from teacher_service import policy
+from teacher_service.terms import Terms
 
 
 @pytest.fixture
@@ -67,6 +75,57 @@ def test_unknown_student_names_the_known_ones(type_in):
 
 def test_status_of_no_run_is_exit_6(type_in):
     assert "journal" in one_line(type_in("status", "--run-dir", "none"), 6)
+
+
+@pytest.fixture
+def bought(tmp_path):
+    """A run folder with 16 soft answers, 8 top-2 rounded ones and 4 pictures sent twice without an answer."""
+    journal = Journal.open(tmp_path / "journal.db")
+    rows_NK = np.full((16, 4), 0.25, np.float32)
+    answers = [policy.apply(Terms(), rows_NK), policy.apply(Terms(top_k=2, decimals=1), rows_NK[:8]), None]
+    for slot, (answer, count) in enumerate(zip(answers, (16, 8, 4), strict=True)):
+        batch = Batch(slot=slot, batch_id=str(slot), picture_count=count, request=b"r", latents=b"l")
+        journal.plan("distill", batch)
+        if answer is not None:
+            journal.keep_answer(
+                batch.batch_id, answer=answer.SerializeToString(), charged_count=count, received_bytes=1
+            )
+    journal.count_repeat("2")
+    yield journal
+    journal.close()
+
+
+@pytest.mark.parametrize(("metered_by", "charged"), [("teacher", 24), ("agent", 32)])
+def test_status_tells_what_was_bought_by_kind_and_by_phase(type_in, tmp_path, bought, metered_by, charged):
+    bought.set_facts(metered_by=metered_by)
+    asked = type_in("status", "--run-dir", str(tmp_path), "--format", "json")
+    assert asked.exit_code == 0, asked.output
+    shown = json.loads(asked.stdout)
+    assert shown["answers"] == {"soft": 16, "top-2, 1 decimal": 8} == pools.bought(bought)
+    assert shown["charged_by_phase"] == {"deprivatize": 0, "distill": charged, "adapt": 0}
+    assert (shown["charged"], shown["unanswered"]) == (charged, 4)
+    lines = type_in("status", "--run-dir", str(tmp_path)).stdout.splitlines()
+    assert "answers          16 soft; 8 top-2, 1 decimal" in lines
+    assert f"charged_by_phase {charged} distill" in lines
+
+
+def test_status_of_a_run_that_has_bought_nothing(type_in, tmp_path):
+    Journal.open(tmp_path / "journal.db").close()
+    shown = json.loads(type_in("status", "--run-dir", str(tmp_path), "--format", "json").stdout)
+    assert (shown["answers"], shown["charged"], shown["phases_done"]) == ({}, 0, [])
+    assert type_in("status", "--run-dir", str(tmp_path)).exit_code == 0
+
+
+def test_status_does_not_import_torch(tmp_path, bought):
+    """It takes seconds, and a run that works has one already."""
+    code = (
+        "import sys; from edge_agent.cli import main\n"
+        f"main(['status', '--run-dir', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "16 soft" in done.stdout
 
 
 def test_help_names_exit_codes_and_an_example(type_in):

@@ -1,5 +1,6 @@
 """KServeTeacher against a real gRPC server of the KServe V2 protocol; what it sends, counts, reads and refuses."""
 
+import itertools
 import threading
 import time
 
@@ -23,6 +24,8 @@ from networks.gan import Generator
 from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service import policy
+from teacher_service.terms import Terms
 from tests.edge_agent.kserve_parts import CLASSES, Model, probabilities_of, serving
 from tests.teacher_service.certificates import Authority
 
@@ -818,6 +821,123 @@ def test_large_logits_do_not_overflow():
 
 def read_two():
     return read(outputs=[("y", "FP32", [-1, 2])], output_kind="logits")
+
+
+def test_good_answers_that_are_under_way_with_a_bad_one_are_kept_before_the_run_ends(journal, generator):
+    all_under_way = threading.Barrier(kserve.WINDOW)
+    number_of = threading.local()
+
+    def before(number, context):
+        number_of.call = number
+        if number > 6:  # the window is full: these are under way together, and the bad one answers first
+            all_under_way.wait(10)
+            time.sleep(0.0 if number == 7 else 0.3)
+
+    def change(response):
+        if number_of.call == 7:
+            cut(response)
+
+    with serving(Model(before=before, change=change)) as address, pytest.raises(BadInput, match="is not one"):
+        ask(address, journal, generator, budget=1600)
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures) == (10 * 16, 9 * 16)
+
+
+# --- what a policy took away, of a server of ours ---
+
+
+def sold(*policies: Terms):
+    """Makes a model sell each of its answers, in turn, as the terms say."""
+    upcoming = itertools.cycle(policies)
+    lock = threading.Lock()
+
+    def change(response):
+        with lock:
+            terms = next(upcoming)
+        rows_NK = np.frombuffer(response.raw_output_contents[0], "<f4").reshape(-1, CLASSES)
+        answer = policy.apply(terms, rows_NK)
+        response.raw_output_contents[0] = codec.sold_probabilities(
+            answer, picture_count=len(rows_NK), class_count=CLASSES
+        ).tobytes()
+        if terms.decimals is not None:
+            response.parameters["decimals"].int64_param = terms.decimals
+        if terms.top_k is not None:
+            response.parameters["top_k"].int64_param = terms.top_k
+
+    return change
+
+
+def test_each_answer_is_kept_with_the_policy_that_it_was_sold_under(journal, generator):
+    policies = (Terms(), Terms(decimals=1), Terms(top_k=2), Terms(top_k=3, decimals=2))
+    model = Model(kind="probabilities", output="probabilities", platform="mekd", change=sold(*policies))
+    with serving(model) as address:
+        description = ask(address, journal, generator, KServeConfig(), budget=64)
+    assert pools.bought(journal) == {"soft": 16, "soft, 1 decimal": 16, "top-2": 16, "top-3, 2 decimals": 16}
+    pool = load_pool(journal, generator, description, label_smoothing=0.1)
+    true_NK = probabilities_of(pool.images_NCHW.numpy())
+    found_NK = pool.probabilities_NK.numpy()
+    assert np.allclose(found_NK.sum(axis=1), 1.0, atol=1e-5)
+    for batch in journal.answered("distill"):
+        kept = wire.Answer.FromString(batch.answer)
+        images_NCHW = codec.decode_images(wire.Batch.FromString(batch.request).images)
+        terms = Terms(
+            top_k=kept.top_k.named_count if kept.HasField("top_k") else None, decimals=codec.decimals_of(kept)
+        )
+        expected = policy.apply(terms, probabilities_of(images_NCHW).astype(np.float32))
+        decoded = [
+            codec.decode_answer(answer, picture_count=len(images_NCHW), class_count=CLASSES)
+            for answer in (kept, expected)
+        ]
+        assert np.allclose(*decoded, atol=1e-6), codec.kind_of(kept)
+    assert not np.allclose(found_NK, true_NK, atol=1e-3), "something was taken away"
+
+
+def test_classes_that_are_rounded_to_0_cost_a_top_k_answer_nothing():
+    """In a tensor they look like those that are not named."""
+    rows_NK = np.array([[0.99, 0.004, 0.003, 0.003], [1.0, 0.0, 0.0, 0.0]], np.float32)
+    reading = read(outputs=[("probabilities", "FP32", [-1, 4])])
+    for terms in (Terms(top_k=2, decimals=1), Terms(top_k=3), Terms(top_k=4, decimals=2)):
+        sold_answer = policy.apply(terms, rows_NK)
+        tensor_NK = codec.sold_probabilities(sold_answer, picture_count=2, class_count=4)
+        answer = wire.Answer()
+        kserve._put_sold(answer, tensor_NK, 2, reading, terms.decimals, terms.top_k)
+        assert codec.kind_of(answer) == codec.kind_of(sold_answer)
+        decoded = [codec.decode_answer(found, picture_count=2, class_count=4) for found in (answer, sold_answer)]
+        assert np.array_equal(*decoded)
+
+
+@pytest.mark.parametrize(
+    ("said", "rows", "line"),
+    [
+        ({"top_k": 2}, [0.5, 0.3, 0.2, 0.0], "expected 2 classes named of 4, got 3 that are not 0"),
+        ({"top_k": 5}, [0.5, 0.5, 0.0, 0.0], "expected 5 classes named of 4"),
+        ({"top_k": 0}, [0.0, 0.0, 0.0, 0.0], "expected 0 classes named"),
+        ({"top_k": 1}, [0.2, 0.0, 0.0, 0.0], "sum to 1"),
+        ({"decimals": 9}, [0.5, 0.5, 0.0, 0.0], "1 to 7 decimals, got 9"),
+        ({"decimals": 2**40}, [0.5, 0.5, 0.0, 0.0], ""),
+        ({"decimals": 2}, [0.9, 0.0, 0.0, 0.0], "sum to 1"),
+    ],
+)
+def test_answer_that_does_not_fit_its_policy_is_one_line_and_is_not_kept(journal, generator, said, rows, line):
+    def change(response):
+        set_rows(rows)(response)
+        for name, value in said.items():
+            response.parameters[name].int64_param = value
+
+    model = Model(kind="probabilities", output="probabilities", platform="mekd", change=change)
+    with serving(model) as address, pytest.raises(BadInput, match=f"is not one: .*{line}") as error:
+        ask(address, journal, generator, KServeConfig(), budget=16)
+    one_line(error)
+    assert journal.totals().charged_pictures == 0
+
+
+def test_parameters_of_another_software_mean_nothing_here(journal, generator):
+    def change(response):
+        response.parameters["decimals"].int64_param = 1
+
+    with serving(Model(change=change)) as address:
+        ask(address, journal, generator, budget=16)
+    assert pools.bought(journal) == {"soft": 16}
 
 
 # --- the teacher may change under a run ---

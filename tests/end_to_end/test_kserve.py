@@ -371,3 +371,19 @@ def test_our_own_server_is_a_teacher_through_this_protocol_too(runs, world):
     kept = dict(journal.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL"))
     journal.close()
     assert world.posted_batches() == kept, "its books know the batches by the agent's ids"
+
+
+def test_policy_of_an_account_may_change_between_runs_through_this_protocol(runs, world):
+    world.account(1000)
+    for budget, terms in ((64, ()), (128, ("--top-k", "2", "--decimals", "2"))):
+        if terms:
+            world.admin("account", "set", "device", *terms)
+        world.start_server()  # a running one would notice within five seconds
+        done = runs.agent(f"kserve://{world.address}/teacher", budget=budget, MEKD_API_KEY=world.key)
+        assert done.returncode == 0, done.stderr
+        world.stop_server()
+    assert runs.summary()["answers"] == {"soft": 64, "top-2, 2 decimals": 64}
+    world.admin("account", "set", "device", "--answers", "hard")
+    world.start_server()
+    line = one_line(runs.agent(f"kserve://{world.address}/teacher", budget=160, MEKD_API_KEY=world.key), 2)
+    assert "this run began with the model metadata-" in line

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -24,9 +25,10 @@ from teacher_service import health as module
 from teacher_service.auth import Authenticator, AuthInterceptor, new_key
 from teacher_service.health import LIVENESS, Health, follow
 from teacher_service.interceptors import Gate
-from teacher_service.ledger import OPERATORS, Account, LedgerUnavailable, Role
+from teacher_service.ledger import OPERATORS, LedgerError, LedgerUnavailable, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import RemoteLedger
+from teacher_service.ledger_sql import SqlLedger
 from teacher_service.limits import Limits
 from teacher_service.quota import QuotaServicer
 from teacher_service.server import SERVICES
@@ -117,13 +119,12 @@ class FlakyLedger(MemoryLedger):
         self.mood = "fine"
         self.asked = 0
 
-    async def account(self, name: str) -> Account:
+    async def check(self) -> None:
         self.asked += 1
         if self.mood == "away":
             raise LedgerUnavailable("away")
         while self.mood == "hung":
             await asyncio.sleep(0.01)
-        return await super().account(name)  # raises LedgerError: it answers, there is no such account
 
 
 async def test_readiness_follows_the_ledger_also_when_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +176,57 @@ def test_a_teacher_whose_ledger_is_away_is_alive_and_not_ready_until_it_is_back(
         "ledger is away, not ready until it is back",
         "ledger is back",
     ]
+
+
+async def test_books_that_can_be_read_but_not_written_are_away_until_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.02)
+    path = tmp_path / "books.db"
+    ledger, health = SqlLedger.open(f"sqlite:///{path}", lease_ms=600), Health(())
+    health.set_ready(True)
+    following = asyncio.create_task(follow(ledger, health))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        for _ in range(2):
+            await asyncio.sleep(0.5)  # two renewals
+            assert health.is_ready
+            other.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON instances BEGIN SELECT RAISE(FAIL, 'the disk is full'); END"
+            )
+            await until(lambda: not health.is_ready)
+            with pytest.raises(LedgerError, match="expected the name of an account"):
+                await ledger.account("nobody")  # it is read as ever
+            other.execute("DROP TRIGGER full")
+            await until(lambda: health.is_ready)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    await ledger.close()
+
+
+async def test_a_teacher_is_not_ready_while_the_books_elsewhere_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "books.db"
+    books = SqlLedger.open(f"sqlite:///{path}", lease_ms=600)
+    text, stored = new_key(OPERATORS, Role.TEACHER)
+    await books.create_account(OPERATORS, None, stored)
+    authenticator = Authenticator(books)
+    server = grpc.aio.server(interceptors=(AuthInterceptor(authenticator),))
+    add_QuotaLedgerServicer_to_server(QuotaServicer(books, authenticator), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key=text)
+    await remote.check()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON instances BEGIN SELECT RAISE(FAIL, 'the disk is full'); END"
+        )
+        await asyncio.sleep(0.2)  # a lease that is fresh is not written again
+        with pytest.raises(LedgerUnavailable, match="is away"):
+            await remote.check()
+        other.execute("DROP TRIGGER full")
+        await remote.check()
+    await remote.close()
+    await server.stop(0)
+    await books.close()
 
 
 # --- stopping ---

@@ -480,6 +480,31 @@ async def test_an_account_has_one_output_and_another_is_refused_before_anything_
         assert list(output_tensor.shape) == ([2] if name == "labels" else [2, 10])
 
 
+async def test_an_answer_says_the_policy_that_it_was_sold_under_also_when_another_holds() -> None:
+    def policy_of(response: Any) -> dict[str, int]:
+        names = ("decimals", "top_k")
+        return {name: response.parameters[name].int64_param for name in names if name in response.parameters}
+
+    async with serving() as service:
+        found = {}
+        for batch_id, terms in (
+            ("a", Terms(top_k=99)),
+            ("b", Terms(top_k=2, decimals=3)),
+            ("c", Terms(decimals=1)),
+            ("d", Terms()),
+            ("e", Terms(answers="hard", top_k=2, decimals=3)),
+        ):
+            unset = {"answers", "top_k", "decimals"}
+            await service.ledger.set_terms("device", terms, [name for name in unset if getattr(terms, name) is None])
+            service.clock.seconds += CACHE_SECONDS
+            for repeated in (*found, batch_id):
+                response = await service.kserve.ModelInfer(
+                    infer_request(repeated, PIXELS), metadata=service.metadata()
+                )
+                assert found.setdefault(repeated, policy_of(response)) == policy_of(response)
+        assert found == {"a": {"top_k": 10}, "b": {"top_k": 2, "decimals": 3}, "c": {"decimals": 1}, "d": {}, "e": {}}
+
+
 async def test_a_kept_answer_is_never_passed_off_as_another_output() -> None:
     async with serving() as service:
         await service.kserve.ModelInfer(infer_request("b", PIXELS), metadata=service.metadata())
