@@ -112,7 +112,7 @@ def _line(summary: dict[str, Any], answers: str, config_file: Path) -> dict[str,
         "torch": torch.__version__,
         "config": config_file.read_text(),
         **{name: summary[name] for name in ("seed", "accuracy", "agreement", "agreement_synthetic", "queries")},
-        **{name: summary[name] for name in ("ledger", "bytes", "private_images_sent", "seconds")},
+        **{name: summary[name] for name in ("ledger", "bytes", "private_images_sent", "privacy", "seconds")},
     }
 
 
