@@ -92,10 +92,21 @@ def show(summary: dict[str, Any], account: dict[str, int], seconds: float, run_d
             f"{summary['seconds'][name]:.1f}",
         )
     console.print(phases)
+    found = summary["privacy"]
+    privacy = Table(title="Privacy, measured", title_justify="left")
+    privacy.add_column("figure")
+    privacy.add_column("value", justify="right")
+    privacy.add_row("local pictures sent, pixel for pixel", str(summary["private_images_sent"]))
+    privacy.add_row("reference pictures that trained nothing", str(found["reference_pictures"]))
+    privacy.add_row("near copies: within so many grey levels", f"{found['threshold']:.1f}")
+    privacy.add_row("near copies dropped", f"{found['dropped']} ({found['dropped_share']:.2%})")
+    interval = f"{found['membership_auc_low']:.3f} to {found['membership_auc_high']:.3f}"
+    privacy.add_row("membership attack, AUC (0.5: a coin)", f"{found['membership_auc']:.3f} ({interval})")
+    console.print(privacy)
     console.print(
         f"budget {summary['queries']['budget']}, charged {summary['queries']['charged']}, "
         f"debited by the ledger {account['posted']}, held {account['held']}, balance {account['balance']}; "
-        f"private pictures sent {summary['private_images_sent']}; {seconds:.0f} s in all"
+        f"{seconds:.0f} s in all"
     )
     console.print(f"Everything is in {run_dir}; the figures in {run_dir / 'summary.json'}")
 

@@ -5,8 +5,9 @@ same inputs is not done again, changed training options train again on the answe
 generator or teacher needs a new folder.
 """
 
+import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_agent import kserve
+from edge_agent import kserve, privacy
 from edge_agent import pool as pools
 from edge_agent.adapt import Adapter, build_memory
 from edge_agent.config import RunConfig, as_layers, given_settings
@@ -25,7 +26,7 @@ from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
-from edge_agent.egress import EgressDoor
+from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
 from edge_agent.journal import Totals
 from edge_agent.pixels import normalise
@@ -34,11 +35,13 @@ from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teach
 from networks import registry
 from networks.gan import Generator
 from networks.modelfile import ModelFacts
+from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 PHASES = ("deprivatize", "distill", "adapt")
 EVALUATION_PICTURES = 256
 CORRECTABLE = ("teacher's model", "[teacher]")  # of a KServe server's identity, until the first answer is kept
+SENT_BLOCK_PICTURES = 2048
 SUMMARY_SECONDS = 2.0  # a summary asks for the balance, but waits no longer: its run may be ending on SIGTERM
 
 
@@ -94,6 +97,7 @@ class Agent:
             "seed": self._config.seed,
             "teacher's model": self._description.model_digest,
             "generator's side": self._side,
+            "reference pictures": self._reference,
             **{f"deprivatize.{name}": value for name, value in asdict(self._config.deprivatize).items()},
         }
         totals = self._journal.totals()
@@ -178,6 +182,23 @@ class Agent:
         self._console.say(f"{len(local.images_NCHW)} local pictures of {local.source}")
         return local
 
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Local pictures that train the generator, and the reference that it never sees; both at its size."""
+        local_NCHW = torch.from_numpy(self._local.images_NCHW)
+        try:
+            training_N, reference_N = privacy.split(local_NCHW, seed=self._config.seed)
+        except ValueError as error:
+            raise BadInput(f"{error}; give more pictures") from None
+        return local_NCHW[training_N], local_NCHW[reference_N]
+
+    @property
+    def _reference(self) -> str:
+        """Which local pictures are the reference, in a word: their number and a digest."""
+        _, reference_NCHW = self._split
+        digest = hashlib.sha256(reference_NCHW.numpy().tobytes()).hexdigest()
+        return f"{len(reference_NCHW)} of {len(self._local.images_NCHW)}, sha256 {digest}"
+
     @property
     def _side(self) -> int:
         height, width = self._description.height, self._description.width
@@ -259,7 +280,7 @@ class Agent:
     # --- the phases ---
 
     def deprivatize(self) -> None:
-        """Phase 1: local pictures in, ``generator.pt`` out. Asks the teacher nothing."""
+        """Phase 1: local pictures but the reference in, ``generator.pt`` out. Asks the teacher nothing."""
         inputs = self._generators_inputs()
         if self._folder.done("deprivatize", inputs) and self._folder.has("generator.pt"):
             self._console.say("deprivatize: done before")
@@ -267,7 +288,7 @@ class Agent:
         self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
             generator = train_generator(
-                torch.from_numpy(self._local.images_NCHW),
+                self._split[0],
                 class_count=len(self._description.labels),
                 config=self._config.deprivatize,
                 seed=self._config.seed,
@@ -295,8 +316,9 @@ class Agent:
                 f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
             )
         self._journal.set_facts(generator=digest)
-        self._ask(generator)
+        self._ask(generator, digest)
         paid = self._pool(generator)
+        self._attack()
         facts = self._student_facts()
         inputs = digest_of(
             {
@@ -414,18 +436,90 @@ class Agent:
         generator.load_state_dict(content["state_dict"])
         return generator.eval().requires_grad_(False)
 
-    def _ask(self, generator: Generator) -> None:
+    def _gate(self, generator: Generator, digest: str) -> CopyGate:
+        """The gate before the door, with all it has seen. Raises CopiesStopped, first of all for a failed probe."""
+        training_NCHW, reference_NCHW = self._split
+        inputs = digest_of({"generator": digest, "identity": self._generators_inputs()})
+        known = self._journal.fact("privacy.gate")
+        if known is None or known["inputs"] != inputs:
+            strangers_N = privacy.nearest(reference_NCHW, [training_NCHW])[:, 0]
+            gate = CopyGate(training_NCHW, privacy.threshold(strangers_N))
+            pools.probe(generator, gate, seed=self._config.seed)
+            known = {
+                "inputs": inputs,
+                "reference_pictures": len(reference_NCHW),
+                "threshold": gate.threshold,
+                "probed": gate.seen,
+                "dropped": gate.dropped,
+            }
+            self._journal.set_facts(**{"privacy.gate": known})
+        totals = self._journal.totals()
+        gate = CopyGate(
+            training_NCHW,
+            known["threshold"],
+            seen=known["probed"] + totals.planned_pictures + totals.dropped_pictures,
+            dropped=known["dropped"] + totals.dropped_pictures,
+        )
+        gate.check()
+        return gate
+
+    def _attack(self) -> None:
+        """The membership attack on everything sent so far, remembered until more is sent."""
+        known = self._journal.fact("privacy.membership")
+        inputs = self._sent_digest()
+        if known is not None and known["inputs"] == inputs:
+            return
+        training_NCHW, reference_NCHW = self._split
+        sent_pictures = self._journal.totals().planned_pictures
+        with self._console.bar("distill: membership attack", "pictures") as tell:
+            distances_NK = privacy.nearest(
+                torch.cat([training_NCHW, reference_NCHW]),
+                self._sent_blocks(lambda done: tell(done, sent_pictures)),
+                count=min(privacy.NEIGHBOURS, sent_pictures),
+            )
+        found = privacy.membership(*distances_NK.split([len(training_NCHW), len(reference_NCHW)]))
+        strongest = max(found.values(), key=lambda attack: attack.auc)
+        self._console.say(
+            f"membership attack on {sent_pictures} sent pictures: AUC {strongest.auc:.3f} "
+            f"({strongest.low:.3f} to {strongest.high:.3f}); 0.5 is a coin"
+        )
+        figures = {name: asdict(attack) for name, attack in found.items()}
+        self._journal.set_facts(**{"privacy.membership": {"inputs": inputs, "attacks": figures}})
+
+    def _sent_blocks(self, tell: Callable[[int], None]) -> Iterator[Tensor]:
+        """All pictures ever planned to be sent, at the generator's size, in blocks worth a multiplication."""
+        block: list[Tensor] = []
+        done = 0
+        for request in self._journal.requests():
+            sent_NCHW = torch.from_numpy(codec.decode_images(Batch.FromString(request).images).copy())
+            block.append(pools.resize(sent_NCHW, self._side, self._side))
+            done += len(sent_NCHW)
+            if sum(map(len, block)) >= SENT_BLOCK_PICTURES:
+                yield torch.cat(block)
+                block.clear()
+                tell(done)
+        if block:
+            yield torch.cat(block)
+        tell(done)
+
+    def _sent_digest(self) -> str:
+        """Of the ids of all that was ever planned to be sent."""
+        return digest_of({"sent": sorted(self._journal.charges().keys() | self._journal.open_ids())})
+
+    def _ask(self, generator: Generator, digest: str) -> None:
         totals = self._journal.totals()
         if self._charged(totals) >= self._config.budget:
             if unanswered := totals.planned_pictures - totals.charged_pictures:
                 self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
+        gate = self._gate(generator, digest)
         teacher = self._connected()
         outbox = pools.PoolOutbox(
             self._journal,
             generator,
             self._door,
             self._description,
+            gate=gate,
             budget=self._config.budget,
             batch_pictures=self._config.batch_pictures,
             seed=self._config.seed,
@@ -510,6 +604,7 @@ class Agent:
                 },
             },
             "private_images_sent": self._private_images_sent(),
+            "privacy": self._privacy(),
             "run_id": self._journal.run_id,
             "seed": self._config.seed,
             "seconds": {phase: self._folder.seconds(phase) for phase in PHASES},
@@ -525,6 +620,32 @@ class Agent:
         if "_local" not in self.__dict__:  # the run ended before it read them
             return None
         return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
+
+    def _privacy(self) -> dict[str, Any]:
+        """What the gate dropped, the probe included, and the stronger attack on what was sent; None: not known."""
+        gate, membership = self._journal.fact("privacy.gate"), self._journal.fact("privacy.membership")
+        found: dict[str, Any] = dict.fromkeys(
+            (
+                *("reference_pictures", "threshold", "dropped", "dropped_share"),
+                *("membership_auc", "membership_auc_low", "membership_auc_high", "membership_attacks"),
+            )
+        )
+        if gate is not None:
+            totals = self._journal.totals()
+            dropped = gate["dropped"] + totals.dropped_pictures
+            seen = gate["probed"] + totals.planned_pictures + totals.dropped_pictures
+            found |= {name: gate[name] for name in ("reference_pictures", "threshold")}
+            found |= {"dropped": dropped, "dropped_share": dropped / seen}
+        if membership is not None and membership["inputs"] == self._sent_digest():
+            attacks = membership["attacks"]
+            strongest = max(attacks.values(), key=lambda attack: attack["auc"])
+            found |= {
+                "membership_auc": strongest["auc"],
+                "membership_auc_low": strongest["low"],
+                "membership_auc_high": strongest["high"],
+                "membership_attacks": attacks,
+            }
+        return found
 
     def close(self) -> None:
         """Closes the connection."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
 
-FORMAT = 3
+FORMAT = 4
 
 _SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -35,6 +35,7 @@ CREATE TABLE batches (
     receipt_sequence INTEGER,
     receipt_head BLOB,
     sent_pictures INTEGER NOT NULL DEFAULT 0,
+    dropped_pictures INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (phase, slot)
 ) STRICT;
 """
@@ -53,6 +54,11 @@ UPDATE facts SET value = '2' WHERE name = 'format';
 ALTER TABLE batches ADD COLUMN sent_pictures INTEGER NOT NULL DEFAULT 0;
 UPDATE batches SET sent_pictures = picture_count * max(1, sent_bytes / max(1, length(request)));
 UPDATE facts SET value = '3' WHERE name = 'format';
+""",
+    # Format 3 knew no gate that drops pictures.
+    3: """
+ALTER TABLE batches ADD COLUMN dropped_pictures INTEGER NOT NULL DEFAULT 0;
+UPDATE facts SET value = '4' WHERE name = 'format';
 """,
 }
 
@@ -87,6 +93,8 @@ class Totals:
     """Every sending counts, a repeat too, and it counts before it is sent."""
     charged_pictures: int
     """Of answered batches."""
+    dropped_pictures: int
+    """Made for a batch, and replaced because they came too near to a local picture."""
     sent_bytes: int
     received_bytes: int
 
@@ -142,25 +150,25 @@ class Journal:
                 [(name, json.dumps(value)) for name, value in facts.items()],
             )
 
-    def plan(self, phase: str, batch: Batch, *, sent_bytes: int | None = None) -> None:
+    def plan(self, phase: str, batch: Batch, *, sent_bytes: int | None = None, dropped_pictures: int = 0) -> None:
         """Makes a batch, and that it is sent, durable before it is sent. The position must be free.
 
-        ``sent_bytes``: its size as it travels, where that is not ``request``.
+        ``sent_bytes``: its size as it travels, where that is not ``request``. ``dropped_pictures``: see Totals.
         """
         bytes_now = len(batch.request) if sent_bytes is None else sent_bytes
         with self._transaction() as connection:
-            self._insert(connection, phase, batch, sent_bytes=bytes_now, sent_pictures=batch.picture_count)
+            self._insert(connection, phase, batch, bytes_now, batch.picture_count, dropped_pictures)
 
     def replan(self, phase: str, refused_id: str, batch: Batch) -> None:
         """Puts another batch in the place of one that the teacher refused (and so never charged)."""
         with self._transaction() as connection:
             # What the refused one cost on the wire stays counted; the new one counts when it is sent.
             gone = connection.execute(
-                "DELETE FROM batches WHERE batch_id = ? AND answer IS NULL RETURNING sent_bytes, sent_pictures",
+                "DELETE FROM batches WHERE batch_id = ? AND answer IS NULL "
+                "RETURNING sent_bytes, sent_pictures, dropped_pictures",
                 (refused_id,),
             ).fetchone()
-            sent_bytes, sent_pictures = gone or (0, 0)
-            self._insert(connection, phase, batch, sent_bytes=sent_bytes, sent_pictures=sent_pictures)
+            self._insert(connection, phase, batch, *(gone or (0, 0, 0)))
 
     def count_repeat(self, batch_id: str, *, sent_bytes: int | None = None) -> None:
         """Adds one more sending to a row's pictures and bytes, durable before it is sent; ``sent_bytes`` as above."""
@@ -204,10 +212,10 @@ class Journal:
 
     def totals(self, phase: str | None = None) -> Totals:
         """Sums over one phase, or over all."""
-        planned, sent_pictures, charged, sent_bytes, received_bytes = self._one(
+        planned, sent_pictures, charged, sent_bytes, received_bytes, dropped = self._one(
             "SELECT coalesce(sum(picture_count), 0), coalesce(sum(sent_pictures), 0), "
-            "coalesce(sum(charged_count), 0), coalesce(sum(sent_bytes), 0), coalesce(sum(received_bytes), 0) "
-            "FROM batches WHERE ?1 IS NULL OR phase = ?1",
+            "coalesce(sum(charged_count), 0), coalesce(sum(sent_bytes), 0), coalesce(sum(received_bytes), 0), "
+            "coalesce(sum(dropped_pictures), 0) FROM batches WHERE ?1 IS NULL OR phase = ?1",
             phase,
         )
         return Totals(
@@ -216,6 +224,7 @@ class Journal:
             charged_pictures=charged,
             sent_bytes=sent_bytes,
             received_bytes=received_bytes,
+            dropped_pictures=dropped,
         )
 
     def charges(self) -> dict[str, int]:
@@ -256,11 +265,17 @@ class Journal:
                     connection.execute(statement)
 
     def _insert(
-        self, connection: sqlite3.Connection, phase: str, batch: Batch, *, sent_bytes: int, sent_pictures: int
+        self,
+        connection: sqlite3.Connection,
+        phase: str,
+        batch: Batch,
+        sent_bytes: int,
+        sent_pictures: int,
+        dropped_pictures: int,
     ) -> None:
         connection.execute(
-            "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes, sent_pictures) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO batches (phase, slot, batch_id, picture_count, request, latents, sent_bytes, sent_pictures, "
+            "dropped_pictures) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 phase,
                 batch.slot,
@@ -270,6 +285,7 @@ class Journal:
                 batch.latents,
                 sent_bytes,
                 sent_pictures,
+                dropped_pictures,
             ),
         )
 

@@ -2,8 +2,9 @@
 
 Shape letters: N pictures, C channels, H and W height and width, K classes, L latent numbers.
 
-A picture is quantised and hashed against the local ones before it is planned, planned before it is sent, and asked
-about once. Each slot's latents come from a random stream of its own, so a resumed run plans what it would have.
+A picture is quantised, measured and hashed against the local ones before it is planned, planned before it is sent,
+and asked about once. Each slot's latents come from a random stream of its own, which goes on for the pictures that
+replace dropped ones, so a resumed run plans what it would have.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from torch import Tensor
 from edge_agent import responses
 from edge_agent.deprivatize import draw_latents
 from edge_agent.distill import Pool
-from edge_agent.egress import EgressDoor
+from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, BudgetSpent
 from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.pixels import quantise
@@ -32,12 +33,16 @@ from protos.mekd.v1 import teacher_inference_pb2 as wire
 PHASE = "distill"
 HOLD_EXPIRY_SECONDS = 15.0  # a dead server's holds come back within one lease (10 s) and one sweep (3 s)
 PAUSE_SECONDS = 0.5
+PROBE_PICTURES = 2000
+"""Looked at before the first sending. At a share of 1 % that is dropped, give or take 0.2 % (standard error)."""
+_PROBE_BATCH = 200
 
 
 class PoolOutbox:
     """Batches to send: first what a former run left unanswered, then new ones until the budget is planned.
 
     Args:
+        gate: drops near copies; they are replaced.
         budget: most pictures that are planned, or sent where the agent counts them.
         counts_sent: the teacher counts nothing, so the agent counts: every sending uses up the budget, a repeat too.
         message_bytes: size of a batch as it travels; None: the request's own.
@@ -50,6 +55,7 @@ class PoolOutbox:
         door: EgressDoor,
         description: Description,
         *,
+        gate: CopyGate,
         budget: int,
         batch_pictures: int,
         seed: int,
@@ -63,6 +69,7 @@ class PoolOutbox:
         self._journal = journal
         self._generator = generator
         self._door = door
+        self._gate = gate
         self._description = description
         self._budget = budget
         self._batch_pictures = min(batch_pictures, description.max_batch_pictures)
@@ -85,8 +92,8 @@ class PoolOutbox:
         count = min(self._batch_pictures, self._left())
         if count <= 0:
             return None
-        batch = self._new_batch(self._next_slot, count)
-        self._journal.plan(PHASE, batch, sent_bytes=self._bytes(batch))
+        batch, dropped = self._new_batch(self._next_slot, count)
+        self._journal.plan(PHASE, batch, sent_bytes=self._bytes(batch), dropped_pictures=dropped)
         self._next_slot += 1
         self._planned_pictures += count
         self._sent_pictures += count
@@ -135,21 +142,49 @@ class PoolOutbox:
     def _bytes(self, batch: Batch) -> int | None:
         return None if self._message_bytes is None else self._message_bytes(batch)
 
-    def _new_batch(self, slot: int, count: int) -> Batch:
+    def _new_batch(self, slot: int, count: int) -> tuple[Batch, int]:
+        """A batch whose pictures all passed the gate, and how many more were made for it and dropped."""
         # The generator's randomness for a slot hangs on the run's seed and the slot alone.
-        key = hashlib.sha256(f"pool/{self._seed}/{slot}".encode()).digest()
-        rng = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        arguments = self._generator.arguments
-        latents_NL = draw_latents(
-            count, class_count=arguments["class_count"], noise_count=arguments["noise_count"], rng=rng
-        )
-        with torch.inference_mode():
-            device = next(self._generator.parameters()).device
-            images_NCHW = quantise(self._generator(latents_NL.to(device))).cpu()
+        rng = _stream(f"pool/{self._seed}/{slot}")
+        latents: list[Tensor] = []
+        images: list[Tensor] = []
+        missing, made = count, 0
+        while missing > 0:
+            drawn_NL, drawn_NCHW = _draw(self._generator, missing, rng)
+            passing_N = self._gate.passing(drawn_NCHW)
+            self._gate.check()  # before anything of this batch is planned; a loop without end ends here too
+            latents.append(drawn_NL[passing_N])
+            images.append(drawn_NCHW[passing_N])
+            made += missing
+            missing -= int(passing_N.sum())
+        latents_NL, images_NCHW = torch.cat(latents), torch.cat(images)
         sized_NCHW = resize(images_NCHW, self._description.height, self._description.width)
         batch = _batch(slot, sized_NCHW.numpy(), latents_NL.numpy().astype("<f4").tobytes())
         self._door.check(wire.Batch.FromString(batch.request))
-        return batch
+        return batch, made - count
+
+
+def probe(generator: Generator, gate: CopyGate, *, seed: int) -> None:
+    """Shows the gate PROBE_PICTURES pictures that are never sent; they have a random stream of their own."""
+    rng = _stream(f"probe/{seed}")
+    for _ in range(PROBE_PICTURES // _PROBE_BATCH):
+        gate.passing(_draw(generator, _PROBE_BATCH, rng)[1])
+
+
+def _stream(name: str) -> torch.Generator:
+    key = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def _draw(generator: Generator, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents (N, L) and their pictures (N, C, H, W) uint8, both on the CPU."""
+    arguments = generator.arguments
+    latents_NL = draw_latents(
+        count, class_count=arguments["class_count"], noise_count=arguments["noise_count"], rng=rng
+    )
+    with torch.inference_mode():
+        device = next(generator.parameters()).device
+        return latents_NL, quantise(generator(latents_NL.to(device))).cpu()
 
 
 def fill_pool(

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from edge_agent import agent as agents
+from edge_agent import privacy
 from edge_agent.agent import Agent
 from edge_agent.config import build_config
 from edge_agent.console import Console
-from edge_agent.failures import BadInput
+from edge_agent.failures import BadInput, RunFolderProblem
 from edge_agent.journal import Batch
 from edge_agent.pool import resize
 from edge_agent.runs import RunFolder
@@ -78,3 +79,43 @@ def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, 
             made.distill()
         assert not folder.has("student.pt")
         assert made.write_summary()["phases_done"] == ["deprivatize"]
+
+
+@pytest.mark.parametrize("before", ["another split", "a former version's, without one"])
+def test_another_reference_than_the_paid_answers_were_bought_with_is_refused(
+    tmp_path, pictures_NHW, monkeypatch, before
+):
+    with RunFolder(tmp_path / "run") as folder:
+        agent(folder, tmp_path, description(8, 8)).prepare()
+        if before == "another split":
+            monkeypatch.setattr(privacy, "REFERENCE_FRACTION", 0.2)
+        else:
+            identity = folder.journal.fact("identity")
+            folder.journal.set_facts(identity=dict(item for item in identity.items() if "reference" not in item[0]))
+        agent(folder, tmp_path, description(8, 8)).prepare()  # nothing was asked yet: it may still change
+        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
+        agent(folder, tmp_path, description(8, 8)).prepare()
+        if before == "another split":
+            monkeypatch.undo()
+        else:
+            folder.journal.set_facts(identity=identity | {"reference pictures": None})
+        with pytest.raises(RunFolderProblem, match=r"paid answers for other reference pictures: .*--run-dir"):
+            agent(folder, tmp_path, description(8, 8)).prepare()
+
+
+def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkeypatch):
+    seen = []
+
+    def noting(images_NCHW, **options):
+        seen.append(images_NCHW)
+        return Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+
+    monkeypatch.setattr(agents, "train_generator", noting)
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(8, 8))
+        made.prepare()
+        made.deprivatize()
+        _, reference_NCHW = made._split
+        trained = {image.numpy().tobytes() for image in seen[0]}
+        reference = {image.numpy().tobytes() for image in reference_NCHW}
+        assert (len(trained), len(reference), trained & reference) == (56, 8, set())

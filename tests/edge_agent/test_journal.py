@@ -159,7 +159,7 @@ def test_journal_of_another_format_is_refused(tmp_path):
     journal = Journal.open(tmp_path / "journal.db")
     journal.set_facts(format=99)
     journal.close()
-    with pytest.raises(RunFolderProblem, match="format 3, got 99"):
+    with pytest.raises(RunFolderProblem, match="format 4, got 99"):
         Journal.open(tmp_path / "journal.db")
 
 
@@ -202,7 +202,7 @@ def test_journal_of_format_1_is_upgraded_in_place_and_loses_nothing(tmp_path):
     old.close()
     for _ in range(2):
         journal = Journal.open(path)
-        assert (journal.run_id, journal.fact("format")) == ("old", 3)
+        assert (journal.run_id, journal.fact("format")) == ("old", 4)
         assert journal.totals().sent_pictures == 6
         assert journal.charges() == {"a": 3}
         assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
@@ -245,7 +245,7 @@ def test_journal_of_format_2_is_upgraded_in_place_and_knows_what_was_sent(tmp_pa
     old.close()
     for _ in range(2):
         journal = Journal.open(path)
-        assert (journal.run_id, journal.fact("format")) == ("old", 3)
+        assert (journal.run_id, journal.fact("format")) == ("old", 4)
         assert journal.totals().sent_pictures == 3 + 3 * 5
         assert journal.charges() == {"a": 3}
         assert list(journal.receipts()) == [("a", Receipt(account="device", sequence=3, head=b"\x04"))]

@@ -15,7 +15,7 @@ from edge_agent import kserve
 from edge_agent import pool as pools
 from edge_agent import teacher as teachers
 from edge_agent.config import KServeConfig
-from edge_agent.egress import EgressDoor, PrivatePictureStopped
+from edge_agent.egress import CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadCredential, BadInput, BudgetSpent, TeacherAway
 from edge_agent.journal import Journal
 from edge_agent.kserve import Address, KServeTeacher, Reading, read_model
@@ -31,6 +31,7 @@ from tests.teacher_service.certificates import Authority
 
 LOGITS = KServeConfig(output_kind="logits")
 NOTHING_LOCAL = EgressDoor(np.zeros((0, 1, 8, 8), np.uint8))
+NOTHING_NEAR = CopyGate(torch.zeros((0, 1, 8, 8), dtype=torch.uint8), 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,7 @@ def ask(
             generator,
             outbox_door,
             description,
+            gate=NOTHING_NEAR,
             budget=budget,
             batch_pictures=batch_pictures,
             seed=0,
@@ -517,7 +519,15 @@ def test_resumed_run_counts_what_it_sends_again(journal, generator):
         teacher = open_teacher(address)
         description = teacher.describe()
         box = PoolOutbox(
-            journal, generator, NOTHING_LOCAL, description, budget=100, batch_pictures=16, seed=0, counts_sent=True
+            journal,
+            generator,
+            NOTHING_LOCAL,
+            description,
+            gate=NOTHING_NEAR,
+            budget=100,
+            batch_pictures=16,
+            seed=0,
+            counts_sent=True,
         )
         first = box.next_batch()  # counted, and the process dies before or after it was sent
         teacher.close()
@@ -703,6 +713,7 @@ def test_local_picture_does_not_leave_this_way_either(journal, generator):
             generator,
             box_door,
             open_and_describe(address),
+            gate=NOTHING_NEAR,
             budget=16,
             batch_pictures=16,
             seed=0,
@@ -725,6 +736,7 @@ def test_local_picture_is_not_even_planned(journal, generator):
             generator,
             NOTHING_LOCAL,
             description,
+            gate=NOTHING_NEAR,
             budget=16,
             batch_pictures=16,
             seed=0,
@@ -975,7 +987,15 @@ def test_another_model_stops_the_run_before_anything_is_sent(journal, generator)
         description = teacher.describe()
         model.versions = ["2"]
         box = PoolOutbox(
-            journal, generator, NOTHING_LOCAL, description, budget=16, batch_pictures=16, seed=0, counts_sent=True
+            journal,
+            generator,
+            NOTHING_LOCAL,
+            description,
+            gate=NOTHING_NEAR,
+            budget=16,
+            batch_pictures=16,
+            seed=0,
+            counts_sent=True,
         )
         with pytest.raises(BadInput, match=r"this run began with the model metadata-.*nothing was sent"):
             fill_pool(teacher, journal, box, description, progress=lambda answered: None)
@@ -1020,7 +1040,7 @@ def test_teacher_that_keeps_books_gets_its_batches_back_whole(journal, generator
 
     def box(**changes):
         options = {"budget": 16, "batch_pictures": 16, "seed": 0, **changes}
-        return PoolOutbox(journal, generator, NOTHING_LOCAL, description, **options)
+        return PoolOutbox(journal, generator, NOTHING_LOCAL, description, gate=NOTHING_NEAR, **options)
 
     batch = box().next_batch()
     assert box(budget=16, batch_pictures=4).next_batch() == batch

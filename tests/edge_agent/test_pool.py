@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edge_agent import pool as pools
-from edge_agent.egress import EgressDoor, PrivatePictureStopped
+from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadInput, BudgetSpent
 from edge_agent.journal import Journal
 from edge_agent.pixels import quantise
@@ -24,6 +24,7 @@ DESCRIPTION = Description(
     model_digest="m", labels=("a", "b", "c"), channels=1, height=8, width=8, max_batch_pictures=64
 )
 NOTHING_LOCAL = EgressDoor(np.zeros((0, 1, 8, 8), np.uint8))
+NO_PICTURES = torch.zeros((0, 1, 8, 8), dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -39,8 +40,27 @@ def generator():
     return Generator(class_count=3, noise_count=5, side=8, channels=1, width=4).eval().requires_grad_(False)
 
 
-def outbox(journal, generator, *, budget=100, batch_pictures=16, seed=0, door=NOTHING_LOCAL, description=DESCRIPTION):
-    return PoolOutbox(journal, generator, door, description, budget=budget, batch_pictures=batch_pictures, seed=seed)
+def outbox(
+    journal,
+    generator,
+    *,
+    budget=100,
+    batch_pictures=16,
+    seed=0,
+    door=NOTHING_LOCAL,
+    description=DESCRIPTION,
+    gate=None,
+):
+    return PoolOutbox(
+        journal,
+        generator,
+        door,
+        description,
+        gate=gate or CopyGate(NO_PICTURES, 0.0),
+        budget=budget,
+        batch_pictures=batch_pictures,
+        seed=seed,
+    )
 
 
 class Account:
@@ -154,6 +174,84 @@ def test_local_picture_is_stopped_before_it_is_planned(journal, generator):
         outbox(other, generator, door=EgressDoor(images_NCHW[3:4])).next_batch()
     assert other.totals().planned_pictures == 0
     other.close()
+
+
+def pixels_planned(journal) -> np.ndarray:
+    return np.concatenate(
+        [codec.decode_images(wire.Batch.FromString(request).images) for request in journal.requests()]
+    )
+
+
+def gate_that_knows(images_NCHW) -> CopyGate:
+    """With so many pictures behind it that a few copies do not stop the run."""
+    return CopyGate(torch.from_numpy(images_NCHW.copy()), 0.5, seen=2000)
+
+
+def test_near_copies_are_replaced_from_the_slots_own_stream_and_counted(tmp_path, generator):
+    def planned(name, gate, *, stop_after=0):
+        journal = Journal.open(tmp_path / name)
+        for _ in range(stop_after):
+            outbox(journal, generator, budget=48, gate=gate).next_batch()
+        box = outbox(journal, generator, budget=48, gate=gate)
+        while box.next_batch() is not None:
+            pass
+        found = pixels_planned(journal), journal.totals().dropped_pictures
+        journal.close()
+        return found
+
+    free_NCHW, none = planned("free", CopyGate(NO_PICTURES, 0.0))
+    known_NCHW = free_NCHW[[3, 20]]  # one of the first batch, one of the second
+    gated_NCHW, dropped = planned("gated", gate_that_knows(known_NCHW))
+    assert (none, dropped) == (0, 2)
+    kept = [i for i in range(48) if i not in (3, 20)]
+    assert all(any((gated == free_NCHW[i]).all() for gated in gated_NCHW) for i in kept), "only copies are replaced"
+    assert not any((gated == known).all() for gated in gated_NCHW for known in known_NCHW)
+    killed_NCHW, dropped_too = planned("killed", gate_that_knows(known_NCHW), stop_after=1)
+    assert dropped_too == 2 and np.array_equal(killed_NCHW, gated_NCHW), "a resumed run plans what it would have"
+    mirrored_NCHW, dropped_mirrored = planned("mirrored", gate_that_knows(known_NCHW[..., ::-1]))
+    assert dropped_mirrored == 2 and np.array_equal(mirrored_NCHW, gated_NCHW)
+
+
+def test_drops_of_a_batch_stay_counted_when_it_is_shrunk(journal, generator):
+    sample = Journal.open(journal._path.with_name("sample.db"))
+    outbox(sample, generator, budget=16).next_batch()
+    gate = gate_that_knows(pixels_planned(sample)[:1])
+    sample.close()
+    box = outbox(journal, generator, gate=gate)
+    box.shrink(box.next_batch(), 5)
+    assert (journal.totals().planned_pictures, journal.totals().dropped_pictures) == (5, 1)
+
+
+def test_generator_that_begins_to_copy_later_is_stopped_before_that_batch_is_planned(journal, generator):
+    sample = Journal.open(journal._path.with_name("sample.db"))
+    box = outbox(sample, generator, budget=100)
+    while box.next_batch() is not None:
+        pass
+    later_NCHW = pixels_planned(sample)[32:]
+    sample.close()
+    gate = CopyGate(torch.from_numpy(later_NCHW), 0.5, seen=500)
+    box = outbox(journal, generator, gate=gate)
+    with pytest.raises(CopiesStopped, match=r"^16 of 548 synthetic pictures"):
+        while box.next_batch() is not None:
+            pass
+    assert journal.totals().planned_pictures == 32
+
+
+def test_probe_is_large_seeded_and_of_no_slots_pictures(journal, generator):
+    class Noting(CopyGate):
+        def passing(self, images_NCHW):
+            self.noted = [*getattr(self, "noted", []), images_NCHW]
+            return super().passing(images_NCHW)
+
+    gates = [Noting(NO_PICTURES, 0.0) for _ in range(3)]
+    for gate, seed in zip(gates, (0, 0, 1), strict=True):
+        pools.probe(generator, gate, seed=seed)
+    first, again, other = (torch.cat(gate.noted) for gate in gates)
+    assert len(first) == gates[0].seen == pools.PROBE_PICTURES
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    outbox(journal, generator, budget=16).next_batch()
+    sent = {image.tobytes() for image in pixels_planned(journal)}
+    assert not sent & {image.numpy().tobytes() for image in first}
 
 
 def test_account_with_less_than_a_batch_gets_a_smaller_one_under_a_new_id(journal, generator):

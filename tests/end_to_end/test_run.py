@@ -31,6 +31,10 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
     assert summary["queries"] == {"budget": 200, "charged": 200, "deprivatize": 0, "distill": 200, "adapt": 0}
     assert summary["ledger"] == {"debited": 200, "held": 0, "balance": 800}
     assert summary["private_images_sent"] == 0
+    privacy = summary["privacy"]
+    assert privacy["reference_pictures"] == 8 and privacy["threshold"] > 0
+    assert privacy["dropped"] == 0 == privacy["dropped_share"]
+    assert privacy["membership_auc_low"] < privacy["membership_auc"] < privacy["membership_auc_high"]
     assert 0 <= summary["agreement_synthetic"] <= 1
     assert summary["accuracy"] == {"teacher": None, "student": None, "student_adapted": None}
     assert summary["bytes"]["sent"] > 200 * 64 and summary["bytes"]["received"] > 200 * 4 * 4
@@ -399,3 +403,75 @@ main()
     assert "local pictures" in copied.stderr
     assert world.books()["posted"] == 0
     shutil.rmtree(world.run_dir)
+
+
+# A generator that gives out the pictures it was trained on, each time with noise that no hash sees through.
+MEMORISER = """
+import sys
+from edge_agent import agent, egress, pool, privacy
+from edge_agent.cli import main
+import torch
+
+class Memoriser(torch.nn.Linear):
+    def __init__(self, training_NCHW, arguments):
+        super().__init__(1, 1)
+        self.training_NCHW, self.arguments = training_NCHW, arguments
+
+    def forward(self, latents_NL):
+        chosen_N = (latents_NL[:, -1].abs() * 1e6).long() % len(self.training_NCHW)
+        noise_NCHW = torch.sin(1e3 * latents_NL[:, :1] + torch.arange(64.0)).reshape(-1, 1, 8, 8)
+        return self.training_NCHW[chosen_N].float() / 127.5 - 1 + 0.03 * noise_NCHW
+
+original = agent.Agent._generator
+agent.Agent._generator = lambda self: Memoriser(self._split[0], original(self).arguments)
+{more}
+main()
+"""
+
+
+def memorising_agent(world, more: str = "") -> "subprocess.CompletedProcess[str]":
+    command = world.agent_command(phase="distill", budget=64)
+    return subprocess.run(
+        [str(Path(command[0]).with_name("python")), "-c", MEMORISER.replace("{more}", more), *command[1:]],
+        env=world.environment(),
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+def test_generator_that_memorises_is_stopped_before_anything_is_sent(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(phase="deprivatize").returncode == 0
+    for _ in range(2):  # and nothing changes when the same command is typed again
+        stopped = memorising_agent(world)
+        assert stopped.returncode == 2, stopped.stderr
+        assert "error: 2000 of 2000 synthetic pictures are within" in stopped.stderr
+        assert "Traceback" not in stopped.stderr and "--run-dir" in stopped.stderr
+        assert world.books()["posted"] == 0 and world.summary()["bytes"]["sent"] == 0
+        assert world.summary()["privacy"]["dropped_share"] == 1.0
+    # The check can fail: without the gate the same pictures leave, and the door's hashes see nothing in them.
+    open_gate = "egress.CopyGate.passing = lambda self, images: torch.ones(len(images), dtype=torch.bool)"
+    shutil.rmtree(world.run_dir)
+    assert world.agent(phase="deprivatize").returncode == 0
+    without = memorising_agent(
+        world, f"{open_gate}; pool.probe = lambda *parts, **options: setattr(parts[1], 'seen', 1)"
+    )
+    assert without.returncode == 0, without.stderr
+    assert world.books()["posted"] == 64 and world.summary()["private_images_sent"] == 0
+    # What left is told by the attack: of 72 members about 42 were sent at least once.
+    assert world.summary()["privacy"]["membership_auc_low"] > 0.5
+
+
+def test_honest_generator_of_real_digits_keeps_members_secret(world):
+    world.account(1000)
+    world.start_server("array:10,1,8,8")
+    done = world.agent("--images", "digits", "--set", "deprivatize.steps=60", budget=500)
+    assert done.returncode == 0, done.stderr
+    privacy = world.summary()["privacy"]
+    assert privacy["reference_pictures"] == 44 and privacy["dropped"] == 0
+    # One interval of twenty misses 0.5 by chance, and this one is of the stronger of two attacks.
+    assert privacy["membership_auc_low"] < 0.55 and privacy["membership_auc_high"] > 0.45
+    assert privacy["membership_auc_high"] - privacy["membership_auc_low"] < 0.2
