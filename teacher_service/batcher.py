@@ -23,6 +23,11 @@ UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 
+LONGEST_ON_LOOP_SECONDS = 0.01
+MOST_LONG_CALLS = 3
+"""In a row, by an engine that was quick: one may be the machine's fault, so many are its own."""
+
+
 class QueueFull(Exception):
     """No place for so many pictures."""
 
@@ -90,6 +95,8 @@ class Batcher:
         calls_at_once: engine calls under way together. With more than one, a call beyond the first begins only with
             a full batch: a batch that is not full gains more by waiting for company.
         on_call: told of each engine call that gave answers, for metrics.
+        is_quick: its calls are so short that each is made at once, on the event loop, without queue or thread; until
+            ``MOST_LONG_CALLS`` in a row took longer than ``LONGEST_ON_LOOP_SECONDS``.
     """
 
     def __init__(
@@ -100,12 +107,15 @@ class Batcher:
         max_queue_pictures: int,
         calls_at_once: int = 1,
         on_call: Callable[[EngineCall], None] = lambda call: None,
+        is_quick: bool = False,
     ) -> None:
         self._answer = answer
         self._max_batch_pictures = max_batch_pictures
         self.max_queue_pictures = max_queue_pictures
         self._calls_at_once = calls_at_once
         self._on_call = on_call
+        self._is_quick = is_quick
+        self._long_calls = 0
         self.taken_pictures = 0
         self._taken_by_owner: Counter[str] = Counter()
         self._queue: FairQueue[_Part] = FairQueue()
@@ -168,6 +178,8 @@ class Batcher:
         """
         if self._stopped:
             raise CallerGone
+        if self._is_quick:
+            return self._answered_at_once(images_NCHW, has_gone, deadline)
         starts = range(0, max(1, len(images_NCHW)), self._max_batch_pictures)
         submission = _Submission(has_gone, len(starts))
         for number, start in enumerate(starts):
@@ -182,6 +194,26 @@ class Batcher:
             return await submission.outcome
         finally:
             expiry.cancel()
+
+    def _answered_at_once(
+        self, images_NCHW: UInt8Array, has_gone: Callable[[], bool], deadline: float | None
+    ) -> Float32Array:
+        """What ``ask`` promises, of a quick engine: nobody ever waits for it, so there is no queue to be fair in."""
+        if has_gone() or (deadline is not None and time.monotonic() >= deadline):
+            raise CallerGone
+        answers = []
+        for start in range(0, max(1, len(images_NCHW)), self._max_batch_pictures):
+            part_NCHW = images_NCHW[start : start + self._max_batch_pictures]
+            started = time.perf_counter()
+            outcome = self._outcome([part_NCHW])
+            seconds = time.perf_counter() - started
+            self._long_calls = self._long_calls + 1 if seconds > LONGEST_ON_LOOP_SECONDS else 0
+            self._is_quick = self._long_calls < MOST_LONG_CALLS
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._on_call(EngineCall(len(part_NCHW), seconds, (0.0,)))
+            answers.append(outcome)
+        return answers[0] if len(answers) == 1 else np.concatenate(answers)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -211,23 +243,24 @@ class Batcher:
 
         Where it fails each part is tried alone: one caller's picture must not fail another's batch.
         """
+        images = [part.images_NCHW for part in batch]
         started = time.perf_counter()
-        outcome = self._outcome(batch)
+        outcome = self._outcome(images)
         if isinstance(outcome, Exception) and len(batch) > 1:
-            outcomes = [self._outcome([part]) for part in batch]
+            outcomes = [self._outcome([alone_NCHW]) for alone_NCHW in images]
         elif isinstance(outcome, Exception):
             outcomes = [outcome]
         else:
-            ends = np.cumsum([len(part.images_NCHW) for part in batch])
+            ends = np.cumsum([len(alone_NCHW) for alone_NCHW in images])
             outcomes = list(np.split(outcome, ends[:-1]))
         ended = time.perf_counter()
         with contextlib.suppress(RuntimeError):  # the loop is closed: stopped long ago, and everyone told
             loop.call_soon_threadsafe(self._called, batch, outcomes, started, ended)
 
-    def _outcome(self, batch: list[_Part]) -> Float32Array | Exception:
+    def _outcome(self, images: list[UInt8Array]) -> Float32Array | Exception:
         outcome: Float32Array | Exception
         try:
-            outcome = self._answers(batch)
+            outcome = self._answers(images)
         except Exception as error:  # every caller is told; the thread lives on
             outcome = error
         except BaseException as error:  # SystemExit and its like would end nothing but this answer
@@ -236,10 +269,8 @@ class Batcher:
             outcome = RuntimeError(f"the engine raised {outcome!r}")
         return outcome
 
-    def _answers(self, batch: list[_Part]) -> Float32Array:
-        stacked_NCHW = batch[0].images_NCHW
-        if len(batch) > 1:
-            stacked_NCHW = np.concatenate([part.images_NCHW for part in batch])
+    def _answers(self, images: list[UInt8Array]) -> Float32Array:
+        stacked_NCHW = images[0] if len(images) == 1 else np.concatenate(images)
         answers_NK = self._answer(stacked_NCHW)
         if len(answers_NK) != len(stacked_NCHW):
             raise RuntimeError(f"expected {len(stacked_NCHW)} answers of the engine, got {len(answers_NK)}")

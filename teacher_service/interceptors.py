@@ -35,6 +35,20 @@ STREAMS_WITHOUT_CREDENTIAL = 256
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 
 
+class _Wrapped:
+    """The handlers that an interceptor made of others: gRPC asks for one with every call, and comes with the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Handler, Handler]] = {}
+
+    def once(self, method: str, handler: "Handler", wrap: "Callable[[str, Handler], Handler]") -> "Handler":
+        """``wrap(method, handler)``, as it was made before where the method's handler is still the same."""
+        made = self._made.get(method)
+        if made is None or made[0] is not handler:
+            made = self._made[method] = handler, wrap(method, handler)
+        return made[1]
+
+
 class Gate(grpc.aio.ServerInterceptor):
     """Bounds the streams that are open, and lets nothing new in while the server drains. Behind authentication."""
 
@@ -88,42 +102,50 @@ class Readable(grpc.aio.ServerInterceptor):
     gRPC itself would say UNKNOWN, and each of them, from anybody at all, would put a traceback into the log.
     """
 
+    def __init__(self) -> None:
+        self._wrapped = _Wrapped()
+
     async def intercept_service(
         self, continuation: Continuation, details: grpc.HandlerCallDetails
     ) -> "Handler | None":
         handler = await continuation(details)
         if handler is None or handler.request_deserializer is None:
             return handler
-        parse, behaviour = handler.request_deserializer, behaviour_of(handler)
+        return self._wrapped.once(details.method, handler, _readable)
 
-        def read(message: bytes) -> Any:
-            try:
-                return parse(message)
-            except DecodeError:
-                got = f"{len(message)} bytes that are none"
-                expected = f"a message of {details.method}"
-                return Refusal.of(Reason.INVALID_REQUEST, field="message", expected=expected, got=got)
 
-        def given(request: Any) -> Any:
-            return _ReadRequests(request) if handler.request_streaming else _unless_refused(request)
+def _readable(method: str, handler: "Handler") -> "Handler":
+    parse, behaviour = handler.request_deserializer, behaviour_of(handler)
+    assert parse is not None
 
-        async def answer(request: Any, context: Any) -> Any:
-            try:
-                return await behaviour(given(request), context)
-            except Refusal as refusal:
-                await abort(context, refusal)
+    def read(message: bytes) -> Any:
+        try:
+            return parse(message)
+        except DecodeError:
+            got = f"{len(message)} bytes that are none"
+            expected = f"a message of {method}"
+            return Refusal.of(Reason.INVALID_REQUEST, field="message", expected=expected, got=got)
 
-        async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
-            try:
-                async with contextlib.aclosing(behaviour(given(request), context)) as responses:
-                    async for response in responses:
-                        yield response
-            except Refusal as refusal:
-                await abort(context, refusal)
+    def given(request: Any) -> Any:
+        return _ReadRequests(request) if handler.request_streaming else _unless_refused(request)
 
-        guarded: Any = with_behaviour(handler, answer_stream if inspect.isasyncgenfunction(behaviour) else answer)
-        readable: Handler = guarded._replace(request_deserializer=read)
-        return readable
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            return await behaviour(given(request), context)
+        except Refusal as refusal:
+            await abort(context, refusal)
+
+    async def answer_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async with contextlib.aclosing(behaviour(given(request), context)) as responses:
+                async for response in responses:
+                    yield response
+        except Refusal as refusal:
+            await abort(context, refusal)
+
+    guarded: Any = with_behaviour(handler, answer_stream if inspect.isasyncgenfunction(behaviour) else answer)
+    readable: Handler = guarded._replace(request_deserializer=read)
+    return readable
 
 
 def _unless_refused(request: Any) -> Any:
@@ -150,6 +172,7 @@ class RpcMetrics(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._wrapped = _Wrapped()
 
     async def intercept_service(
         self, continuation: Continuation, details: grpc.HandlerCallDetails
@@ -158,7 +181,10 @@ class RpcMetrics(grpc.aio.ServerInterceptor):
         if handler is None:  # a name that a caller made up: gRPC answers UNIMPLEMENTED
             self._metrics.rpc_unknown()
             return None
-        service, _, method = details.method.lstrip("/").partition("/")
+        return self._wrapped.once(details.method, handler, self._counted)
+
+    def _counted(self, name: str, handler: "Handler") -> "Handler":
+        service, _, method = name.lstrip("/").partition("/")
         kind = {(False, False): "unary", (True, False): "client_stream", (False, True): "server_stream"}.get(
             (handler.request_streaming, handler.response_streaming), "bidi_stream"
         )

@@ -6,13 +6,14 @@ takes to fill up: there are never more entries than a small multiple of the acco
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from protos.errors import Reason, Refusal
 from teacher_service.terms import Terms
 
 LONGEST_SPREAD_SECONDS = 60.0
 SMALLEST_SWEEP = 64  # accounts
+_UNLIMITED = nullcontext()
 
 
 class _Account:
@@ -43,12 +44,14 @@ class Limits:
         self.streams = 0
         """Open now."""
 
-    @contextmanager
-    def batch(self, name: str, terms: Terms, picture_count: int) -> Iterator[None]:
+    def batch(self, name: str, terms: Terms, picture_count: int) -> AbstractContextManager[None]:
         """The time that a batch is under way. Refusal: TOO_MANY_OUTSTANDING, RATE_LIMITED; those use nothing up."""
         if terms.max_outstanding_pictures is None and terms.pictures_per_second is None:
-            yield
-            return
+            return _UNLIMITED
+        return self._limited_batch(name, terms, picture_count)
+
+    @contextmanager
+    def _limited_batch(self, name: str, terms: Terms, picture_count: int) -> Iterator[None]:
         account = self._account(name)
         most = terms.max_outstanding_pictures
         if most is not None and account.outstanding_pictures + picture_count > most:

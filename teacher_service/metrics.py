@@ -1,12 +1,13 @@
 """Every Prometheus metric of the server, declared once, with its unit."""
 
+import functools
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, make_wsgi_app
@@ -65,6 +66,9 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_QueueCollector(queue_pictures))
+        # To find a counter by its labels costs more than to count; as many as the registry has, at most.
+        self._batches: dict[tuple[str, str, str], _BatchCounters] = {}
+        self._balances: dict[str, Gauge] = {}
         self._rpcs: dict[tuple[str, str, str], RpcCounters] = {}
         rpc = ["grpc_type", "grpc_service", "grpc_method"]
         self._rpc_started = Counter("grpc_server_started_total", "Calls begun.", rpc, registry=self.registry)
@@ -84,9 +88,19 @@ class Metrics:
 
     def batch_done(self, *, protocol: str, account: str, outcome: str, pictures: int, seconds: float) -> None:
         """One batch answered ("charged", "replayed"), refused (the reason's name, lower case), failed or departed."""
-        self._requests.labels(protocol, outcome).inc()
-        self._duration.labels(protocol).observe(seconds)
-        self._pictures.labels(self._bounded(account), outcome).inc(pictures)
+        counters = self._batches.get((protocol, account, outcome))
+        if counters is None:
+            bounded = self._bounded(account)
+            counters = _BatchCounters(
+                requests=self._requests.labels(protocol, outcome),
+                duration=self._duration.labels(protocol),
+                pictures=self._pictures.labels(bounded, outcome),
+            )
+            if bounded == account:  # of the others there is no end
+                self._batches[protocol, account, outcome] = counters
+        counters.requests.inc()
+        counters.duration.observe(seconds)
+        counters.pictures.inc(pictures)
 
     def engine_batch(self, pictures: int, seconds: float, waited_seconds: Iterable[float]) -> None:
         """One engine call, and how long each batch of a caller in it had waited for it."""
@@ -97,8 +111,12 @@ class Metrics:
 
     def balance(self, account: str, pictures: int) -> None:
         """An account's balance; "other" has none."""
-        if self._bounded(account) != OTHER:
-            self._balance.labels(account).set(pictures)
+        balance = self._balances.get(account)
+        if balance is None:
+            if self._bounded(account) == OTHER:
+                return
+            balance = self._balances[account] = self._balance.labels(account)
+        balance.set(pictures)
 
     def serve(self, host: str, port: int, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
         """Serves /metrics from threads of its own and returns the port. Raises OSError.
@@ -116,11 +134,12 @@ class Metrics:
         """The counters of one method of ours; the names of others are callers' own and stay out: ``rpc_unknown``."""
         names = (kind, service, method)
         if names not in self._rpcs:
+            handled = functools.cache(lambda code: self._rpc_handled.labels(*names, code))
             self._rpcs[names] = RpcCounters(
                 started=self._rpc_started.labels(*names).inc,
                 received=self._rpc_received.labels(*names).inc,
                 sent=self._rpc_sent.labels(*names).inc,
-                ended=lambda code: self._rpc_handled.labels(*names, code).inc(),
+                ended=lambda code: handled(code).inc(),
                 took_seconds=self._rpc_seconds.labels(*names).observe,
             )
         return self._rpcs[names]
@@ -137,6 +156,14 @@ class Metrics:
                 return OTHER
             self._accounts.add(account)
         return account
+
+
+class _BatchCounters(NamedTuple):
+    """What is counted of batches alike."""
+
+    requests: Counter
+    duration: Histogram
+    pictures: Counter
 
 
 @dataclass(frozen=True, kw_only=True)

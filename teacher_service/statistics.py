@@ -2,8 +2,6 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from teacher_service.batcher import EngineCall
@@ -18,8 +16,12 @@ class Duration:
 
     def add(self, seconds: float) -> None:
         """One more."""
+        self.add_ns(_ns(seconds))
+
+    def add_ns(self, ns: int) -> None:
+        """The same in whole nanoseconds, for what is added to several."""
         self.count += 1
-        self.ns += max(0, round(seconds * 1e9))
+        self.ns += ns
 
 
 @dataclass
@@ -31,32 +33,16 @@ class BatchCounters:
     compute_output: Duration = field(default_factory=Duration)
 
 
+@dataclass(slots=True)
 class Parts:
     """How long the parts of one batch took, in seconds; 0 for what it did not come to."""
 
-    def __init__(self) -> None:
-        self.input = self.wait = self.output = 0.0
-
-    @contextmanager
-    def compute_input(self) -> Iterator[None]:
-        """Decoding."""
-        started = time.perf_counter()
-        yield
-        self.input = time.perf_counter() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """From the queue to the engine's answer."""
-        started = time.perf_counter()
-        yield
-        self.wait = time.perf_counter() - started
-
-    @contextmanager
-    def compute_output(self) -> Iterator[None]:
-        """What the account's terms make of the answer."""
-        started = time.perf_counter()
-        yield
-        self.output = time.perf_counter() - started
+    input: float = 0.0
+    """Decoding."""
+    wait: float = 0.0
+    """From the queue to the engine's answer."""
+    output: float = 0.0
+    """What the account's terms make of the answer."""
 
 
 @dataclass
@@ -104,36 +90,45 @@ class Statistics:
 
     def batch_done(self, account: str, outcome: str, pictures: int, seconds: float, parts: Parts) -> None:
         """One batch "charged", "replayed", or neither: refused, failed, or left by its caller."""
-        counters = self._accounts.setdefault(account, Counters())
+        counters = self._accounts.get(account) or self._accounts.setdefault(account, Counters())
         self._accounts.move_to_end(account)
         if len(self._accounts) > self._max_accounts:
             self._accounts.popitem(last=False)
         # Of all that a batch waited, the engine had what its last call took: that call's answer ended the wait.
         engine = min(self.engine_seconds, parts.wait)
+        all_ns, input_ns, engine_ns, output_ns = map(_ns, (seconds, parts.input, engine, parts.output))
+        queue_ns, miss_ns = _ns(parts.wait - engine), _ns(seconds - parts.input - parts.wait - parts.output)
+        now_ms = time.time_ns() // 1_000_000
         for each in (self.total, counters):
             if outcome not in ("charged", "replayed"):
-                each.fail.add(seconds)
+                each.fail.add_ns(all_ns)
                 continue
-            each.last_inference_ms = time.time_ns() // 1_000_000
+            each.last_inference_ms = now_ms
             each.inference_count += pictures
-            each.success.add(seconds)
+            each.success.add_ns(all_ns)
             if outcome == "replayed":
-                each.cache_hit.add(seconds)
+                each.cache_hit.add_ns(all_ns)
                 continue
-            each.cache_miss.add(seconds - parts.input - parts.wait - parts.output)
-            each.queue.add(parts.wait - engine)
-            each.compute_input.add(parts.input)
-            each.compute_infer.add(engine)
-            each.compute_output.add(parts.output)
+            each.cache_miss.add_ns(miss_ns)
+            each.queue.add_ns(queue_ns)
+            each.compute_input.add_ns(input_ns)
+            each.compute_infer.add_ns(engine_ns)
+            each.compute_output.add_ns(output_ns)
         if outcome == "charged":
             counters.execution_count += 1
-            sized = counters.batches.setdefault(pictures, BatchCounters())
-            sized.compute_input.add(parts.input)
-            sized.compute_infer.add(engine)
-            sized.compute_output.add(parts.output)
+            sized = counters.batches.get(pictures) or counters.batches.setdefault(pictures, BatchCounters())
+            sized.compute_input.add_ns(input_ns)
+            sized.compute_infer.add_ns(engine_ns)
+            sized.compute_output.add_ns(output_ns)
 
     def engine_call(self, call: EngineCall) -> None:
         """One engine call, with whatever batches were stacked for it."""
         self.engine_seconds = call.seconds
         self.total.execution_count += 1
-        self.total.batches.setdefault(call.picture_count, BatchCounters()).compute_infer.add(call.seconds)
+        batches, count = self.total.batches, call.picture_count
+        sized = batches.get(count) or batches.setdefault(count, BatchCounters())
+        sized.compute_infer.add(call.seconds)
+
+
+def _ns(seconds: float) -> int:
+    return max(0, round(seconds * 1e9))

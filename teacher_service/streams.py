@@ -64,23 +64,35 @@ class _Stream(Generic[Q, R]):
         self.outgoing: asyncio.Queue[tuple[R, bool] | Refusal | None] = asyncio.Queue(window_batches + 3)
         self.is_draining = False
         self._requests = requests
-        self._reading: asyncio.Future[Q | None] | None = None
+        self._reader: asyncio.Task[Any] | None = None  # while it waits for a message
+        self._is_interrupted = False
 
     async def read(self) -> Q | None:
-        """The next message; None when the caller has half-closed or the server is draining."""
+        """The next message; None when the caller has half-closed or the server is draining.
+
+        For one task alone. A drain cancels the wait and not the task: a task of its own for each message would cost
+        more than all else that reading does.
+        """
         if self.is_draining:
             return None
-        self._reading = asyncio.ensure_future(anext(self._requests, None))
+        self._reader = reader = asyncio.current_task()
+        assert reader is not None
         try:
-            await asyncio.wait((self._reading,))
-            return None if self._reading.cancelled() else self._reading.result()
+            return await anext(self._requests, None)
+        except asyncio.CancelledError:
+            if self._is_interrupted:
+                reader.uncancel()
+            if reader.cancelling():  # by what ended the stream
+                raise
+            return None  # the call itself may be cancelled, too: nothing more will come
         finally:
-            self._reading.cancel()
+            self._reader = None
 
     def drain(self) -> None:
         self.is_draining = True
-        if self._reading is not None:
-            self._reading.cancel()
+        if self._reader is not None and not self._is_interrupted:
+            self._is_interrupted = True
+            self._reader.cancel()
 
 
 class Calls:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from teacher_service.batcher import Batcher, CallerGone, QueueFull
+from teacher_service.batcher import LONGEST_ON_LOOP_SECONDS, MOST_LONG_CALLS, Batcher, CallerGone, QueueFull
 from tests.teacher_service.parts import until
 
 
@@ -428,3 +428,50 @@ async def test_a_picture_that_breaks_the_engine_fails_its_own_batch_and_nobody_e
         assert sizes[:2] == [1, 5] and sorted(sizes[2:]) == [2, 3] and calls == [1, 3]
     finally:
         await batcher.stop()
+
+
+async def test_a_quick_engine_is_asked_on_the_loop_and_keeps_every_promise() -> None:
+    engine = Doubler()
+    threads: list[int] = []
+    calls: list[int] = []
+
+    def answer(images_NCHW: np.ndarray) -> np.ndarray:
+        threads.append(threading.get_ident())
+        return engine(images_NCHW)
+
+    batcher = Batcher(
+        answer,
+        max_batch_pictures=4,
+        max_queue_pictures=100,
+        on_call=lambda call: calls.append(call.picture_count),
+        is_quick=True,
+    )
+    batcher.start()
+    assert (await batcher.ask(images(1, 2, 3, 4, 5))).tolist() == [[2.0], [4.0], [6.0], [8.0], [10.0]]
+    assert (engine.calls, calls) == ([[1, 2, 3, 4], [5]], [4, 1])
+    for left in ({"has_gone": lambda: True}, {"deadline": time.monotonic() - 1}):
+        with pytest.raises(CallerGone):
+            await batcher.ask(images(6), **left)
+    engine.fail_on = {7: OSError("broken"), 8: SystemExit(1)}
+    with pytest.raises(OSError, match="broken"):
+        await batcher.ask(images(7))
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        await batcher.ask(images(8))
+    assert (await batcher.ask(images(9))).tolist() == [[18.0]]
+    assert [6] not in engine.calls and set(threads) == {threading.get_ident()}
+    await batcher.stop()
+    with pytest.raises(CallerGone):
+        await batcher.ask(images(1))
+
+
+async def test_an_engine_that_is_quick_no_longer_leaves_the_loop_for_its_thread() -> None:
+    engine = Doubler()
+    async with running(engine, is_quick=True) as batcher:
+        engine.seconds = 2 * LONGEST_ON_LOOP_SECONDS
+        for value in range(MOST_LONG_CALLS):
+            assert (await batcher.ask(images(value))).tolist() == [[2.0 * value]]
+        engine.calls.clear()
+        first = await blocked(engine, batcher)  # the loop goes on while the engine is held up
+        assert not first.done()
+        engine.gate.set()
+        assert (await first).tolist() == [[0.0]]

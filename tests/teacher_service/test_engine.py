@@ -1,10 +1,11 @@
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from teacher_service.engine import ArrayEngine, Engine, IdentityEngine
+from teacher_service.engine import ArrayEngine, Engine, EngineError, IdentityEngine, is_quick
 
 
 def pictures(count: int, channels: int = 1, height: int = 8, width: int = 8) -> np.ndarray:
@@ -61,3 +62,34 @@ def test_identity_engine_answers_with_the_first_pixels_as_probabilities() -> Non
 def test_the_engine_module_does_not_import_torch() -> None:
     code = "import sys, teacher_service.engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_an_engine_that_answers_a_full_batch_quickly_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    seconds = {1: 0.0, 512: 0.0}
+    now = 0.0
+
+    class Timed(IdentityEngine):
+        def answer(self, images_NCHW: np.ndarray) -> np.ndarray:
+            nonlocal now
+            sizes.append(len(images_NCHW))
+            now += seconds[len(images_NCHW)]
+            return super().answer(images_NCHW)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    engine = Timed()
+    assert is_quick(engine, 512) and sizes == [1, 512]
+    seconds[512] = 0.001
+    assert not is_quick(engine, 512)
+    sizes.clear()
+    seconds[1] = 1.0
+    assert not is_quick(engine, 512) and sizes == [1]  # a real model is asked for one picture, once
+    seconds[1] = 0.0
+    engine.calls_at_once = 2
+    assert not is_quick(engine, 1)
+
+
+def test_an_engine_that_fails_when_it_is_timed_is_not_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = IdentityEngine()
+    monkeypatch.setattr(engine, "answer", Mock(side_effect=EngineError("not these pictures")))
+    assert not is_quick(engine, 4)
