@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from tritonclient.grpc import service_pb2 as oip
 
+from protos import codec
+from protos.errors import Refusal
 from protos.mekd.v1 import quota_ledger_pb2, teacher_inference_pb2
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
@@ -330,13 +332,22 @@ def _good_batch(draw: DrawFn) -> wire.Batch:
         width=WIDTH,
         payload=pictures(count, draw(st.integers(0, 255))),
     )
+    if _seldom(draw, 3):  # the same pictures, compressed
+        encoding = draw(st.sampled_from(codec.ENCODINGS[1:]))
+        images = codec.encode_images(codec.decode_images(images), encoding, quality=draw(st.sampled_from((50, 95))))
     return wire.Batch(batch_id=_batch_id(draw), images=images)
 
 
 def _mutate_batch(draw: DrawFn, batch: wire.Batch) -> None:
     images = batch.images
-    how = draw(st.sampled_from(("fields", "fields", "payload", "counts", "swapped")))
-    if how == "payload":
+    how = draw(st.sampled_from(("fields", "fields", "payload", "counts", "swapped", "bytes", "bytes")))
+    if how == "bytes":
+        payload = bytearray(images.payload)
+        for _ in range(draw(st.integers(1, 4))):  # where headers are, more often than not
+            at = draw(st.integers(0, min(60, len(payload))) | st.integers(0, len(payload)))
+            payload[at : at + draw(st.integers(0, 3))] = draw(_binary(3))
+        images.payload = bytes(payload)
+    elif how == "payload":
         size = draw(st.sampled_from((0, 1, PICTURE_BYTES - 1, PICTURE_BYTES + 1, 5000, 300_000)))
         images.payload = (MARKER * (size // len(MARKER) + 1))[:size]
     elif how == "counts":  # of which some products overflow to the payload's length
@@ -789,14 +800,18 @@ def _is_identifier(text: str) -> bool:
 
 
 def batch_in(path: str, message: bytes, model_name: str) -> Sent | None:
-    """The batch in a message where it is right in itself, else None; read without any code of the server's."""
+    """The batch in a message where it is right in itself, else None; read without any code of ``teacher_service``."""
     try:
         if path == INFER:
             batch = wire.InferRequest.FromString(message).batch
             images = batch.images
             sizes = (images.encoding, images.channels, images.height, images.width)
             count, payload, batch_id = images.picture_count, images.payload, batch.batch_id
-            right = sizes == (wire.IMAGE_ENCODING_RAW_UINT8, CHANNELS, HEIGHT, WIDTH) and _is_identifier(batch_id)
+            right = sizes[1:] == (CHANNELS, HEIGHT, WIDTH) and _is_identifier(batch_id)
+            if images.encoding in codec.ENCODINGS[1:] and right:
+                payload = _decompressed(images)
+            else:
+                right &= images.encoding == wire.IMAGE_ENCODING_RAW_UINT8
         elif path in (MODEL_INFER, MODEL_STREAM_INFER):
             request = oip.ModelInferRequest.FromString(message)
             right = len(request.inputs) == 1 and len(request.inputs[0].shape) == 4
@@ -813,3 +828,13 @@ def batch_in(path: str, message: bytes, model_name: str) -> Sent | None:
         return None
     right &= 1 <= count <= MOST_PICTURES and len(payload) == count * PICTURE_BYTES
     return Sent(batch_id, payload, count) if right else None
+
+
+def _decompressed(images: wire.ImageBatch) -> bytes:
+    """The pixels of a mosaic, as both sides agree to read it; empty where it is none."""
+    limits = {"channels": CHANNELS, "height": HEIGHT, "width": WIDTH, "max_batch_pictures": MOST_PICTURES}
+    try:
+        codec.check_images(images, **limits)
+        return codec.decode_images(images).tobytes()
+    except Refusal:
+        return b""

@@ -29,6 +29,7 @@ from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
 from edge_agent.journal import Totals
+from edge_agent.packing import Packing
 from edge_agent.pixels import normalise
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
@@ -165,7 +166,8 @@ class Agent:
         else:
             bound = not self._may_connect or totals.planned_pictures > 0
         if known is not None and bound:
-            return Description(**{**known, "labels": tuple(known["labels"])})
+            lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+            return Description(**{**known, **lists})  # JSON has no tuples
         described = self._connected().describe()
         self._journal.set_facts(teacher=asdict(described))
         return described
@@ -512,6 +514,8 @@ class Agent:
             if unanswered := totals.planned_pictures - totals.charged_pictures:
                 self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
+        described = self._description
+        packing = Packing(self._config.image_encoding, self._config.image_quality, described.encodings)
         gate = self._gate(generator, digest)
         teacher = self._connected()
         outbox = pools.PoolOutbox(
@@ -525,6 +529,8 @@ class Agent:
             seed=self._config.seed,
             counts_sent=self._counts_sent,
             message_bytes=teacher.message_bytes,
+            packing=packing,
+            warn=self._console.warn,
         )
         try:
             with self._console.bar("distill: ask", "pictures") as tell:
@@ -588,7 +594,8 @@ class Agent:
                 "charged": self._charged(total),
                 **{phase: self._charged(totals) for phase, totals in by_phase.items()},
             },
-            "answers": pools.bought(self._journal),
+            "answers": self._journal.bought(),
+            "left_out": pools.left_out(self._journal),
             "metered_by": self._metered_by,
             "ledger": {
                 "debited": balance.run_posted if balance else None,

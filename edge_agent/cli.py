@@ -16,7 +16,7 @@ from edge_agent.config import ConfigError, RunConfig, build_config, parse_settin
 from edge_agent.failures import BadInput, Failure
 
 if TYPE_CHECKING:
-    from edge_agent.journal import Journal, Totals
+    from edge_agent.journal import Totals
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 PHASES = ("deprivatize", "distill", "adapt")
@@ -163,7 +163,7 @@ def status(run_dir: str, form: str) -> None:
             "sent": totals.sent_pictures,
             "charged": _charged(totals, metered_by),
             "charged_by_phase": {phase: _charged(journal.totals(phase), metered_by) for phase in PHASES},
-            "answers": _bought(journal),
+            "answers": journal.bought(),
             "unanswered": totals.planned_pictures - totals.charged_pictures,
             "phases_done": [phase for phase in PHASES if journal.fact(f"done.{phase}") is not None],
         }
@@ -180,18 +180,6 @@ def status(run_dir: str, form: str) -> None:
 def _charged(totals: "Totals", metered_by: str) -> int:
     """Pictures that use up the budget: where the teacher keeps no books, what was sent."""
     return totals.sent_pictures if metered_by == "agent" else totals.charged_pictures
-
-
-def _bought(journal: "Journal") -> dict[str, int]:
-    """Kind of answer -> pictures answered so; as ``pool.bought``, but torch is not imported for it."""
-    from protos import codec
-    from protos.mekd.v1 import teacher_inference_pb2 as wire
-
-    found: dict[str, int] = {}
-    for picture_count, answer in journal.kept_answers():
-        kind = codec.kind_of(wire.Answer.FromString(answer))
-        found[kind] = found.get(kind, 0) + picture_count
-    return found
 
 
 def _in_words(value: Any) -> str:

@@ -142,6 +142,10 @@ class RunConfig:
     """Side of the generator's pictures where the teacher's are larger than 128 or no square; else it is theirs."""
     batch_pictures: int = 128
     """Pictures in one request."""
+    image_encoding: str = "auto"
+    """How pictures travel: raw, png (lossless), jpeg, webp; auto: png where that is small, else jpeg."""
+    image_quality: int = 95
+    """Of jpeg and webp, 1 to 100; of auto the most."""
     held_out_fraction: float = 0.02
     """Part of the answers kept out of training, to measure agreement on."""
     wait_seconds: float = 600.0
@@ -165,6 +169,7 @@ class ConfigError(Exception):
     """A configuration that cannot be meant, in one line: where, expected, got."""
 
 
+IMAGE_ENCODINGS = ("auto", "raw", "png", "jpeg", "webp")
 SECTIONS: dict[str, type] = {"deprivatize": DeprivatizeConfig, "distill": DistillConfig, "adapt": AdaptConfig}
 
 
@@ -265,6 +270,8 @@ def _check_ranges(config: RunConfig) -> None:
         ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
         ("batch_pictures", config.batch_pictures >= 1, "1 or more"),
+        ("image_encoding", config.image_encoding in IMAGE_ENCODINGS, " or ".join(IMAGE_ENCODINGS)),
+        ("image_quality", 1 <= config.image_quality <= 100, "1 to 100"),
         ("local_pictures", config.local_pictures >= 0, "0 (all) or more"),
         ("image_size", 8 <= config.image_size <= 128 and config.image_size % 4 == 0, "8 to 128, divisible by 4"),
         ("held_out_fraction", 0 <= config.held_out_fraction <= 0.5, "0 to 0.5"),

@@ -22,6 +22,12 @@ class Console:
         """One line."""
         self._rich.print(line, markup=False, soft_wrap=True)
 
+    def warn(self, line: str) -> None:
+        """One line that is shown even where ``quiet``."""
+        quiet, self._rich.quiet = self._rich.quiet, False
+        self._rich.print(line, markup=False, soft_wrap=True)
+        self._rich.quiet = quiet
+
     @contextmanager
     def bar(self, what: str, unit: str) -> Iterator[Tell]:
         """A bar for one piece of work; call what it yields with (done, total, **figures)."""

@@ -3,7 +3,8 @@
 The gate drops synthetic pictures that come too near to one that trained their generator, and stops a run whose
 generator makes many of those. The door hashes every outgoing picture against all local ones at the size that is sent.
 A match is a private picture about to leave: it stops the run. What was sent after all is counted from the journal by
-the same hashes.
+the same hashes. Where pictures travel compressed, they are compared as they were made, since a lossy codec would hide
+a copy, and as they arrive.
 """
 
 import hashlib
@@ -83,16 +84,23 @@ class EgressDoor:
 
     def matches(self, batch: Batch) -> int:
         """How many pictures of a message are local ones, pixel for pixel."""
-        return sum(_digest(image_CHW) in self._local for image_CHW in codec.decode_images(batch.images))
+        return self._matches(codec.decode_images(batch.images))
 
     def check(self, batch: Batch) -> None:
         """Raises PrivatePictureStopped before a local picture can leave."""
-        if found := self.matches(batch):
+        self.check_pictures(codec.decode_images(batch.images))
+
+    def check_pictures(self, images_NCHW: UInt8Array) -> None:
+        """The same of pictures (N, C, H, W) that are about to become a message."""
+        if found := self._matches(images_NCHW):
             raise PrivatePictureStopped(
-                f"{found} of {batch.images.picture_count} outgoing pictures are local pictures, pixel for pixel; "
+                f"{found} of {len(images_NCHW)} outgoing pictures are local pictures, pixel for pixel; "
                 "nothing of this batch was sent. The generator has copied: train it on more pictures, or for fewer "
                 "steps, in a new --run-dir"
             )
+
+    def _matches(self, images_NCHW: UInt8Array) -> int:
+        return sum(_digest(image_CHW) in self._local for image_CHW in images_NCHW)
 
 
 def _digest(image_CHW: UInt8Array) -> bytes:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
+from protos import codec
+from protos.mekd.v1 import teacher_inference_pb2 as wire
 
 FORMAT = 4
 
@@ -199,12 +201,16 @@ class Journal:
         """What was answered, by slot."""
         return self._select("phase = ? AND answer IS NOT NULL", phase)
 
-    def kept_answers(self) -> Iterator[tuple[int, bytes]]:
-        """Number of pictures and answer of every answered batch, by phase and slot; the pictures are not read."""
+    def bought(self) -> dict[str, int]:
+        """Kind of answer -> pictures answered so, by phase and slot: more than one where the policy changed."""
+        found: dict[str, int] = {}
         with _store_problems(self._path):
-            yield from self._connection.execute(
+            for picture_count, answer in self._connection.execute(
                 "SELECT picture_count, answer FROM batches WHERE answer IS NOT NULL ORDER BY phase, slot"
-            )
+            ):
+                kind = codec.kind_of(wire.Answer.FromString(answer))
+                found[kind] = found.get(kind, 0) + picture_count
+        return found
 
     def slots(self, phase: str) -> int:
         """The first slot never planned."""

@@ -23,6 +23,7 @@ from edge_agent.distill import Pool
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, BudgetSpent
 from edge_agent.journal import Batch, Journal, Receipt
+from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
 from edge_agent.teacher import Answered, Description, Teacher
 from networks.gan import Generator
@@ -36,6 +37,7 @@ PAUSE_SECONDS = 0.5
 PROBE_PICTURES = 2000
 """Looked at before the first sending. At a share of 1 % that is dropped, give or take 0.2 % (standard error)."""
 _PROBE_BATCH = 200
+LOSSLESS_FACT = "lossless_only"  # remembered for a run whose teacher decodes lossy pictures otherwise
 
 
 class PoolOutbox:
@@ -46,6 +48,8 @@ class PoolOutbox:
         budget: most pictures that are planned, or sent where the agent counts them.
         counts_sent: the teacher counts nothing, so the agent counts: every sending uses up the budget, a repeat too.
         message_bytes: size of a batch as it travels; None: the request's own.
+        packing: how pictures travel; None: as they are.
+        warn: gets one line when the teacher is found to decode otherwise.
     """
 
     def __init__(
@@ -61,11 +65,18 @@ class PoolOutbox:
         seed: int,
         counts_sent: bool = False,
         message_bytes: Callable[[Batch], int] | None = None,
+        packing: Packing | None = None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.counts_sent = counts_sent
         self.given_up_pictures = 0
         """Sent and not answered, and no budget left to send them again."""
         self._message_bytes = message_bytes
+        self._packing = packing or Packing()
+        self._packing.lossless_only = journal.fact(LOSSLESS_FACT) is True
+        self._warn = warn
+        self._is_trusted = False  # to decode as we do: an answer to a lossy batch has shown it
+        self._on_trial = False  # such a batch was sent, the first, and is not answered
         self._journal = journal
         self._generator = generator
         self._door = door
@@ -90,9 +101,10 @@ class PoolOutbox:
                 self.repeated(again)
             return again
         count = min(self._batch_pictures, self._left())
-        if count <= 0:
+        if count <= 0 or self._on_trial:
             return None
         batch, dropped = self._new_batch(self._next_slot, count)
+        self._on_trial = not self._is_trusted and is_lossy(wire.Batch.FromString(batch.request).images)
         self._journal.plan(PHASE, batch, sent_bytes=self._bytes(batch), dropped_pictures=dropped)
         self._next_slot += 1
         self._planned_pictures += count
@@ -103,12 +115,31 @@ class PoolOutbox:
         self._journal.count_repeat(batch.batch_id, sent_bytes=self._bytes(batch))
         self._sent_pictures += batch.picture_count
 
+    def compared(self, batch: Batch, *, alike: bool) -> None:
+        """Told whether the teacher looked at the very pixels of an answered batch.
+
+        Of the first lossy batch that is planned nothing further is sent before this is known: should decoders differ,
+        one batch is lost to training and not a window full.
+        """
+        if not is_lossy(wire.Batch.FromString(batch.request).images):
+            return
+        self._on_trial = False
+        self._is_trusted = self._is_trusted or alike
+        if not alike and not self._packing.lossless_only:
+            self._packing.lossless_only = True
+            self._journal.set_facts(**{LOSSLESS_FACT: True})
+            self._warn(
+                f"WARNING: the teacher decoded batch {batch.batch_id} to other pixels than this agent. Answers to "
+                "such batches are paid for and kept, but left out of training; from here on pictures travel "
+                "lossless, which costs more bytes"
+            )
+
     def shrink(self, refused: Batch, picture_count: int) -> None:
         """Plans the first pictures of a refused batch under a new id, in its place."""
         message = wire.Batch.FromString(refused.request)
         images_NCHW = codec.decode_images(message.images)[:picture_count]
         latent_bytes = len(refused.latents) // refused.picture_count * picture_count
-        smaller = _batch(refused.slot, images_NCHW, refused.latents[:latent_bytes])
+        smaller = _batch(refused.slot, self._packing.pack(images_NCHW), refused.latents[:latent_bytes])
         self._journal.replan(PHASE, refused.batch_id, smaller)
         self._planned_pictures -= refused.picture_count - picture_count
         self._again.appendleft(smaller)
@@ -147,19 +178,21 @@ class PoolOutbox:
         # The generator's randomness for a slot hangs on the run's seed and the slot alone.
         rng = _stream(f"pool/{self._seed}/{slot}")
         latents: list[Tensor] = []
-        images: list[Tensor] = []
+        pictures: list[Tensor] = []
         missing, made = count, 0
         while missing > 0:
             drawn_NL, drawn_NCHW = _draw(self._generator, missing, rng)
             passing_N = self._gate.passing(drawn_NCHW)
             self._gate.check()  # before anything of this batch is planned; a loop without end ends here too
             latents.append(drawn_NL[passing_N])
-            images.append(drawn_NCHW[passing_N])
+            pictures.append(drawn_NCHW[passing_N])
             made += missing
             missing -= int(passing_N.sum())
-        latents_NL, images_NCHW = torch.cat(latents), torch.cat(images)
+        latents_NL, images_NCHW = torch.cat(latents), torch.cat(pictures)
         sized_NCHW = resize(images_NCHW, self._description.height, self._description.width)
-        batch = _batch(slot, sized_NCHW.numpy(), latents_NL.numpy().astype("<f4").tobytes())
+        self._door.check_pictures(sized_NCHW.numpy())
+        images = self._packing.pack(sized_NCHW.numpy())
+        batch = _batch(slot, images, latents_NL.numpy().astype("<f4").tobytes())
         self._door.check(wire.Batch.FromString(batch.request))
         return batch, made - count
 
@@ -206,7 +239,7 @@ def fill_pool(
     spent: str | None = None
     for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
         if isinstance(settled, Answered):
-            keep(journal, settled, description)
+            outbox.compared(settled.batch, alike=keep(journal, settled, description))
             answered += settled.batch.picture_count
             waiting_since = None
             progress(answered)
@@ -238,8 +271,11 @@ def fill_pool(
         )
 
 
-def keep(journal: Journal, answered: Answered, description: Description) -> None:
-    """Keeps a paid answer, then looks at it: nothing paid for is lost, even where it is not what was expected."""
+def keep(journal: Journal, answered: Answered, description: Description) -> bool:
+    """Keeps a paid answer, then looks at it: nothing paid for is lost, even where it is not what was expected.
+
+    Returns whether the teacher looked at the pixels that this agent decodes. Raises BadInput.
+    """
     batch, result = answered.batch, answered.result
     journal.keep_answer(
         batch.batch_id,
@@ -248,12 +284,14 @@ def keep(journal: Journal, answered: Answered, description: Description) -> None
         received_bytes=result.ByteSize() if answered.received_bytes is None else answered.received_bytes,
         receipt=_receipt(result),
     )
-    _checked(batch, result.answer, description)
+    _, _, alike = _checked(batch, result.answer, description)
+    return alike
 
 
 def load_pool(journal: Journal, generator: Generator, description: Description, *, label_smoothing: float) -> Pool:
-    """Every answered picture, at the generator's size, each answer as its own policy left it.
+    """Every answered picture as the teacher decoded it, at the generator's size, each answer as its policy left it.
 
+    What the teacher decoded to other pixels is left out: which ones they were is not known (``left_out``).
     Where some answers are indices and others are not, indices become probabilities smoothed by ``label_smoothing``.
     Raises BadInput for an empty pool or an answer that is none.
     """
@@ -268,7 +306,9 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
         assert batch.answer is not None
         # Looked at once more: a run that stopped at such an answer is started again.
         kept = wire.Answer.FromString(batch.answer)
-        sent_NCHW, answer = _checked(batch, kept, description)
+        sent_NCHW, answer, alike = _checked(batch, kept, description)
+        if not alike:
+            continue
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
         latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(-1, latent_count).copy()
         latents.append(torch.from_numpy(latents_NL))
@@ -290,13 +330,15 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
     )
 
 
-def bought(journal: Journal) -> dict[str, int]:
-    """Kind of answer -> pictures answered so, in the order that they came: more than one where the policy changed."""
-    found: dict[str, int] = {}
+def left_out(journal: Journal) -> int:
+    """Pictures that were paid for and are not trained on, because the teacher decoded them to other pixels."""
+    found = 0
     for batch in journal.answered(PHASE):
         assert batch.answer is not None
-        kind = codec.kind_of(wire.Answer.FromString(batch.answer))
-        found[kind] = found.get(kind, 0) + batch.picture_count
+        images = wire.Batch.FromString(batch.request).images
+        digest = wire.Answer.FromString(batch.answer).pixel_digest
+        if is_lossy(images) and digest != codec.pixel_digest(codec.decode_images(images)):
+            found += batch.picture_count
     return found
 
 
@@ -326,13 +368,13 @@ def resize(images_NCHW: Tensor, height: int, width: int) -> Tensor:
     return sized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _batch(slot: int, images_NCHW: codec.UInt8Array, latents: bytes) -> Batch:
+def _batch(slot: int, images: wire.ImageBatch, latents: bytes) -> Batch:
     batch_id = uuid.uuid4().hex
-    message = wire.Batch(batch_id=batch_id, images=codec.encode_images(images_NCHW))
+    message = wire.Batch(batch_id=batch_id, images=images)
     return Batch(
         slot=slot,
         batch_id=batch_id,
-        picture_count=len(images_NCHW),
+        picture_count=images.picture_count,
         request=message.SerializeToString(deterministic=True),
         latents=latents,
     )
@@ -347,24 +389,29 @@ def _receipt(result: wire.BatchResult) -> Receipt | None:
 
 def _checked(
     batch: Batch, answer: wire.Answer, description: Description
-) -> tuple[codec.UInt8Array, codec.Float32Array | codec.Int64Array]:
-    """The pictures that were sent and what was answered. Raises BadInput where the answer is not theirs."""
+) -> tuple[codec.UInt8Array, codec.Float32Array | codec.Int64Array, bool]:
+    """The pictures that were sent, what was answered, and whether that was about the same pixels.
+
+    Raises BadInput where the answer is not theirs. Of lossy encodings the pixels may differ: decoders do.
+    """
     if answer.model_digest != description.model_digest:
         raise BadInput(
             f"this run began with the model {description.model_digest}, batch {batch.batch_id} was answered by "
             f"{answer.model_digest}; give another --run-dir to distil the new one"
         )
-    sent_NCHW = codec.decode_images(wire.Batch.FromString(batch.request).images)
-    if answer.pixel_digest != codec.pixel_digest(sent_NCHW):
+    images = wire.Batch.FromString(batch.request).images
+    sent_NCHW = codec.decode_images(images)
+    alike = answer.pixel_digest == codec.pixel_digest(sent_NCHW)
+    if not alike and not is_lossy(images):
         raise BadInput(f"the teacher looked at other pixels than were sent in batch {batch.batch_id}")
     try:
         if answer.charged_count != batch.picture_count:
             raise ValueError(f"expected {batch.picture_count} pictures charged, got {answer.charged_count}")
-        return sent_NCHW, codec.decode_answer(
-            answer, picture_count=batch.picture_count, class_count=len(description.labels)
-        )
+        class_count = len(description.labels)
+        decoded = codec.decode_answer(answer, picture_count=batch.picture_count, class_count=class_count)
     except ValueError as error:
         raise BadInput(f"the answer to batch {batch.batch_id} is not one: {error}") from None
+    return sent_NCHW, decoded, alike
 
 
 def _as_probabilities(

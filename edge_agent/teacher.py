@@ -20,6 +20,7 @@ from google.rpc.status_pb2 import Status
 
 from edge_agent.failures import BadCredential, BadInput, TeacherAway
 from edge_agent.journal import Batch
+from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as ledger_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
@@ -57,6 +58,8 @@ class Description:
     height: int
     width: int
     max_batch_pictures: int
+    encodings: tuple[int, ...] = (wire.IMAGE_ENCODING_RAW_UINT8,)
+    """How pictures may travel, of those that this agent knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +185,7 @@ class RemoteTeacher:
             height=answer.height,
             width=answer.width,
             max_batch_pictures=max(1, min(answer.max_batch_pictures, fitting)),
+            encodings=tuple(encoding for encoding in answer.encodings if encoding in codec.ENCODINGS),
         )
 
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:

@@ -4,14 +4,15 @@ Shape letters: N pictures, C channels, H height, W width, K classes, J classes n
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from protos import mosaic
 from protos.errors import Reason, Refusal
 from protos.mekd.v1.teacher_inference_pb2 import (
+    IMAGE_ENCODING_PNG_MOSAIC,
     IMAGE_ENCODING_RAW_UINT8,
     Answer,
     ClassIndices,
@@ -21,7 +22,8 @@ from protos.mekd.v1.teacher_inference_pb2 import (
     TopK,
 )
 
-ENCODINGS = (IMAGE_ENCODING_RAW_UINT8,)
+ENCODINGS = (IMAGE_ENCODING_RAW_UINT8, *mosaic.ENCODINGS)
+LOSSLESS = (IMAGE_ENCODING_RAW_UINT8, IMAGE_ENCODING_PNG_MOSAIC)
 MOST_DECIMALS = 7  # what a 32-bit float holds of a probability
 # How far a model's own probabilities may sum to something else than 1: computed in half precision, they do.
 SUM_TOLERANCE = 1e-2
@@ -49,18 +51,27 @@ class ReceivedImages:
         return cls(batch.encoding, batch.picture_count, batch.channels, batch.height, batch.width, batch.payload)
 
 
-def encode_images(images_NCHW: UInt8Array) -> ImageBatch:
-    """uint8 pictures (N, C, H, W) as a message. Raises ValueError for another type or rank."""
+def encode_images(
+    images_NCHW: UInt8Array, encoding: int = IMAGE_ENCODING_RAW_UINT8, *, quality: int = 95
+) -> ImageBatch:
+    """uint8 pictures (N, C, H, W) as a message; ``quality`` 1 to 100, of the lossy encodings.
+
+    Raises ValueError for another type or rank, and for pictures that the encoding does not hold (``mosaic.encode``).
+    """
     if images_NCHW.dtype != np.uint8 or images_NCHW.ndim != 4:
         raise ValueError(f"expected uint8 (N, C, H, W), got {images_NCHW.dtype} {images_NCHW.shape}")
     count, channels, height, width = images_NCHW.shape
+    if encoding == IMAGE_ENCODING_RAW_UINT8:
+        payload = np.ascontiguousarray(images_NCHW).tobytes()
+    else:
+        payload = mosaic.encode(images_NCHW, encoding, quality)
     return ImageBatch(
-        encoding=IMAGE_ENCODING_RAW_UINT8,
+        encoding=ImageEncoding.Name(encoding),
         picture_count=count,
         channels=channels,
         height=height,
         width=width,
-        payload=np.ascontiguousarray(images_NCHW).tobytes(),
+        payload=payload,
     )
 
 
@@ -69,7 +80,8 @@ def check_images(
 ) -> None:
     """Refuses (INVALID_IMAGES) what ``decode_images`` could not turn into pictures of the described size.
 
-    Looks at the header and the payload's length alone, so it may run before anything is reserved.
+    Decompresses nothing, so it may run before anything is reserved. Of a mosaic that leaves open whether its pixels
+    decode; how many they are is known.
     """
 
     def expect(field: str, expected: object, got: object) -> None:
@@ -89,20 +101,55 @@ def check_images(
     expect("channels", channels, batch.channels)
     expect("height", height, batch.height)
     expect("width", width, batch.width)
-    expected_bytes = batch.picture_count * channels * height * width
-    expect("payload", f"{expected_bytes} bytes", f"{len(batch.payload)} bytes")
+    sizes = _sizes(batch)
+    raw_bytes = batch.picture_count * channels * height * width
+    if batch.encoding == IMAGE_ENCODING_RAW_UINT8:
+        expect("payload", f"{raw_bytes} bytes", f"{len(batch.payload)} bytes")
+        return
+    if len(batch.payload) > raw_bytes + mosaic.MARGIN_BYTES:
+        expect("payload", f"at most {raw_bytes + mosaic.MARGIN_BYTES} bytes", f"{len(batch.payload)} bytes")
+    try:
+        mosaic.check(batch.payload, batch.encoding, **sizes)
+    except ValueError as error:
+        expect("payload", mosaic.expected(batch.encoding, **sizes), error)
 
 
 def fits_its_header(batch: ImageBatch | ReceivedImages) -> bool:
     """Whether header and payload agree with each other, whatever a server accepts just now."""
-    sizes = (batch.picture_count, batch.channels, batch.height, batch.width)
-    return batch.encoding in ENCODINGS and min(sizes) > 0 and math.prod(sizes) == len(batch.payload)
+    if min(_sizes(batch).values()) <= 0:
+        return False
+    try:
+        check_images(
+            batch,
+            channels=batch.channels,
+            height=batch.height,
+            width=batch.width,
+            max_batch_pictures=batch.picture_count,
+        )
+    except Refusal:
+        return False
+    return True
 
 
 def decode_images(batch: ImageBatch | ReceivedImages) -> UInt8Array:
-    """The pictures of a checked message, uint8 (N, C, H, W), read-only."""
-    shape = (batch.picture_count, batch.channels, batch.height, batch.width)
-    return np.frombuffer(batch.payload, dtype=np.uint8).reshape(shape)
+    """The pictures of a checked message, uint8 (N, C, H, W), read-only.
+
+    Refuses (INVALID_IMAGES) a mosaic whose pixels do not decode.
+    """
+    sizes = _sizes(batch)
+    if batch.encoding == IMAGE_ENCODING_RAW_UINT8:
+        return np.frombuffer(batch.payload, dtype=np.uint8).reshape(tuple(sizes.values()))
+    try:
+        return mosaic.decode(batch.payload, batch.encoding, **sizes)
+    except ValueError as error:
+        expected = mosaic.expected(batch.encoding, **sizes)
+        raise Refusal.of(Reason.INVALID_IMAGES, field="batch.images.payload", expected=expected, got=error) from None
+
+
+def _sizes(batch: ImageBatch | ReceivedImages) -> dict[str, int]:
+    """N, C, H and W by name, in this order."""
+    names = ("picture_count", "channels", "height", "width")
+    return {name: getattr(batch, name) for name in names}
 
 
 def payload_digest(batch: ImageBatch | ReceivedImages) -> bytes:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -33,6 +34,7 @@ from teacher_service.terms import Terms
 log = structlog.get_logger()
 
 VOID_RETRY_SECONDS = 1.0
+DECODING_THREADS = 2  # each many times as fast as a network on its core; what waits for them has a place in the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class MoneyPath:
         self._terms = Terms(answers=config.answers)
         self.draining = False
         self._releasing: set[asyncio.Task[None]] = set()
+        self._decoding = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
 
     def terms_of(self, caller: Caller) -> Terms:
         """What an account is sold, and how much at a time: its own terms, the server's where it has none."""
@@ -150,10 +153,17 @@ class MoneyPath:
         self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts
     ) -> wire.BatchResult:
         started = time.perf_counter()
-        images_NCHW = codec.decode_images(batch.images)
         payload_digest = codec.payload_digest(batch.images)
+        request = _hold_request(caller, run_id, batch, payload_digest)
+        try:
+            images_NCHW, pixel_digest = await self._decoded(batch.images, payload_digest)
+        except Refusal:
+            # Another build of the decoder may have taken it, and then it was paid for.
+            if (posted := await self._ledger.replay(request)) is None:
+                raise
+            return _replayed(batch.batch_id, posted)
         parts.input = time.perf_counter() - started
-        held = await self._ledger.hold(_hold_request(caller, run_id, batch, payload_digest))
+        held = await self._ledger.hold(request)
         if isinstance(held, Posted):
             return _replayed(batch.batch_id, held)
         try:
@@ -175,7 +185,7 @@ class MoneyPath:
             raise Refusal.of(Reason.ENGINE_FAILED, incident=incident) from None
         answer.model_digest = self._engine.model_digest
         answer.charged_count = len(images_NCHW)
-        answer.pixel_digest = payload_digest  # raw is the one encoding there is: the payload is the pixels
+        answer.pixel_digest = pixel_digest
         try:
             posted = await self._ledger.post(
                 caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
@@ -186,6 +196,12 @@ class MoneyPath:
             raise
         self._metrics.balance(caller.account, posted.account.balance)
         return _result(batch.batch_id, answer, posted, replayed=False)
+
+    async def _decoded(self, images: codec.ReceivedImages, payload_digest: bytes) -> tuple[codec.UInt8Array, bytes]:
+        """The pictures (N, C, H, W) and their digest. Refusal: INVALID_IMAGES."""
+        if images.encoding == wire.IMAGE_ENCODING_RAW_UINT8:  # the payload is the pixels: nothing to do
+            return codec.decode_images(images), payload_digest
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, _decompressed, images)
 
     async def _release(self, account: str, batch_id: str) -> None:
         """Voids a hold of ours, however long the store is away: nobody else may while this server lives."""
@@ -204,6 +220,7 @@ class MoneyPath:
 
     def stop(self) -> None:
         """Ends what still tries to void; closing the ledger gives those holds back."""
+        self._decoding.shutdown(wait=False)
         for task in self._releasing:
             task.cancel()
 
@@ -226,6 +243,11 @@ class Gone:
 def _over(terms: Terms, default: Terms) -> Terms:
     """``Terms.over``, which checks every field anew: asked for every batch, of terms that hardly ever change."""
     return terms.over(default)
+
+
+def _decompressed(images: codec.ReceivedImages) -> tuple[codec.UInt8Array, bytes]:
+    images_NCHW = codec.decode_images(images)
+    return images_NCHW, codec.pixel_digest(images_NCHW)
 
 
 def _hold_request(caller: Caller, run_id: str, batch: Batch, payload_digest: bytes) -> HoldRequest:

@@ -59,9 +59,12 @@ DOORS = {
     ("teacher_service", "tritonclient"): {"teacher_service.kserve", "teacher_service.server"},
     ("teacher_service", "torch"): {"teacher_service.torch_engine"},
     ("teacher_service", "rich"): set(),
+    ("teacher_service", "PIL"): set(),
+    ("edge_agent", "PIL"): {"edge_agent.data"},
     ("networks", "grpc"): set(),
     ("networks", "rich"): set(),
     ("protos", "torch"): set(),
+    ("protos", "PIL"): {"protos.mosaic"},
 }
 ENVIRONMENT_READERS = {"teacher_service.cli", "edge_agent.cli"}
 GENERATED = ("_pb2", "_pb2_grpc")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge_agent import pool as pools
 from edge_agent.cli import _config, main
 from edge_agent.journal import Batch, Journal
 from teacher_service import policy
@@ -101,7 +100,7 @@ def test_status_tells_what_was_bought_by_kind_and_by_phase(type_in, tmp_path, bo
     asked = type_in("status", "--run-dir", str(tmp_path), "--format", "json")
     assert asked.exit_code == 0, asked.output
     shown = json.loads(asked.stdout)
-    assert shown["answers"] == {"soft": 16, "top-2, 1 decimal": 8} == pools.bought(bought)
+    assert shown["answers"] == {"soft": 16, "top-2, 1 decimal": 8} == bought.bought()
     assert shown["charged_by_phase"] == {"deprivatize": 0, "distill": charged, "adapt": 0}
     assert (shown["charged"], shown["unanswered"]) == (charged, 4)
     lines = type_in("status", "--run-dir", str(tmp_path)).stdout.splitlines()

@@ -884,7 +884,7 @@ def test_each_answer_is_kept_with_the_policy_that_it_was_sold_under(journal, gen
     model = Model(kind="probabilities", output="probabilities", platform="mekd", change=sold(*policies))
     with serving(model) as address:
         description = ask(address, journal, generator, KServeConfig(), budget=64)
-    assert pools.bought(journal) == {"soft": 16, "soft, 1 decimal": 16, "top-2": 16, "top-3, 2 decimals": 16}
+    assert journal.bought() == {"soft": 16, "soft, 1 decimal": 16, "top-2": 16, "top-3, 2 decimals": 16}
     pool = load_pool(journal, generator, description, label_smoothing=0.1)
     true_NK = probabilities_of(pool.images_NCHW.numpy())
     found_NK = pool.probabilities_NK.numpy()
@@ -949,7 +949,7 @@ def test_parameters_of_another_software_mean_nothing_here(journal, generator):
 
     with serving(Model(change=change)) as address:
         ask(address, journal, generator, budget=16)
-    assert pools.bought(journal) == {"soft": 16}
+    assert journal.bought() == {"soft": 16}
 
 
 # --- the teacher may change under a run ---

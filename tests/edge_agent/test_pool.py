@@ -10,6 +10,7 @@ from edge_agent import pool as pools
 from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadInput, BudgetSpent
 from edge_agent.journal import Journal
+from edge_agent.packing import Packing
 from edge_agent.pixels import quantise
 from edge_agent.pool import PoolOutbox, fill_pool, load_pool, resize, split_pool
 from edge_agent.teacher import Answered, Description, Refused
@@ -50,6 +51,8 @@ def outbox(
     door=NOTHING_LOCAL,
     description=DESCRIPTION,
     gate=None,
+    packing=None,
+    warn=lambda line: None,
 ):
     return PoolOutbox(
         journal,
@@ -60,6 +63,8 @@ def outbox(
         budget=budget,
         batch_pictures=batch_pictures,
         seed=seed,
+        packing=packing,
+        warn=warn,
     )
 
 
@@ -345,7 +350,7 @@ def test_every_policy_of_a_run_is_kept_with_its_answers_and_told(journal, genera
     sold = [{}, {"top_k": 1}, {"decimals": 1}, {"top_k": 2, "decimals": 2}, {"answers": "hard", "decimals": 2}]
     for index, terms in enumerate([*sold, {}], start=1):
         fill(selling(**terms), journal, outbox(journal, generator, budget=16 * index))
-    assert pools.bought(journal) == {
+    assert journal.bought() == {
         "soft": 32, "top-1": 16, "soft, 1 decimal": 16, "top-2, 2 decimals": 16, "hard": 16
     }  # fmt: skip
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.3)
@@ -444,3 +449,119 @@ def test_waiting_for_held_pictures_begins_with_the_refusal_and_not_with_the_last
 
     fill(Slow(0, held=100, held_for=2), journal, outbox(journal, generator, budget=32))
     assert journal.totals().charged_pictures == 32
+
+
+# --- pictures that travel compressed ---
+
+
+def jpeg(journal, generator, **given):
+    """An outbox of JPEG mosaics, 64 pictures in each: fewer of 8 x 8 would be smaller as they are."""
+    packing = Packing("jpeg", 90, codec.ENCODINGS)
+    return outbox(journal, generator, **{"batch_pictures": 64, "packing": packing, "budget": 256, **given})
+
+
+def encodings(journal):
+    rows = [*journal.answered("distill"), *journal.unanswered("distill")]
+    return [wire.Batch.FromString(row.request).images.encoding for row in rows]
+
+
+def decoding_otherwise(account):
+    """A teacher whose decoder is another build: of lossy pictures every pixel may differ a little."""
+    original = account.result
+
+    def result(batch):
+        images = wire.Batch.FromString(batch.request).images
+        if images.encoding in codec.LOSSLESS:
+            return original(batch)
+        return original(batch, pixel_digest=codec.pixel_digest(codec.decode_images(images) ^ 1))
+
+    account.result = result
+    return account
+
+
+def test_student_trains_on_what_was_decoded(journal, generator):
+    fill(Account(1000), journal, jpeg(journal, generator))
+    assert set(encodings(journal)) == {wire.IMAGE_ENCODING_JPEG_MOSAIC}
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    requests = [wire.Batch.FromString(row.request).images for row in journal.answered("distill")]
+    decoded_NCHW = np.concatenate([codec.decode_images(images) for images in requests])
+    assert np.array_equal(pool.images_NCHW.numpy(), decoded_NCHW)
+    generated_NCHW = quantise(generator(pool.latents_NL))
+    difference = (pool.images_NCHW.int() - generated_NCHW.int()).abs().float().mean()
+    assert 0 < difference < 16, "close to what was generated, and not the same"
+    assert pools.left_out(journal) == 0
+
+
+def test_copy_of_a_local_picture_is_stopped_though_the_codec_would_hide_it(journal, generator):
+    sample = outbox(journal, generator, batch_pictures=64).next_batch()
+    generated_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
+    other = Journal.open(journal._path.with_name("other.db"))
+    with pytest.raises(PrivatePictureStopped):
+        jpeg(other, generator, door=EgressDoor(generated_NCHW[3:4])).next_batch()
+    packed = jpeg(other, generator).next_batch()
+    decoded_NCHW = codec.decode_images(wire.Batch.FromString(packed.request).images)
+    other.close()
+    with pytest.raises(PrivatePictureStopped):
+        EgressDoor(decoded_NCHW[5:6]).check(wire.Batch.FromString(packed.request))
+
+
+def test_of_the_first_lossy_batch_nothing_further_is_sent_before_its_answer(journal, generator):
+    account, box = Account(1000), jpeg(journal, generator)
+    first = box.next_batch()
+    assert box.next_batch() is None and box.next_batch() is None
+    assert pools.keep(journal, Answered(first, account.result(first)), DESCRIPTION)
+    box.compared(first, alike=True)
+    assert box.next_batch() is not None and box.next_batch() is not None
+
+
+def test_teacher_that_decodes_otherwise_gets_lossless_pictures_from_then_on_and_it_is_told_once(journal, generator):
+    said = []
+    fill(decoding_otherwise(Account(1000)), journal, jpeg(journal, generator, warn=said.append))
+    first, *others = encodings(journal)
+    assert first == wire.IMAGE_ENCODING_JPEG_MOSAIC and len(others) == 3 and set(others) <= set(codec.LOSSLESS)
+    assert len(said) == 1 and "other pixels" in said[0]
+    assert journal.totals().charged_pictures == 256, "paid for, and kept"
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    assert len(pool) == 192 and pools.left_out(journal) == 64
+    assert torch.equal(quantise(generator(pool.latents_NL)), pool.images_NCHW)
+
+
+def test_a_run_that_went_lossless_stays_so_when_it_is_started_again(journal, generator):
+    fill(decoding_otherwise(Account(1000)), journal, jpeg(journal, generator, budget=128))
+    said = []
+    fill(Account(1000), journal, jpeg(journal, generator, warn=said.append))
+    assert sum(encoding not in codec.LOSSLESS for encoding in encodings(journal)) == 1 and said == []
+
+
+def test_other_pixels_of_a_lossless_batch_are_an_error_still(journal, generator):
+    account = Account(1000)
+    original = account.result
+    account.result = lambda batch: original(batch, pixel_digest=b"x" * 32)
+    box = outbox(journal, generator, batch_pictures=64, packing=Packing("png", 90, codec.ENCODINGS))
+    with pytest.raises(BadInput, match="other pixels"):
+        fill(account, journal, box)
+
+
+def test_lossy_batch_is_sent_again_byte_for_byte_whatever_the_settings_are_now(journal, generator):
+    before = jpeg(journal, generator).next_batch()
+    after = outbox(journal, generator, packing=Packing("webp", 50, codec.ENCODINGS)).next_batch()
+    assert after == before
+
+
+def test_smaller_batch_of_a_mosaic_has_the_first_of_its_pictures(journal, generator):
+    box = jpeg(journal, generator)
+    whole = box.next_batch()
+    box.shrink(whole, 40)
+    smaller = box.next_batch()
+    images = wire.Batch.FromString(smaller.request).images
+    assert (smaller.picture_count, smaller.latents) == (40, whole.latents[: len(whole.latents) // 64 * 40])
+    assert images.encoding == wire.IMAGE_ENCODING_JPEG_MOSAIC and smaller.batch_id != whole.batch_id
+    first_NCHW = codec.decode_images(wire.Batch.FromString(whole.request).images)[:40]
+    assert np.abs(codec.decode_images(images).astype(int) - first_NCHW).mean() < 2
+    assert box.next_batch() is None, "it is the first lossy one now"
+
+
+def test_account_that_holds_less_than_the_first_lossy_batch_is_still_used_up(journal, generator):
+    account = Account(50)
+    with pytest.raises(BudgetSpent, match="after 50 answers"):
+        fill(account, journal, jpeg(journal, generator))

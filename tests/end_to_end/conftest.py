@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ class World:
                 posts[entry["batch_id"]] = posts.get(entry["batch_id"], 0) + entry["pictures"]
         return posts
 
-    def start_server(self, model: str = MODEL, *more: str) -> None:
+    def start_server(self, model: str = MODEL, *more: str, serve: Sequence[str] = ()) -> None:
         self.log = (self.folder / "server.log").open("a")
         self.server = subprocess.Popen(
             [
-                *(program("teacher-serve"), "--model", model, "--ledger", self.ledger),
+                *(serve or (program("teacher-serve"),)),
+                *("--model", model, "--ledger", self.ledger),
                 *("--listen", self.address, "--metrics-port", "0", *more),
             ],
             stdout=subprocess.PIPE,

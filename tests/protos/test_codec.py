@@ -13,6 +13,7 @@ from protos.errors import Reason, Refusal
 from protos.mekd.v1.teacher_inference_pb2 import Answer, ImageBatch, TopK
 
 SIZE = {"channels": 3, "height": 4, "width": 5}
+KNOWN = ", ".join(f"IMAGE_ENCODING_{name}" for name in ("RAW_UINT8", "PNG_MOSAIC", "JPEG_MOSAIC", "WEBP_MOSAIC"))
 
 
 @st.composite
@@ -56,8 +57,8 @@ def test_other_arrays_are_no_pictures(images: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("encoding", 0, "IMAGE_ENCODING_RAW_UINT8"),
-        ("encoding", 77, "IMAGE_ENCODING_RAW_UINT8"),
+        ("encoding", 0, KNOWN),
+        ("encoding", 77, KNOWN),
         ("picture_count", 0, "1 to 8"),
         ("picture_count", -1, "1 to 8"),
         ("picture_count", 9, "1 to 8"),

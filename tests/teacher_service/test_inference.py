@@ -31,7 +31,7 @@ async def test_describe_tells_what_is_sold() -> None:
         height=8,
         width=8,
         answer_kind=wire.ANSWER_KIND_PROBABILITIES,
-        encodings=[wire.IMAGE_ENCODING_RAW_UINT8],
+        encodings=codec.ENCODINGS,
         max_batch_pictures=64,
         max_message_bytes=64 * 2**20,
         window_batches=3,

@@ -15,6 +15,9 @@ class ImageEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     IMAGE_ENCODING_UNSPECIFIED: _ClassVar[ImageEncoding]
     IMAGE_ENCODING_RAW_UINT8: _ClassVar[ImageEncoding]
+    IMAGE_ENCODING_PNG_MOSAIC: _ClassVar[ImageEncoding]
+    IMAGE_ENCODING_JPEG_MOSAIC: _ClassVar[ImageEncoding]
+    IMAGE_ENCODING_WEBP_MOSAIC: _ClassVar[ImageEncoding]
 
 class AnswerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -24,6 +27,9 @@ class AnswerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANSWER_KIND_TOP_K: _ClassVar[AnswerKind]
 IMAGE_ENCODING_UNSPECIFIED: ImageEncoding
 IMAGE_ENCODING_RAW_UINT8: ImageEncoding
+IMAGE_ENCODING_PNG_MOSAIC: ImageEncoding
+IMAGE_ENCODING_JPEG_MOSAIC: ImageEncoding
+IMAGE_ENCODING_WEBP_MOSAIC: ImageEncoding
 ANSWER_KIND_UNSPECIFIED: AnswerKind
 ANSWER_KIND_PROBABILITIES: AnswerKind
 ANSWER_KIND_CLASS_INDICES: AnswerKind
