@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_agent import kserve, privacy
+from edge_agent import guidance, kserve, privacy
 from edge_agent import pool as pools
 from edge_agent.adapt import Adapter, build_memory
 from edge_agent.config import RunConfig, as_layers, given_settings
@@ -28,6 +28,7 @@ from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
+from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
 from edge_agent.packing import Packing
 from edge_agent.pixels import normalise
@@ -282,7 +283,7 @@ class Agent:
     # --- the phases ---
 
     def deprivatize(self) -> None:
-        """Phase 1: local pictures but the reference in, ``generator.pt`` out. Asks the teacher nothing."""
+        """Phase 1: local pictures but the reference in, ``generator.pt`` out. Asks for ``im_queries`` alone."""
         inputs = self._generators_inputs()
         if self._folder.done("deprivatize", inputs) and self._folder.has("generator.pt"):
             self._console.say("deprivatize: done before")
@@ -297,6 +298,7 @@ class Agent:
                 device=self._device,
                 checkpoint=self._folder.checkpoint("deprivatize", inputs),
                 progress=tell,
+                guide=self._guide() if self._config.deprivatize.im_queries > 0 else None,
             )
         content = {"arguments": generator.arguments, "state_dict": generator.cpu().state_dict()}
         self._folder.write_tensors("generator.pt", content)
@@ -514,24 +516,9 @@ class Agent:
             if unanswered := totals.planned_pictures - totals.charged_pictures:
                 self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
-        described = self._description
-        packing = Packing(self._config.image_encoding, self._config.image_quality, described.encodings)
         gate = self._gate(generator, digest)
+        outbox = self._outbox(pools.synthetic(generator, gate, seed=self._config.seed))
         teacher = self._connected()
-        outbox = pools.PoolOutbox(
-            self._journal,
-            generator,
-            self._door,
-            self._description,
-            gate=gate,
-            budget=self._config.budget,
-            batch_pictures=self._config.batch_pictures,
-            seed=self._config.seed,
-            counts_sent=self._counts_sent,
-            message_bytes=teacher.message_bytes,
-            packing=packing,
-            warn=self._console.warn,
-        )
         try:
             with self._console.bar("distill: ask", "pictures") as tell:
                 pools.fill_pool(
@@ -545,6 +532,32 @@ class Agent:
             with suppress(DiskProblem):  # the reason why we are here is worth more
                 if self._journal.totals().charged_pictures > totals.charged_pictures:
                     self._begin("distill", "adapt")
+
+    def _outbox(self, source: pools.Source, **of_a_phase: Any) -> pools.PoolOutbox:
+        described = self._description
+        return pools.PoolOutbox(
+            self._journal,
+            source,
+            self._door,
+            described,
+            budget=self._config.budget,
+            batch_pictures=self._config.batch_pictures,
+            counts_sent=self._counts_sent,
+            message_bytes=self._connected().message_bytes,
+            packing=Packing(self._config.image_encoding, self._config.image_quality, described.encodings),
+            warn=self._console.warn,
+            **of_a_phase,
+        )
+
+    def _guide(self) -> TeachersConfidence:
+        """Asks in phase 1, within the same budget, by the same outbox, gate and door."""
+        return TeachersConfidence(
+            self._journal,
+            self._description,
+            teacher=self._connected,
+            outbox=lambda source, number: self._outbox(source, phase=guidance.PHASE, only_slot=number),
+            make_gate=lambda generator: self._gate(generator, "under way"),
+        )
 
     def _charged(self, totals: Totals) -> int:
         """What the budget bounds: answers that were paid for, or pictures sent where nobody but the agent counts."""

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DeprivatizeConfig:
-    """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing."""
+    """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing, but for `im_queries`."""
 
     steps: int = 1500
     """Optimiser steps of the generator; the discriminator takes as many."""
@@ -35,6 +35,12 @@ class DeprivatizeConfig:
     """Side of the square hidden from the discriminator, as a fraction of the picture's side."""
     mirror: bool = False
     """Whether local pictures also count mirrored: right for most photographs, wrong for digits and letters."""
+    loss: str = "hinge"
+    """hinge, or bce: the paper's logarithms, the generator's in the form that does not saturate."""
+    im_queries: int = 0
+    """Most queries spent on the paper's information maximisation, in the last steps; 0: off."""
+    im_weight: float = 0.5
+    """What the teacher's confidence in a picture adds to its weight of 1 in the generator's loss (paper: alpha)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +299,9 @@ def _check_ranges(config: RunConfig) -> None:
         ("deprivatize.ema_decay", 0 <= first.ema_decay < 1, "0 to below 1"),
         ("deprivatize.recolour_strength", 0 <= first.recolour_strength <= 1, "0 to 1"),
         ("deprivatize.shift_fraction", 0 <= first.shift_fraction <= 1, "0 to 1"),
+        ("deprivatize.loss", first.loss in ("hinge", "bce"), "hinge or bce"),
+        ("deprivatize.im_queries", 0 <= first.im_queries < config.budget, "0 to less than the budget"),
+        ("deprivatize.im_weight", 0 <= first.im_weight < math.inf, "0 or more"),
         ("deprivatize.cutout_fraction", 0 <= first.cutout_fraction <= 1, "0 to 1"),
         ("distill.passes", distill.passes >= 1, "1 or more"),
         ("distill.batch_count", distill.batch_count >= 2, "2 or more"),

@@ -6,12 +6,14 @@ The paper (Ma et al., CVPR 2024) also asks the teacher about every synthetic pic
 push the generator towards pictures that the teacher is sure of. Written out, that information
 maximisation term only weighs the pictures of an ordinary adversarial loss by 1 + 0.5 · (the teacher's top
 probability): with soft answers no two weights differ by more than a factor of 1.43, and with hard answers
-all are equal, so the questions would buy nothing. Phase 1 here asks none; the whole budget goes to phase 2.
+all are equal, so the questions would buy nothing. Phase 1 asks none by default; the whole budget goes to phase 2.
+With `im_queries` the term is there as written, over the last steps, as a control.
 """
 
+import copy
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.phase import Checkpoint, Progress
-from edge_agent.pixels import normalise
+from edge_agent.pixels import normalise, quantise
 from edge_agent.precision import training_precision
 from networks.gan import Discriminator, Generator
+
+
+class Guide(Protocol):
+    """Somebody who knows how sure the teacher is of pictures."""
+
+    def begin(self, generator: Generator) -> None:
+        """Told once, before the first question of a process, which generator its questions are about."""
+
+    def confidence(self, number: int, latents_NL: Tensor, images_NCHW: Tensor) -> Tensor:
+        """Return the teacher's top probabilities (N,) of pictures (N, C, H, W) uint8, asked under a number."""
+
+
+_LOSSES = {
+    "hinge": (losses.hinge_real, losses.hinge_synthetic, losses.hinge_generator),
+    "bce": (losses.log_real, losses.log_synthetic, losses.log_generator),
+}
 
 # Batches over which the generator's batch-norm statistics are set afresh at the end.
 _STATISTICS_BATCHES = 50
@@ -38,8 +56,12 @@ def train_generator(
     device: torch.device,
     checkpoint: Checkpoint,
     progress: Progress,
+    guide: Guide | None = None,
 ) -> Generator:
-    """Train a generator on local pictures (N, C, H, W) uint8, without labels and without the teacher.
+    """Train a generator on local pictures (N, C, H, W) uint8, without labels.
+
+    `guide` asks the teacher in the last `im_queries / batch_count` steps; without one the teacher takes no part. A
+    resumed run asks again under the numbers that it asked under before.
 
     Returns the average of the generators along the way, in eval mode on `device`, its gradients off.
     """
@@ -64,13 +86,17 @@ def train_generator(
     discriminator_optimizer = _adam(discriminator, config.discriminator_learning_rate)
     images_NCHW = images_NCHW.to(device)
 
-    def fake() -> Tensor:
+    real_loss, synthetic_loss, generators_loss = _LOSSES[config.loss]
+    first_guided = config.steps - (config.im_queries // config.batch_count if guide else 0)
+    guided = False
+
+    def fake() -> tuple[Tensor, Tensor]:
         latents_NL = draw_latents(
             config.batch_count, class_count=class_count, noise_count=config.noise_count, rng=rng
         )
         with training_precision(device):
             pictures_NCHW: Tensor = generator(latents_NL.to(device))
-        return pictures_NCHW.float()
+        return latents_NL, pictures_NCHW.float()
 
     def score(pictures_NCHW: Tensor) -> Tensor:
         view_NCHW = _discriminators_view(pictures_NCHW, config, rng)
@@ -106,15 +132,23 @@ def train_generator(
         if config.mirror:
             real_NCHW = augment.mirror(real_NCHW, rng=rng)
         with torch.no_grad():
-            synthetic_NCHW = fake()
+            _, synthetic_NCHW = fake()
         real_N, synthetic_N = score(torch.cat([real_NCHW, synthetic_NCHW])).split(config.batch_count)
-        discriminator_loss = losses.hinge_real(real_N).mean() + losses.hinge_synthetic(synthetic_N).mean()
+        discriminator_loss = real_loss(real_N).mean() + synthetic_loss(synthetic_N).mean()
         discriminator_optimizer.zero_grad()
         discriminator_loss.backward()
         discriminator_optimizer.step()
 
         discriminator.requires_grad_(False)
-        generator_loss = losses.hinge_generator(score(fake())).mean()
+        latents_NL, synthetic_NCHW = fake()
+        loss_N = generators_loss(score(synthetic_NCHW))
+        if guide is not None and done >= first_guided:
+            if not guided:
+                guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
+                guided = True
+            sure_N = guide.confidence(done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu())
+            loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
+        generator_loss = loss_N.mean()
         generator_optimizer.zero_grad()
         generator_loss.backward()
         generator_optimizer.step()

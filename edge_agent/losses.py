@@ -31,6 +31,21 @@ def image_distance(images_NCHW: Tensor, others_NCHW: Tensor) -> Tensor:
     return (images_NCHW - others_NCHW).abs().mean(dim=(1, 2, 3))
 
 
+def log_real(scores_N: Tensor) -> Tensor:
+    """The discriminator's loss on real pictures in nats: -log sigmoid(score). Returns (N,)."""
+    return F.softplus(-scores_N)
+
+
+def log_synthetic(scores_N: Tensor) -> Tensor:
+    """The discriminator's loss on synthetic pictures in nats: -log(1 - sigmoid(score)). Returns (N,)."""
+    return F.softplus(scores_N)
+
+
+def log_generator(scores_N: Tensor) -> Tensor:
+    """The generator's loss on its own pictures in nats, not saturating: -log sigmoid(score). Returns (N,)."""
+    return F.softplus(-scores_N)
+
+
 def hinge_real(scores_N: Tensor) -> Tensor:
     """The discriminator's loss on real pictures: max(0, 1 - score). Returns (N,)."""
     return F.relu(1.0 - scores_N)

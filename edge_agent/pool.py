@@ -40,11 +40,17 @@ _PROBE_BATCH = 200
 LOSSLESS_FACT = "lossless_only"  # remembered for a run whose teacher decodes lossy pictures otherwise
 
 
+Source = Callable[[int, int], tuple[Tensor, Tensor, int]]
+"""Slot, most pictures -> latents (N, L), pictures (N, C, H, W) uint8 that may be sent, how many were dropped."""
+
+
 class PoolOutbox:
     """Batches to send: first what a former run left unanswered, then new ones until the budget is planned.
 
     Args:
-        gate: drops near copies; they are replaced.
+        source: makes the pictures of a slot.
+        phase: whose batches they are.
+        only_slot: the one to plan, unless it is already; None: as many as the budget allows.
         budget: most pictures that are planned, or sent where the agent counts them.
         counts_sent: the teacher counts nothing, so the agent counts: every sending uses up the budget, a repeat too.
         message_bytes: size of a batch as it travels; None: the request's own.
@@ -55,14 +61,14 @@ class PoolOutbox:
     def __init__(
         self,
         journal: Journal,
-        generator: Generator,
+        source: Source,
         door: EgressDoor,
         description: Description,
         *,
-        gate: CopyGate,
         budget: int,
         batch_pictures: int,
-        seed: int,
+        phase: str = PHASE,
+        only_slot: int | None = None,
         counts_sent: bool = False,
         message_bytes: Callable[[Batch], int] | None = None,
         packing: Packing | None = None,
@@ -76,20 +82,20 @@ class PoolOutbox:
         self._packing.lossless_only = journal.fact(LOSSLESS_FACT) is True
         self._warn = warn
         self._is_trusted = False  # to decode as we do: an answer to a lossy batch has shown it
-        self._on_trial = False  # such a batch was sent, the first, and is not answered
+        self._on_trial: str | None = None  # id of such a batch: the first, which is not settled
         self._journal = journal
-        self._generator = generator
+        self._source = source
         self._door = door
-        self._gate = gate
+        self.phase = phase
+        self._only_slot = only_slot
         self._description = description
         self._budget = budget
         self._batch_pictures = min(batch_pictures, description.max_batch_pictures)
-        self._seed = seed
-        self._again: deque[Batch] = deque(journal.unanswered(PHASE))
+        self._again: deque[Batch] = deque(journal.unanswered(phase))
         totals = journal.totals()
         self._planned_pictures = totals.planned_pictures
         self._sent_pictures = totals.sent_pictures
-        self._next_slot = journal.slots(PHASE)
+        self._next_slot = max(journal.slots(phase), only_slot or 0)
         self._stopped = False
 
     def next_batch(self) -> Batch | None:
@@ -101,11 +107,14 @@ class PoolOutbox:
                 self.repeated(again)
             return again
         count = min(self._batch_pictures, self._left())
-        if count <= 0 or self._on_trial:
+        if self._only_slot not in (None, self._next_slot):
+            return None
+        if count <= 0 or self._on_trial is not None:
             return None
         batch, dropped = self._new_batch(self._next_slot, count)
-        self._on_trial = not self._is_trusted and is_lossy(wire.Batch.FromString(batch.request).images)
-        self._journal.plan(PHASE, batch, sent_bytes=self._bytes(batch), dropped_pictures=dropped)
+        self._try(batch)
+        count = batch.picture_count
+        self._journal.plan(self.phase, batch, sent_bytes=self._bytes(batch), dropped_pictures=dropped)
         self._next_slot += 1
         self._planned_pictures += count
         self._sent_pictures += count
@@ -123,7 +132,7 @@ class PoolOutbox:
         """
         if not is_lossy(wire.Batch.FromString(batch.request).images):
             return
-        self._on_trial = False
+        self._on_trial = None
         self._is_trusted = self._is_trusted or alike
         if not alike and not self._packing.lossless_only:
             self._packing.lossless_only = True
@@ -140,9 +149,11 @@ class PoolOutbox:
         images_NCHW = codec.decode_images(message.images)[:picture_count]
         latent_bytes = len(refused.latents) // refused.picture_count * picture_count
         smaller = _batch(refused.slot, self._packing.pack(images_NCHW), refused.latents[:latent_bytes])
-        self._journal.replan(PHASE, refused.batch_id, smaller)
+        self._journal.replan(self.phase, refused.batch_id, smaller)
         self._planned_pictures -= refused.picture_count - picture_count
         self._again.appendleft(smaller)
+        if self._on_trial == refused.batch_id:
+            self._try(smaller)
 
     def again(self, batch: Batch) -> bool:
         self._again.append(batch)
@@ -151,6 +162,11 @@ class PoolOutbox:
     def stop(self) -> None:
         """Nothing more is sent; what is planned stays in the journal for the next run."""
         self._stopped = True
+
+    def _try(self, batch: Batch) -> None:
+        """Puts a batch on trial where there is something to find out by it."""
+        lossy = not self._is_trusted and is_lossy(wire.Batch.FromString(batch.request).images)
+        self._on_trial = batch.batch_id if lossy else None
 
     def _left(self) -> int:
         """Pictures that the budget still allows."""
@@ -174,27 +190,35 @@ class PoolOutbox:
         return None if self._message_bytes is None else self._message_bytes(batch)
 
     def _new_batch(self, slot: int, count: int) -> tuple[Batch, int]:
-        """A batch whose pictures all passed the gate, and how many more were made for it and dropped."""
-        # The generator's randomness for a slot hangs on the run's seed and the slot alone.
-        rng = _stream(f"pool/{self._seed}/{slot}")
-        latents: list[Tensor] = []
-        pictures: list[Tensor] = []
-        missing, made = count, 0
-        while missing > 0:
-            drawn_NL, drawn_NCHW = _draw(self._generator, missing, rng)
-            passing_N = self._gate.passing(drawn_NCHW)
-            self._gate.check()  # before anything of this batch is planned; a loop without end ends here too
-            latents.append(drawn_NL[passing_N])
-            pictures.append(drawn_NCHW[passing_N])
-            made += missing
-            missing -= int(passing_N.sum())
-        latents_NL, images_NCHW = torch.cat(latents), torch.cat(pictures)
+        latents_NL, images_NCHW, dropped = self._source(slot, count)
         sized_NCHW = resize(images_NCHW, self._description.height, self._description.width)
         self._door.check_pictures(sized_NCHW.numpy())
         images = self._packing.pack(sized_NCHW.numpy())
         batch = _batch(slot, images, latents_NL.numpy().astype("<f4").tobytes())
         self._door.check(wire.Batch.FromString(batch.request))
-        return batch, made - count
+        return batch, dropped
+
+
+def synthetic(generator: Generator, gate: CopyGate, *, seed: int) -> Source:
+    """A source of the generator's pictures; near copies are dropped by the gate and replaced."""
+
+    def make(slot: int, count: int) -> tuple[Tensor, Tensor, int]:
+        # The generator's randomness for a slot hangs on the run's seed and the slot alone.
+        rng = _stream(f"pool/{seed}/{slot}")
+        latents: list[Tensor] = []
+        pictures: list[Tensor] = []
+        missing, made = count, 0
+        while missing > 0:
+            drawn_NL, drawn_NCHW = _draw(generator, missing, rng)
+            passing_N = gate.passing(drawn_NCHW)
+            gate.check()  # before anything of this batch is planned; a loop without end ends here too
+            latents.append(drawn_NL[passing_N])
+            pictures.append(drawn_NCHW[passing_N])
+            made += missing
+            missing -= int(passing_N.sum())
+        return torch.cat(latents), torch.cat(pictures), made - count
+
+    return make
 
 
 def probe(generator: Generator, gate: CopyGate, *, seed: int) -> None:
@@ -233,7 +257,7 @@ def fill_pool(
     ``progress`` is told the pictures answered so far. Raises BudgetSpent when the account is empty before that,
     BadInput when the teacher refuses for good or answers nonsense, and TeacherAway.
     """
-    answered = journal.totals(PHASE).charged_pictures
+    answered = journal.totals(outbox.phase).charged_pictures
     progress(answered)
     waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
     spent: str | None = None

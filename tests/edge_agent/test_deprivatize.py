@@ -1,3 +1,4 @@
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.deprivatize import draw_latents, train_generator
+from edge_agent.deprivatize import Guide, draw_latents, train_generator
 from networks.gan import Generator
 
 CPU = torch.device("cpu")
@@ -48,7 +49,9 @@ def bars(count: int = 64) -> Tensor:
     return images_NCHW
 
 
-def train(config: DeprivatizeConfig = SMALL, *, seed: int = 0, checkpoint: Keep | None = None) -> Generator:
+def train(
+    config: DeprivatizeConfig = SMALL, *, seed: int = 0, checkpoint: Keep | None = None, guide: Guide | None = None
+) -> Generator:
     return train_generator(
         bars(),
         class_count=2,
@@ -57,6 +60,7 @@ def train(config: DeprivatizeConfig = SMALL, *, seed: int = 0, checkpoint: Keep 
         device=CPU,
         checkpoint=checkpoint or Keep(),
         progress=silent,
+        guide=guide,
     )
 
 
@@ -143,3 +147,41 @@ def test_pictures_that_are_no_squares_are_refused() -> None:
             checkpoint=Keep(),
             progress=silent,
         )
+
+
+class Notes:
+    """A guide that is sure of the first half of each batch, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.numbers: list[int] = []
+
+    def begin(self, generator: Generator) -> None:
+        self.begun += 1
+
+    def confidence(self, number: int, latents_NL: Tensor, images_NCHW: Tensor) -> Tensor:
+        assert latents_NL.shape == (8, 5) and images_NCHW.shape == (8, 1, 8, 8) and images_NCHW.dtype == torch.uint8
+        self.numbers.append(number)
+        return (torch.arange(8) < 4).float()
+
+
+@pytest.mark.parametrize("loss", ["hinge", "bce"])
+def test_teacher_is_asked_in_the_last_steps_and_its_confidence_weighs_the_generators_loss(loss: str) -> None:
+    def guided(guide: Notes | None, **changes: Any) -> dict[str, Tensor]:
+        return train(dataclasses.replace(SMALL, loss=loss, im_queries=19, **changes), guide=guide).state_dict()
+
+    notes = Notes()
+    weighed = guided(notes)
+    assert (notes.begun, notes.numbers) == (1, [0, 1])  # 19 queries are two batches of eight
+    plain, weightless = guided(None), guided(Notes(), im_weight=0.0)
+    assert all(plain[name].equal(weightless[name]) for name in plain)
+    assert not all(plain[name].equal(weighed[name]) for name in plain)
+
+
+def test_resumed_training_asks_under_the_same_numbers() -> None:
+    config = dataclasses.replace(SMALL, im_queries=32)
+    keep, first, second = Keep(stop_after=4), Notes(), Notes()
+    with pytest.raises(InterruptedError):
+        train(config, checkpoint=keep, guide=first)
+    train(config, checkpoint=keep, guide=second)
+    assert (first.numbers, second.numbers) == ([0, 1], [2, 3])

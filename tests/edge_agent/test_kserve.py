@@ -19,7 +19,7 @@ from edge_agent.egress import CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadCredential, BadInput, BudgetSpent, TeacherAway
 from edge_agent.journal import Journal
 from edge_agent.kserve import Address, KServeTeacher, Reading, read_model
-from edge_agent.pool import PoolOutbox, fill_pool, load_pool
+from edge_agent.pool import PoolOutbox, fill_pool, load_pool, synthetic
 from networks.gan import Generator
 from protos import codec
 from protos.errors import Reason, Refusal
@@ -67,13 +67,11 @@ def ask(
         description = teacher.describe()
         outbox = PoolOutbox(
             journal,
-            generator,
+            synthetic(generator, NOTHING_NEAR, seed=0),
             outbox_door,
             description,
-            gate=NOTHING_NEAR,
             budget=budget,
             batch_pictures=batch_pictures,
-            seed=0,
             counts_sent=True,
             message_bytes=teacher.message_bytes,
         )
@@ -520,13 +518,11 @@ def test_resumed_run_counts_what_it_sends_again(journal, generator):
         description = teacher.describe()
         box = PoolOutbox(
             journal,
-            generator,
+            synthetic(generator, NOTHING_NEAR, seed=0),
             NOTHING_LOCAL,
             description,
-            gate=NOTHING_NEAR,
             budget=100,
             batch_pictures=16,
-            seed=0,
             counts_sent=True,
         )
         first = box.next_batch()  # counted, and the process dies before or after it was sent
@@ -710,13 +706,11 @@ def test_local_picture_does_not_leave_this_way_either(journal, generator):
     with serving(model := Model()) as address:
         sample = PoolOutbox(
             Journal.open(journal._path.with_name("sample.db")),
-            generator,
+            synthetic(generator, NOTHING_NEAR, seed=0),
             box_door,
             open_and_describe(address),
-            gate=NOTHING_NEAR,
             budget=16,
             batch_pictures=16,
-            seed=0,
         ).next_batch()
         images_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
         with pytest.raises(PrivatePictureStopped):
@@ -733,13 +727,11 @@ def test_local_picture_is_not_even_planned(journal, generator):
         description = open_and_describe(address)
         sample = PoolOutbox(
             Journal.open(journal._path.with_name("sample.db")),
-            generator,
+            synthetic(generator, NOTHING_NEAR, seed=0),
             NOTHING_LOCAL,
             description,
-            gate=NOTHING_NEAR,
             budget=16,
             batch_pictures=16,
-            seed=0,
         ).next_batch()
         door = EgressDoor(codec.decode_images(wire.Batch.FromString(sample.request).images)[:1])
         with pytest.raises(PrivatePictureStopped):
@@ -988,13 +980,11 @@ def test_another_model_stops_the_run_before_anything_is_sent(journal, generator)
         model.versions = ["2"]
         box = PoolOutbox(
             journal,
-            generator,
+            synthetic(generator, NOTHING_NEAR, seed=0),
             NOTHING_LOCAL,
             description,
-            gate=NOTHING_NEAR,
             budget=16,
             batch_pictures=16,
-            seed=0,
             counts_sent=True,
         )
         with pytest.raises(BadInput, match=r"this run began with the model metadata-.*nothing was sent"):
@@ -1039,8 +1029,8 @@ def test_teacher_that_keeps_books_gets_its_batches_back_whole(journal, generator
     )
 
     def box(**changes):
-        options = {"budget": 16, "batch_pictures": 16, "seed": 0, **changes}
-        return PoolOutbox(journal, generator, NOTHING_LOCAL, description, gate=NOTHING_NEAR, **options)
+        options = {"budget": 16, "batch_pictures": 16, **changes}
+        return PoolOutbox(journal, synthetic(generator, NOTHING_NEAR, seed=0), NOTHING_LOCAL, description, **options)
 
     batch = box().next_batch()
     assert box(budget=16, batch_pictures=4).next_batch() == batch

@@ -9,10 +9,11 @@ import torch
 from edge_agent import pool as pools
 from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Journal
 from edge_agent.packing import Packing
 from edge_agent.pixels import quantise
-from edge_agent.pool import PoolOutbox, fill_pool, load_pool, resize, split_pool
+from edge_agent.pool import PoolOutbox, fill_pool, load_pool, resize, split_pool, synthetic
 from edge_agent.teacher import Answered, Description, Refused
 from networks.gan import Generator
 from protos import codec
@@ -56,13 +57,11 @@ def outbox(
 ):
     return PoolOutbox(
         journal,
-        generator,
+        synthetic(generator, gate or CopyGate(NO_PICTURES, 0.0), seed=seed),
         door,
         description,
-        gate=gate or CopyGate(NO_PICTURES, 0.0),
         budget=budget,
         batch_pictures=batch_pictures,
-        seed=seed,
         packing=packing,
         warn=warn,
     )
@@ -310,6 +309,70 @@ def test_answer_that_is_not_what_was_expected_is_kept_and_then_refused(journal, 
     assert len(list(journal.answered("distill"))) == 1, "paid for, so kept"
 
 
+def guidance(journal, account, gate=None, budget=100):
+    def box(source, number):
+        return PoolOutbox(
+            journal,
+            source,
+            NOTHING_LOCAL,
+            DESCRIPTION,
+            budget=budget,
+            batch_pictures=16,
+            phase="deprivatize",
+            only_slot=number,
+        )
+
+    made = TeachersConfidence(
+        journal,
+        DESCRIPTION,
+        teacher=lambda: account,
+        outbox=box,
+        make_gate=lambda generator: gate or CopyGate(NO_PICTURES, 0.0),
+    )
+    made.begin(None)
+    return made
+
+
+def question(seed, count=8):
+    rng = torch.Generator().manual_seed(seed)
+    images_NCHW = torch.randint(0, 256, (count, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    return torch.zeros(count, 8), images_NCHW
+
+
+@pytest.mark.parametrize(("soft", "sure"), [(True, 0.7), (False, 1.0)])
+def test_confidence_is_asked_once_for_each_number_and_paid_by_its_own_phase(journal, generator, soft, sure):
+    account = Account(1000, soft=soft)
+    for _ in range(2):  # the second time as after a kill: trained again from a checkpoint
+        guide = guidance(journal, account)
+        for number in (0, 1):
+            assert guide.confidence(number, *question(number)).tolist() == pytest.approx([sure] * 8)
+    assert journal.totals("deprivatize").charged_pictures == 16 == journal.totals().charged_pictures
+    assert account.balance == 1000 - 16
+    fill(account, journal, outbox(journal, generator, budget=40))
+    assert journal.totals("distill").charged_pictures == 24, "one budget for both phases"
+
+
+def test_confidence_of_a_number_asked_for_but_not_answered_is_sent_again_under_its_id(journal):
+    account = Account(1000)
+    account.answers = lambda run_id, model_digest, outbox: iter([outbox.next_batch()][:0])
+    assert guidance(journal, account).confidence(0, *question(0)).sum() == 0
+    [unanswered] = journal.unanswered("deprivatize")
+    account = Account(1000)
+    assert guidance(journal, account).confidence(0, *question(0)).tolist() == pytest.approx([0.7] * 8)
+    assert account.asked == [unanswered.batch_id]
+
+
+def test_near_copies_are_not_asked_about_and_numbers_without_a_question_are_passed_over(journal):
+    account = Account(1000)
+    latents_NL, images_NCHW = question(3, count=200)
+    guide = guidance(journal, account, gate=CopyGate(images_NCHW[:1], 1.0, seen=1000))  # as after the probe
+    assert guide.confidence(0, latents_NL[:1], images_NCHW[:1]).tolist() == [0.0], "nothing left to ask"
+    sure_N = guide.confidence(1, latents_NL[:16], images_NCHW[:16])
+    assert sure_N.tolist() == pytest.approx([0.0] + [0.7] * 15)
+    assert [batch.slot for batch in journal.answered("deprivatize")] == [1]
+    assert journal.totals().dropped_pictures == 1
+
+
 def test_pool_pairs_pictures_latents_and_answers(journal, generator):
     fill(Account(1000), journal, outbox(journal, generator, budget=40))
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
@@ -477,6 +540,16 @@ def decoding_otherwise(account):
 
     account.result = result
     return account
+
+
+def test_budget_that_ends_in_the_first_lossy_batch_is_said_to_be_spent(journal, generator):
+    """What is left of that batch may be small enough to travel lossless: then there is nothing more to find out."""
+    packing = Packing("jpeg", 90, codec.ENCODINGS)
+    with pytest.raises(BudgetSpent):
+        fill(Account(1), journal, outbox(journal, generator, batch_pictures=64, packing=packing))
+    assert journal.totals().charged_pictures == 1
+    with pytest.raises(BudgetSpent):
+        fill(Account(0), journal, outbox(journal, generator, batch_pictures=64, packing=packing))
 
 
 def test_student_trains_on_what_was_decoded(journal, generator):

@@ -37,7 +37,7 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
     assert privacy["membership_auc_low"] < privacy["membership_auc"] < privacy["membership_auc_high"]
     assert 0 <= summary["agreement_synthetic"] <= 1
     assert summary["accuracy"] == {"teacher": None, "student": None, "student_adapted": None}
-    assert summary["bytes"]["sent"] > 200 * 64 and summary["bytes"]["received"] > 200 * 4 * 4
+    assert summary["bytes"]["sent"] > 200 * 16 and summary["bytes"]["received"] > 200 * 4 * 4
     assert set(summary["seconds"]) == {"deprivatize", "distill", "adapt"}
     assert summary["phases_done"] == ["deprivatize", "distill", "adapt"]
     for name in ("run.toml", "generator.pt", "student.pt", "memory.npz", "journal.db", "metrics.jsonl"):
@@ -76,6 +76,24 @@ def test_agent_killed_at_random_moments_pays_for_no_picture_twice(world, seed):
     done = world.agent()
     assert done.returncode == 0, done.stderr
     assert world.books()["posted"] == 200, f"seed {seed}"
+    assert_books_agree(world)
+
+
+def test_questions_of_the_first_phase_are_counted_and_a_kill_pays_for_none_twice(world):
+    world.account(1000)
+    world.start_server()
+    settings = {"steps": 30, "batch_count": 16, "im_queries": 160, "noise_count": 0, "loss": "bce"}
+    flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
+    process = world.start_agent(*flags)
+    world.wait_for_answers(process, 48)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    process.stderr.close()
+    done = world.agent(*flags)
+    assert done.returncode == 0, done.stderr
+    queries = world.summary()["queries"]
+    assert queries == {"budget": 200, "charged": 200, "deprivatize": 160, "distill": 40, "adapt": 0}
+    assert world.books()["posted"] == 200
     assert_books_agree(world)
 
 

@@ -380,13 +380,17 @@ def test_a_signal_ends_open_watches_as_draining(start_server: Any, flags: tuple[
         assert Refusal.from_status(status) == Refusal.of(Reason.DRAINING)
 
 
-# teacher-serve with an engine that takes its time for every call.
+# teacher-serve with an engine that takes its time for every call but the first, which the server makes itself.
 SLOW_SERVER = """
 import sys, time
 from teacher_service.cli import serve
 from teacher_service.engine import ArrayEngine
-answer, seconds = ArrayEngine.answer, float(sys.argv.pop(1))
-ArrayEngine.answer = lambda self, images: (time.sleep(seconds), answer(self, images))[1]
+answer, seconds = ArrayEngine.answer, [float(sys.argv.pop(1)), 0.05]
+def slowly(self, images):
+    time.sleep(seconds.pop() if len(seconds) > 1 else seconds[0])
+    return answer(self, images)
+
+ArrayEngine.answer = slowly
 serve()
 """
 

@@ -1,0 +1,90 @@
+"""Questions of phase 1: how sure is the teacher of what the generator makes? The paper's information maximisation.
+
+Shape letters: N pictures, C channels, H and W height and width, L latent numbers.
+
+Each question is a batch under a number (its slot), planned, sent, paid for and kept like every other. A phase that
+was interrupted trains again from its checkpoint and comes to numbers that are answered: those answers are used.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from edge_agent import pool as pools
+from edge_agent.deprivatize import Guide
+from edge_agent.egress import CopyGate
+from edge_agent.journal import Batch, Journal
+from edge_agent.teacher import Description, Teacher
+from networks.gan import Generator
+from protos import codec
+from protos.mekd.v1 import teacher_inference_pb2 as wire
+
+PHASE = "deprivatize"
+
+
+class TeachersConfidence(Guide):
+    """The teacher's top probability of each picture, asked about once.
+
+    Args:
+        teacher: asked for when there is something to ask.
+        outbox: makes the outbox of one number, given a source of its pictures.
+        make_gate: the gate for what this generator makes; raises CopiesStopped.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        description: Description,
+        *,
+        teacher: Callable[[], Teacher],
+        outbox: Callable[[pools.Source, int], pools.PoolOutbox],
+        make_gate: Callable[[Generator], CopyGate],
+    ) -> None:
+        self._journal = journal
+        self._description = description
+        self._teacher = teacher
+        self._outbox = outbox
+        self._make_gate = make_gate
+        self._gate: CopyGate | None = None
+
+    def begin(self, generator: Generator) -> None:
+        self._gate = self._make_gate(generator)
+
+    def confidence(self, number: int, latents_NL: Tensor, images_NCHW: Tensor) -> Tensor:
+        assert self._gate is not None, "begin comes first"
+        passing_N = self._gate.passing(images_NCHW)
+        confidence_N = torch.zeros(len(images_NCHW))  # what may not leave is not asked about, and weighs as without
+        kept = self._kept(number)
+        if kept is None and passing_N.any():
+            self._gate.check()
+            dropped = int((~passing_N).sum())
+
+            def source(_slot: int, count: int) -> tuple[Tensor, Tensor, int]:
+                return latents_NL[passing_N][:count], images_NCHW[passing_N][:count], dropped
+
+            pools.fill_pool(
+                self._teacher(),
+                self._journal,
+                self._outbox(source, number),
+                self._description,
+                progress=lambda answered: None,
+            )
+            kept = self._kept(number)
+        if kept is not None:
+            where_N = torch.nonzero(passing_N).flatten()[: kept.picture_count]
+            confidence_N[where_N] = self._top(kept)[: len(where_N)]
+        return confidence_N
+
+    def _kept(self, number: int) -> Batch | None:
+        return next((batch for batch in self._journal.answered(PHASE) if batch.slot == number), None)
+
+    def _top(self, kept: Batch) -> Tensor:
+        """The top probability (N,) of an answer; of an index it is 1."""
+        assert kept.answer is not None
+        answer = codec.decode_answer(
+            wire.Answer.FromString(kept.answer),
+            picture_count=kept.picture_count,
+            class_count=len(self._description.labels),
+        )
+        return torch.from_numpy(answer.max(axis=1).copy()) if answer.ndim == 2 else torch.ones(len(answer))
