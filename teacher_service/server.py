@@ -52,7 +52,6 @@ SPARE_CONNECTIONS = 256  # for those who ask without a stream: admins, probes
 HANDSHAKE_TIMEOUT_MS = 10_000
 KEEPALIVE_MS = 60_000
 KEEPALIVE_TIMEOUT_MS = 20_000
-READ_BYTES = 256 * 2**10
 MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
 TYPED_PIXEL_BYTES = 2  # of a pixel from 128 on that travels as a number (uint_contents): a varint
 LEAST_MESSAGE_BYTES = 4 * 2**20  # what any gRPC server takes; posts of teachers elsewhere come in here too
@@ -341,8 +340,6 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         # Of the server: every stream may have one of its own. Further ones are closed at once.
         ("grpc.max_allowed_incoming_connections", config.max_streams + SPARE_CONNECTIONS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-        # A batch of pictures is hundreds of KB: read in few large pieces it costs less than in many of 8 KiB.
-        ("grpc.experimental.tcp_read_chunk_size", READ_BYTES),
         # Without this a second server on the same port starts without a word and takes half of the calls.
         ("grpc.so_reuseport", 0),
         # Agents behind NAT ping every 30 s, also while nothing is said; the default would end their streams as
