@@ -136,6 +136,7 @@ class Agent:
                 f"--budget: {self._folder.path} has asked about {planned} pictures and was answered {charged}; "
                 f"expected at least {planned}, or {charged} to train on those alone, got {self._config.budget}"
             )
+        self._packing()  # refuses an encoding that the teacher does not take, before anything is trained
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
 
@@ -533,18 +534,20 @@ class Agent:
                 if self._journal.totals().charged_pictures > totals.charged_pictures:
                     self._begin("distill", "adapt")
 
+    def _packing(self) -> Packing:
+        return Packing(self._config.image_encoding, self._config.image_quality, self._description.encodings)
+
     def _outbox(self, source: pools.Source, **of_a_phase: Any) -> pools.PoolOutbox:
-        described = self._description
         return pools.PoolOutbox(
             self._journal,
             source,
             self._door,
-            described,
+            self._description,
             budget=self._config.budget,
             batch_pictures=self._config.batch_pictures,
             counts_sent=self._counts_sent,
             message_bytes=self._connected().message_bytes,
-            packing=Packing(self._config.image_encoding, self._config.image_quality, described.encodings),
+            packing=self._packing(),
             warn=self._console.warn,
             **of_a_phase,
         )

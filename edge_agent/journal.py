@@ -212,6 +212,10 @@ class Journal:
                 found[kind] = found.get(kind, 0) + picture_count
         return found
 
+    def answered_slot(self, phase: str, slot: int) -> Batch | None:
+        """What was answered at one slot; None where nothing was."""
+        return next(self._select("phase = ? AND answer IS NOT NULL AND slot = ?", phase, slot), None)
+
     def slots(self, phase: str) -> int:
         """The first slot never planned."""
         return int(self._one("SELECT coalesce(max(slot) + 1, 0) FROM batches WHERE phase = ?", phase)[0])
@@ -295,12 +299,12 @@ class Journal:
             ),
         )
 
-    def _select(self, where: str, phase: str) -> Iterator[Batch]:
+    def _select(self, where: str, *values: str | int) -> Iterator[Batch]:
         with _store_problems(self._path):
             for slot, batch_id, count, request, latents, answer in self._connection.execute(
                 "SELECT slot, batch_id, picture_count, request, latents, answer FROM batches "
                 f"WHERE {where} ORDER BY slot",
-                (phase,),
+                values,
             ):
                 yield Batch(
                     slot=slot,

@@ -24,7 +24,7 @@ NEIGHBOURS = 10
 """Sent pictures that the second attack looks at."""
 _LEAST_TAIL = 4
 _NORMAL_95 = 1.959964
-_BLOCK_NUMBERS = 2**23  # float32 numbers of one block: 32 MiB
+_BLOCK_NUMBERS = 2**23  # of one block of pictures, or of their products: 32 or 64 MiB
 _EXACT_DIMENSIONS = 1024
 
 
@@ -68,7 +68,7 @@ def nearest(images_NCHW: Tensor, others: Iterable[Tensor], *, count: int = 1) ->
     1024 dimensions at a time are exact in whatever order they are added, and float64 adds those up.
     """
     dimensions = images_NCHW[0].numel()
-    rows = max(1, _BLOCK_NUMBERS // dimensions)
+    rows = max(1, min(_BLOCK_NUMBERS // dimensions, math.isqrt(_BLOCK_NUMBERS)))  # of products there are rows²
     parts = images_NCHW.split(rows)
     found = [torch.full((len(part_NCHW), count), math.inf, dtype=torch.float64) for part_NCHW in parts]
     for other_MCHW in (other_MCHW for block in others for other_MCHW in block.split(rows)):

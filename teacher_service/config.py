@@ -47,7 +47,7 @@ class ServerConfig:
     window_batches: int = 8
     """Batches one stream may have unanswered; the server reads no further."""
     max_message_bytes: int = 64 * 2**20
-    """Most that a message may have; less where the largest batch needs less (``server``)."""
+    """Most that a message may have, whoever sends it: gRPC reads each whole before any other limit is looked at."""
     grace_seconds: float = 20.0
     """After SIGTERM: how long batches under way may take."""
     lease_seconds: float = 10.0

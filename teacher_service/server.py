@@ -53,9 +53,6 @@ HANDSHAKE_TIMEOUT_MS = 10_000
 KEEPALIVE_MS = 60_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
-TYPED_PIXEL_BYTES = 2  # of a pixel from 128 on that travels as a number (uint_contents): a varint
-LEAST_MESSAGE_BYTES = 4 * 2**20  # what any gRPC server takes; posts of teachers elsewhere come in here too
-MAX_SENT_BYTES = 64 * 2**20  # a kept answer may be of another model, larger than what this one needs
 
 
 class StartError(Exception):
@@ -301,25 +298,19 @@ async def _key_of_anyone(books: Ledger) -> str:
 def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
     """Limits that fit each other: what Describe promises must pass through message size and queue. StartError.
 
-    And no message may be larger than the largest promised one: gRPC reads each whole, whoever sends it.
+    What gRPC reads does not shrink with the model: a batch that was paid for under a larger one is repeated whole,
+    and posts of teachers elsewhere are as large as their answers.
     """
     # The largest answer is a top-k one that names every class: a float and an index, a varint, for each.
     index_bytes = max(1, -(-(len(engine.labels) - 1).bit_length() // 7))
-    pixel_count = engine.channels * engine.height * engine.width
-    picture_bytes = max(pixel_count, (4 + index_bytes) * len(engine.labels))
+    picture_bytes = max(engine.channels * engine.height * engine.width, (4 + index_bytes) * len(engine.labels))
     most = (config.max_message_bytes - MESSAGE_HEADER_BYTES) // picture_bytes
     if most < 1:
         raise StartError(
             f"expected a picture and its answer to fit into a message of {config.max_message_bytes} bytes, "
             f"they take {picture_bytes}"
         )
-    most = min(config.max_batch_pictures, most)
-    needed_bytes = MESSAGE_HEADER_BYTES + most * max(picture_bytes, TYPED_PIXEL_BYTES * pixel_count)
-    config = dataclasses.replace(
-        config,
-        max_batch_pictures=most,
-        max_message_bytes=min(config.max_message_bytes, max(needed_bytes, LEAST_MESSAGE_BYTES)),
-    )
+    config = dataclasses.replace(config, max_batch_pictures=min(config.max_batch_pictures, most))
     if config.max_queue_pictures < config.max_batch_pictures:
         raise StartError(
             f"--max-queue-pictures: expected at least --max-batch-pictures ({config.max_batch_pictures}), "
@@ -332,7 +323,7 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         # Refused by gRPC itself, before a message is decoded.
         ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_send_message_length", MAX_SENT_BYTES),
+        ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         # Of one connection; a client waits with the next one. A proxy may bring many callers over one.

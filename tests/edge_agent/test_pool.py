@@ -309,7 +309,7 @@ def test_answer_that_is_not_what_was_expected_is_kept_and_then_refused(journal, 
     assert len(list(journal.answered("distill"))) == 1, "paid for, so kept"
 
 
-def guidance(journal, account, gate=None, budget=100):
+def guidance(journal, account, gate=None, budget=100, counts_sent=False):
     def box(source, number):
         return PoolOutbox(
             journal,
@@ -319,6 +319,7 @@ def guidance(journal, account, gate=None, budget=100):
             budget=budget,
             batch_pictures=16,
             phase="deprivatize",
+            counts_sent=counts_sent,
             only_slot=number,
         )
 
@@ -336,7 +337,7 @@ def guidance(journal, account, gate=None, budget=100):
 def question(seed, count=8):
     rng = torch.Generator().manual_seed(seed)
     images_NCHW = torch.randint(0, 256, (count, 1, 8, 8), generator=rng, dtype=torch.uint8)
-    return torch.zeros(count, 8), images_NCHW
+    return torch.randn(count, 8, generator=rng), images_NCHW
 
 
 @pytest.mark.parametrize(("soft", "sure"), [(True, 0.7), (False, 1.0)])
@@ -362,6 +363,15 @@ def test_confidence_of_a_number_asked_for_but_not_answered_is_sent_again_under_i
     assert account.asked == [unanswered.batch_id]
 
 
+def test_where_the_agent_counts_a_question_given_up_does_not_stop_the_phase(journal):
+    unanswered = Account(1000)
+    unanswered.answers = lambda run_id, model_digest, outbox: iter([outbox.next_batch()][:0])
+    counting = {"budget": 8, "counts_sent": True}
+    guidance(journal, unanswered, **counting).confidence(0, *question(0))
+    assert journal.totals().sent_pictures == 8, "the budget is used"
+    assert guidance(journal, Account(1000), **counting).confidence(0, *question(0)).tolist() == [0.0] * 8
+
+
 def test_near_copies_are_not_asked_about_and_numbers_without_a_question_are_passed_over(journal):
     account = Account(1000)
     latents_NL, images_NCHW = question(3, count=200)
@@ -370,6 +380,9 @@ def test_near_copies_are_not_asked_about_and_numbers_without_a_question_are_pass
     sure_N = guide.confidence(1, latents_NL[:16], images_NCHW[:16])
     assert sure_N.tolist() == pytest.approx([0.0] + [0.7] * 15)
     assert [batch.slot for batch in journal.answered("deprivatize")] == [1]
+    # After a kill the gate may judge a hair otherwise: answers stay with the pictures that they are about.
+    later = guidance(journal, Account(0), gate=CopyGate(images_NCHW[1:2], 1.0, seen=1000))
+    assert later.confidence(1, latents_NL[:16], images_NCHW[:16]).tolist() == sure_N.tolist()
     assert journal.totals().dropped_pictures == 1
 
 
