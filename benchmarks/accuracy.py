@@ -200,7 +200,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         pool = pool.hardened()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
     facts = load_model(bought / "student.pt").facts
-    seconds = _train(config, trained, generator, facts, folder)
+    seconds = _train(row, config, trained, generator, facts, folder)
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         "seconds": {"distill": seconds},
@@ -232,7 +232,7 @@ def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         std=(0.5,) * channels,
         output="logits",
     )
-    seconds = _train(config, pool, None, facts, folder)
+    seconds = _train(row, config, pool, None, facts, folder)
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": queries,
         "private_images_sent": queries["charged"],
@@ -246,10 +246,10 @@ def _config(row: Row, seed: int, data: Path) -> RunConfig:
 
 
 def _train(
-    config: RunConfig, pool: Pool, generator: Generator | None, facts: ModelFacts, folder: Path
+    row: Row, config: RunConfig, pool: Pool, generator: Generator | None, facts: ModelFacts, folder: Path
 ) -> float | None:
     """The agent's training, checkpointed in a run folder of its own; returns its seconds over all starts."""
-    inputs = digest_of({"config": repr(config), "pictures": len(pool)})
+    inputs = digest_of({"row": row.text, "config": repr(config), "pictures": len(pool)})
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
             device = choose_device(config.device)

@@ -29,7 +29,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.bare import CLASS_COUNT, SHAPE_CHW
-from benchmarks.services import ServiceError, descendants, lasting_address
+from benchmarks.services import ServiceError, descendants, end, lasting_address
 
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
@@ -274,12 +274,7 @@ def _two_pictures() -> bytes:
 
 def _end(process: "subprocess.Popen[bytes]", pids: set[int]) -> None:
     """Asks it to end; what is left of its processes after that is killed."""
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    end(process, STOP_SECONDS)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
@@ -104,6 +105,16 @@ def serving(model: Path, ledger: str, *, log: Path, more: Sequence[str] = ()) ->
         yield address
 
 
+def end(process: "subprocess.Popen[Any]", within_seconds: float) -> None:
+    """Asks a process to end, and kills it where it does not."""
+    process.terminate()
+    try:
+        process.wait(within_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @contextmanager
 def _served(
     model: Path, ledger: str, log: Path, more: Sequence[str]
@@ -123,12 +134,7 @@ def _served(
     try:
         yield _address(process, log), process
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, STOP_SECONDS)
         if process.stdout is not None:
             process.stdout.close()
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from benchmarks.services import ServiceError, lasting_address
+from benchmarks.services import ServiceError, end, lasting_address
 
 FOLDER = "MEKD_TRITON"
 START_SECONDS = 120.0
@@ -72,12 +72,7 @@ def serving(repository: Path, *, log: Path | None = None, more: Sequence[str] = 
         try:
             yield address
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process, STOP_SECONDS)
 
 
 def write_model(repository: Path, name: str, config: str, code: str) -> None:
