@@ -13,7 +13,7 @@ import click
 import structlog
 
 from protos.errors import Refusal
-from teacher_service import auth, ledger_cli
+from teacher_service import auth, heap, ledger_cli
 from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.ledger import IDENTIFIER, OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
 from teacher_service.ledger_remote import RemoteLedger
@@ -364,6 +364,7 @@ def serve(
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
     if model is not None and ledger_only:
         raise click.UsageError("expected one of --model and --ledger-only, got both")
+    heap.bound()
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)
     config = ServerConfig(model=model, model_given=given, ledger_key=_ledger_key(), **settings)
