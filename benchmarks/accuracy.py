@@ -29,6 +29,7 @@ from edge_agent.agent import choose_device
 from edge_agent.config import RunConfig, build_config
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
+from edge_agent.generators import from_content
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks import registry
@@ -191,7 +192,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     run(below, seed, data, teacher, bought)
     with RunFolder(bought) as opened:
         description = _description(opened)
-        generator = _generator(opened)
+        generator = from_content(opened.read_tensors("generator.pt"))
         pool = pools.load_pool(opened.journal, generator, description, label_smoothing=0.0)
         charged = opened.journal.totals().charged_pictures
     config = _config(row, seed, data)
@@ -200,7 +201,8 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         pool = pool.hardened()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
     facts = load_model(bought / "student.pt").facts
-    seconds = _train(row, config, trained, generator, facts, folder)
+    of_latents = generator if isinstance(generator, Generator) else None
+    seconds = _train(row, config, trained, of_latents, facts, folder)
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         "seconds": {"distill": seconds},
@@ -295,13 +297,6 @@ def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[st
 def _description(folder: RunFolder) -> Description:
     known = folder.journal.fact("teacher")
     return Description(**{**known, "labels": tuple(known["labels"])})
-
-
-def _generator(folder: RunFolder) -> Generator:
-    content = folder.read_tensors("generator.pt")
-    generator = Generator(**content["arguments"])
-    generator.load_state_dict(content["state_dict"])
-    return generator.eval().requires_grad_(False)
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:

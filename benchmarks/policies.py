@@ -16,11 +16,12 @@ from benchmarks.demo import BUDGET, TEACHER
 from benchmarks.teachers import train_teacher
 from edge_agent.agent import predict_classes
 from edge_agent.config import DeprivatizeConfig, DistillConfig
-from edge_agent.deprivatize import draw_latents, train_generator
+from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
 from edge_agent.pixels import quantise
 from edge_agent.responses import epsilon
 from networks import registry
+from networks.gan import draw_latents
 from networks.modelfile import load_model
 from protos import codec
 from teacher_service import policy

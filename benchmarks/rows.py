@@ -29,6 +29,7 @@ ORDER = (
     "mnist-digits",
     "cifar10-soft",
     "cifar10-hard",
+    "cifar10-gan",
     "cifar10-image-loss",
     "cifar10-10k",
     "cifar10-mobilenet",

@@ -18,24 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_agent import guidance, kserve, privacy
+from edge_agent import generators, guidance, kserve, privacy
 from edge_agent import pool as pools
 from edge_agent.adapt import Adapter, build_memory
-from edge_agent.config import RunConfig, as_layers, given_settings
+from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
+from edge_agent.generators import PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
+from edge_agent.mixes import train_mixes
 from edge_agent.packing import Packing
+from edge_agent.phase import Checkpoint, Progress
 from edge_agent.pixels import normalise
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from networks import registry
 from networks.gan import Generator
+from networks.mixes import Mixes
 from networks.modelfile import ModelFacts
 from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Batch
@@ -100,7 +104,7 @@ class Agent:
             "teacher's model": self._description.model_digest,
             "generator's side": self._side,
             "reference pictures": self._reference,
-            **{f"deprivatize.{name}": value for name, value in asdict(self._config.deprivatize).items()},
+            **{f"deprivatize.{name}": value for name, value in self._generators_settings().items()},
         }
         totals = self._journal.totals()
         planned, charged = totals.planned_pictures, totals.charged_pictures
@@ -291,18 +295,8 @@ class Agent:
             return
         self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
-            generator = train_generator(
-                self._split[0],
-                class_count=len(self._description.labels),
-                config=self._config.deprivatize,
-                seed=self._config.seed,
-                device=self._device,
-                checkpoint=self._folder.checkpoint("deprivatize", inputs),
-                progress=tell,
-                guide=self._guide() if self._config.deprivatize.im_queries > 0 else None,
-            )
-        content = {"arguments": generator.arguments, "state_dict": generator.cpu().state_dict()}
-        self._folder.write_tensors("generator.pt", content)
+            generator = self._train_generator(self._folder.checkpoint("deprivatize", inputs), tell)
+        self._folder.write_tensors("generator.pt", generators.to_content(generator.cpu()))
         self._folder.finish("deprivatize", inputs)
 
     def distill(self) -> None:
@@ -346,7 +340,7 @@ class Agent:
         with self._console.bar("distill: train", "steps") as tell:
             student = train_student(
                 student.to(self._device),
-                generator.to(self._device),
+                generator if isinstance(generator, Generator) else None,
                 train,
                 class_count=len(facts.labels),
                 config=self._config.distill,
@@ -421,6 +415,30 @@ class Agent:
 
     # --- parts of phases ---
 
+    def _train_generator(self, checkpoint: Checkpoint, progress: Progress) -> Generator | Mixes:
+        """Trains the kind of generator that was asked for, on all local pictures but the reference."""
+        config = self._config.deprivatize
+        training_NCHW, _ = self._split
+        shared: dict[str, Any] = {
+            "config": config,
+            "seed": self._config.seed,
+            "device": self._device,
+            "checkpoint": checkpoint,
+            "progress": progress,
+        }
+        if config.generator == "mixes":
+            return train_mixes(training_NCHW, **shared)
+        guide = self._guide() if config.im_queries > 0 else None
+        return train_generator(training_NCHW, class_count=len(self._description.labels), guide=guide, **shared)
+
+    def _generators_settings(self) -> dict[str, Any]:
+        """The settings that decide what phase 1 makes: without those of the other kind, which a GAN never had."""
+        settings = asdict(self._config.deprivatize)
+        if self._config.deprivatize.generator == "gan":
+            for name in MIXES_SETTINGS:
+                del settings[name]
+        return settings
+
     def _begin(self, *phases: str) -> None:
         """Takes back that phases are done: their results are of other inputs from here on."""
         self._journal.set_facts(**{f"done.{phase}": None for phase in phases})
@@ -433,15 +451,12 @@ class Agent:
             identity = {name: value for name, value in identity.items() if name not in CORRECTABLE}
         return digest_of({"identity": identity, "classes": len(self._description.labels)})
 
-    def _generator(self) -> Generator:
+    def _generator(self) -> Generator | Mixes:
         if not self._folder.has("generator.pt"):
             raise RunFolderProblem(f"{self._folder.path}: expected generator.pt; run --phase deprivatize first")
-        content = self._folder.read_tensors("generator.pt")
-        generator = Generator(**content["arguments"])
-        generator.load_state_dict(content["state_dict"])
-        return generator.eval().requires_grad_(False)
+        return generators.from_content(self._folder.read_tensors("generator.pt"))
 
-    def _gate(self, generator: Generator, digest: str) -> CopyGate:
+    def _gate(self, generator: PictureGenerator, digest: str) -> CopyGate:
         """The gate before the door, with all it has seen. Raises CopiesStopped, first of all for a failed probe."""
         training_NCHW, reference_NCHW = self._split
         inputs = digest_of({"generator": digest, "identity": self._generators_inputs()})
@@ -511,7 +526,7 @@ class Agent:
         """Of the ids of all that was ever planned to be sent."""
         return digest_of({"sent": sorted(self._journal.charges().keys() | self._journal.open_ids())})
 
-    def _ask(self, generator: Generator, digest: str) -> None:
+    def _ask(self, generator: PictureGenerator, digest: str) -> None:
         totals = self._journal.totals()
         if self._charged(totals) >= self._config.budget:
             if unanswered := totals.planned_pictures - totals.charged_pictures:
@@ -566,7 +581,7 @@ class Agent:
         """What the budget bounds: answers that were paid for, or pictures sent where nobody but the agent counts."""
         return totals.sent_pictures if self._counts_sent else totals.charged_pictures
 
-    def _pool(self, generator: Generator) -> Pool:
+    def _pool(self, generator: PictureGenerator) -> Pool:
         return pools.load_pool(
             self._journal, generator, self._description, label_smoothing=self._config.distill.label_smoothing
         )

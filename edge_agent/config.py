@@ -11,8 +11,10 @@ from typing import Any
 class DeprivatizeConfig:
     """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing, but for `im_queries`."""
 
+    generator: str = "gan"
+    """gan, or mixes: an autoencoder's latents of local pictures, mixed (`networks.mixes`)."""
     steps: int = 1500
-    """Optimiser steps of the generator; the discriminator takes as many."""
+    """Optimiser steps of the generator; the discriminator takes as many, that of mixes two thirds of them."""
     batch_count: int = 64
     """Real pictures a step, and as many synthetic ones."""
     generator_width: int = 32
@@ -41,6 +43,18 @@ class DeprivatizeConfig:
     """Most queries spent on the paper's information maximisation, in the last steps; 0: off."""
     im_weight: float = 0.5
     """What the teacher's confidence in a picture adds to its weight of 1 in the generator's loss (paper: alpha)."""
+    latent_channels: int = 16
+    """Of mixes: numbers that say what a patch of a picture looks like; fewer blur more."""
+    mix_pictures: int = 2
+    """Of mixes: local pictures in each, in equal parts."""
+    mix_regions: int = 2
+    """Of mixes: regions along each side; each is of one local picture."""
+    mix_noise: float = 0.3
+    """Of mixes: noise on the latents, in standard deviations."""
+
+
+MIXES_SETTINGS = ("generator", "latent_channels", "mix_pictures", "mix_regions", "mix_noise")
+"""Settings of `DeprivatizeConfig` that came with mixes: a GAN was what it is before there were any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +286,8 @@ def _as_kept(value: Any, wanted: Any) -> Any:
 def _check_ranges(config: RunConfig) -> None:
     first, distill, adapt = config.deprivatize, config.distill, config.adapt
     _check_kserve(config)
+    mixes = first.generator == "mixes"
+    by_mixes = "deprivatize.generator = mixes, which makes no picture of an answer; give that, or generator = gan"
     for name, fine, expected in (
         ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
@@ -285,6 +301,13 @@ def _check_ranges(config: RunConfig) -> None:
         ("tls_cert", bool(config.tls_cert) == bool(config.tls_key), "it and tls_key, or neither"),
         ("tls_cert", not config.tls_cert or bool(config.tls_ca), "tls_ca with it"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
+        ("deprivatize.generator", first.generator in ("gan", "mixes"), "gan or mixes"),
+        ("deprivatize.latent_channels", first.latent_channels >= 1, "1 or more"),
+        ("deprivatize.mix_pictures", first.mix_pictures >= 1, "1 or more"),
+        ("deprivatize.mix_regions", first.mix_regions >= 1, "1 or more"),
+        ("deprivatize.mix_noise", 0 <= first.mix_noise < math.inf, "0 or more"),
+        ("distill.image_weight", not mixes or distill.image_weight == 0, f"0 with {by_mixes}"),
+        ("deprivatize.im_queries", not mixes or first.im_queries == 0, f"0 with {by_mixes}"),
         ("deprivatize.steps", first.steps >= 1, "1 or more"),
         ("deprivatize.batch_count", first.batch_count >= 2, "2 or more"),
         ("deprivatize.generator_width", first.generator_width >= 1, "1 or more"),

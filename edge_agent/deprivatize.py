@@ -12,7 +12,7 @@ With `im_queries` the term is there as written, over the last steps, as a contro
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,7 +24,7 @@ from edge_agent.config import DeprivatizeConfig
 from edge_agent.phase import Checkpoint, Progress
 from edge_agent.pixels import normalise, quantise
 from edge_agent.precision import training_precision
-from networks.gan import Discriminator, Generator
+from networks.gan import Discriminator, Generator, draw_latents
 
 
 class Guide(Protocol):
@@ -37,7 +37,8 @@ class Guide(Protocol):
         """Return the teacher's top probabilities (N,) of pictures (N, C, H, W) uint8, asked under a number."""
 
 
-_LOSSES = {
+# Name -> the discriminator's loss on real scores, on synthetic ones, and the generator's.
+ADVERSARIAL_LOSSES = {
     "hinge": (losses.hinge_real, losses.hinge_synthetic, losses.hinge_generator),
     "bce": (losses.log_real, losses.log_synthetic, losses.log_generator),
 }
@@ -82,11 +83,11 @@ def train_generator(
     generator.to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last)
     averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    generator_optimizer = _adam(generator, config.generator_learning_rate)
-    discriminator_optimizer = _adam(discriminator, config.discriminator_learning_rate)
+    generator_optimizer = adam(generator.parameters(), config.generator_learning_rate)
+    discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
     images_NCHW = images_NCHW.to(device)
 
-    real_loss, synthetic_loss, generators_loss = _LOSSES[config.loss]
+    real_loss, synthetic_loss, generators_loss = ADVERSARIAL_LOSSES[config.loss]
     first_guided = config.steps - (config.im_queries // config.batch_count if guide else 0)
     guided = False
 
@@ -168,13 +169,6 @@ def train_generator(
     return cast(Generator, averaged.module).eval().requires_grad_(False)
 
 
-def draw_latents(count: int, *, class_count: int, noise_count: int, rng: torch.Generator) -> Tensor:
-    """Draw latents (N, L) on the CPU: normal numbers, the class axes with their mean taken off."""
-    latents_NL = torch.randn(count, class_count + noise_count, generator=rng)
-    latents_NL[:, :class_count] -= latents_NL[:, :class_count].mean(dim=1, keepdim=True)
-    return latents_NL
-
-
 def _discriminators_view(images_NCHW: Tensor, config: DeprivatizeConfig, rng: torch.Generator) -> Tensor:
     """Change real and synthetic pictures alike before the discriminator sees them.
 
@@ -192,5 +186,6 @@ def _discriminators_view(images_NCHW: Tensor, config: DeprivatizeConfig, rng: to
     return view_NCHW
 
 
-def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.5, 0.99))
+def adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
+    """Adam with a short memory of its direction, since what the two networks want changes (DCGAN, ICLR 2016)."""
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.5, 0.99))

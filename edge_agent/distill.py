@@ -38,7 +38,7 @@ class Pool:
     images_NCHW: Tensor
     """The pictures as the teacher saw them, uint8."""
     latents_NL: Tensor
-    """What the generator made them of, float32."""
+    """What the generator made them of, float32; no column where it cannot say so (`generators`)."""
     probabilities_NK: Tensor | None = None
     """Soft answers, float32."""
     class_indices_N: Tensor | None = None

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from edge_agent import responses
-from edge_agent.deprivatize import draw_latents
 from edge_agent.distill import Pool
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.generators import PictureGenerator
 from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
 from edge_agent.teacher import Answered, Description, Teacher
-from networks.gan import Generator
 from protos import codec
 from protos.errors import Reason
 from protos.mekd.v1 import teacher_inference_pb2 as wire
@@ -199,7 +198,7 @@ class PoolOutbox:
         return batch, dropped
 
 
-def synthetic(generator: Generator, gate: CopyGate, *, seed: int) -> Source:
+def synthetic(generator: PictureGenerator, gate: CopyGate, *, seed: int) -> Source:
     """A source of the generator's pictures; near copies are dropped by the gate and replaced."""
 
     def make(slot: int, count: int) -> tuple[Tensor, Tensor, int]:
@@ -221,7 +220,7 @@ def synthetic(generator: Generator, gate: CopyGate, *, seed: int) -> Source:
     return make
 
 
-def probe(generator: Generator, gate: CopyGate, *, seed: int) -> None:
+def probe(generator: PictureGenerator, gate: CopyGate, *, seed: int) -> None:
     """Shows the gate PROBE_PICTURES pictures that are never sent; they have a random stream of their own."""
     rng = _stream(f"probe/{seed}")
     for _ in range(PROBE_PICTURES // _PROBE_BATCH):
@@ -233,15 +232,11 @@ def _stream(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
-def _draw(generator: Generator, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw(generator: PictureGenerator, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Latents (N, L) and their pictures (N, C, H, W) uint8, both on the CPU."""
-    arguments = generator.arguments
-    latents_NL = draw_latents(
-        count, class_count=arguments["class_count"], noise_count=arguments["noise_count"], rng=rng
-    )
     with torch.inference_mode():
-        device = next(generator.parameters()).device
-        return latents_NL, quantise(generator(latents_NL.to(device))).cpu()
+        latents_NL, images_NCHW = generator.sample(count, rng=rng)
+        return latents_NL, quantise(images_NCHW).cpu()
 
 
 def fill_pool(
@@ -312,7 +307,9 @@ def keep(journal: Journal, answered: Answered, description: Description) -> bool
     return alike
 
 
-def load_pool(journal: Journal, generator: Generator, description: Description, *, label_smoothing: float) -> Pool:
+def load_pool(
+    journal: Journal, generator: PictureGenerator, description: Description, *, label_smoothing: float
+) -> Pool:
     """Every answered picture as the teacher decoded it, at the generator's size, each answer as its policy left it.
 
     What the teacher decoded to other pixels is left out: which ones they were is not known (``left_out``).
@@ -320,8 +317,7 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
     Raises BadInput for an empty pool or an answer that is none.
     """
     class_count = len(description.labels)
-    latent_count = generator.arguments["class_count"] + generator.arguments["noise_count"]
-    side = generator.arguments["side"]
+    side = generator.side
     images: list[Tensor] = []
     latents: list[Tensor] = []
     answers: list[codec.Float32Array | codec.Int64Array] = []
@@ -334,7 +330,8 @@ def load_pool(journal: Journal, generator: Generator, description: Description, 
         if not alike:
             continue
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
-        latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(-1, latent_count).copy()
+        shape = (batch.picture_count, generator.latent_count)
+        latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(shape).copy()
         latents.append(torch.from_numpy(latents_NL))
         answers.append(answer)
         epsilon = responses.epsilon(codec.decimals_of(kept), class_count)

@@ -1,7 +1,7 @@
 """The run folder: the sole writer to disk. Whole files are written beside their name, synced, then renamed.
 
 run.toml       the resolved configuration
-generator.pt   phase 1's result
+generator.pt   phase 1's result; of mixes it holds the local pictures' latents, so it's as private as they are
 journal.db     outbox and paid answers (``journal``)
 student.pt     phase 2's result, a checkpoint that ``teacher-serve`` could serve
 memory.npz     phase 3's result

@@ -6,6 +6,7 @@ A latent is `[z ; n]`: one number a class, with mean zero (a black box hides the
 the generator must not use that axis), then `noise_count` free numbers for everything a class does not say.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -28,7 +29,9 @@ class Generator(nn.Module):
             "channels": channels,
             "width": width,
         }
-        doublings = _halvings(side)
+        self.side = side
+        self.latent_count = class_count + noise_count
+        doublings = halvings(side)
         coarse_side = side >> doublings
         inner = 2 * width
         layers: list[nn.Module] = [
@@ -52,6 +55,12 @@ class Generator(nn.Module):
         images_NCHW: Tensor = self.layers(latents_NL)
         return images_NCHW
 
+    def sample(self, count: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw latents (N, L), on the CPU, and return them with their pictures (N, C, H, W) in [-1, 1]."""
+        class_count, noise_count = self.arguments["class_count"], self.arguments["noise_count"]
+        latents_NL = draw_latents(count, class_count=class_count, noise_count=noise_count, rng=rng)
+        return latents_NL, self(latents_NL.to(next(self.parameters()).device))
+
 
 class Discriminator(nn.Module):
     """Pictures (N, C, H, W) in [-1, 1] to scores (N,), above zero for real.
@@ -63,10 +72,10 @@ class Discriminator(nn.Module):
 
     def __init__(self, *, side: int, channels: int, width: int) -> None:
         super().__init__()
-        halvings = _halvings(side)
+        depth = halvings(side)
         layers: list[nn.Module] = []
         before = channels
-        for halving in range(halvings):
+        for halving in range(depth):
             after = width * min(2**halving, 4)
             layers += [
                 spectral_norm(nn.Conv2d(before, after, 3, padding=1)),
@@ -75,7 +84,7 @@ class Discriminator(nn.Module):
                 nn.LeakyReLU(0.1),
             ]
             before = after
-        layers += [nn.Flatten(), spectral_norm(nn.Linear(before * (side >> halvings) ** 2, 1))]
+        layers += [nn.Flatten(), spectral_norm(nn.Linear(before * (side >> depth) ** 2, 1))]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
@@ -84,11 +93,18 @@ class Discriminator(nn.Module):
         return scores_N1.squeeze(1)
 
 
-def _halvings(side: int) -> int:
-    """How often both networks halve the side."""
+def draw_latents(count: int, *, class_count: int, noise_count: int, rng: torch.Generator) -> Tensor:
+    """Draw latents (N, L) on the CPU: normal numbers, the class axes with their mean taken off."""
+    latents_NL = torch.randn(count, class_count + noise_count, generator=rng)
+    latents_NL[:, :class_count] -= latents_NL[:, :class_count].mean(dim=1, keepdim=True)
+    return latents_NL
+
+
+def halvings(side: int) -> int:
+    """How often the networks halve a side. Raises ValueError for one that they cannot halve twice, or too large."""
     if side % 4 or not 8 <= side <= 128:
         raise ValueError(f"side: expected a multiple of 4 from 8 to 128, got {side}; pad or resize")
-    halvings = 2
-    while (side >> halvings) > _COARSEST_SIDE and (side >> halvings) % 2 == 0:
-        halvings += 1
-    return halvings
+    depth = 2
+    while (side >> depth) > _COARSEST_SIDE and (side >> depth) % 2 == 0:
+        depth += 1
+    return depth

@@ -13,12 +13,15 @@ from edge_agent import privacy
 from edge_agent.agent import Agent
 from edge_agent.config import build_config
 from edge_agent.console import Console
+from edge_agent.egress import CopiesStopped
 from edge_agent.failures import BadInput, RunFolderProblem
 from edge_agent.journal import Batch
+from edge_agent.pixels import normalise
 from edge_agent.pool import resize
 from edge_agent.runs import RunFolder
 from edge_agent.teacher import Description
 from networks.gan import Generator
+from networks.mixes import Mixes
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
@@ -103,19 +106,62 @@ def test_another_reference_than_the_paid_answers_were_bought_with_is_refused(
             agent(folder, tmp_path, description(8, 8)).prepare()
 
 
-def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkeypatch):
+@pytest.mark.parametrize("kind", ["gan", "mixes"])
+def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkeypatch, kind):
     seen = []
 
     def noting(images_NCHW, **options):
         seen.append(images_NCHW)
         return Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
 
-    monkeypatch.setattr(agents, "train_generator", noting)
+    monkeypatch.setattr(agents, {"gan": "train_generator", "mixes": "train_mixes"}[kind], noting)
     with RunFolder(tmp_path / "run") as folder:
-        made = agent(folder, tmp_path, description(8, 8))
+        settings = {"deprivatize": {"generator": kind}, "distill": {"image_weight": 0}}
+        made = agent(folder, tmp_path, description(8, 8), **settings)
         made.prepare()
         made.deprivatize()
         _, reference_NCHW = made._split
         trained = {image.numpy().tobytes() for image in seen[0]}
         reference = {image.numpy().tobytes() for image in reference_NCHW}
         assert (len(trained), len(reference), trained & reference) == (56, 8, set())
+
+
+def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW):
+    """A folder that was begun before there were mixes goes on."""
+    with RunFolder(tmp_path / "run") as folder:
+        agent(folder, tmp_path, description(8, 8)).prepare()
+        identity = folder.journal.fact("identity")
+        assert not {"deprivatize.generator", "deprivatize.mix_noise"} & identity.keys()
+        other = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
+        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
+        with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with None, now it is 'mixes'"):
+            agent(folder, tmp_path, description(8, 8), **other).prepare()
+
+
+def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_path, pictures_NHW, monkeypatch):
+    """All of a mix from one picture, and no noise."""
+
+    class Copier(Mixes):
+        """A decoder that has learnt everything by heart: the latent is the picture."""
+
+        def forward(self, latents_NZhw):
+            return latents_NZhw.reshape(len(latents_NZhw), 1, 8, 8)
+
+    def by_heart(images_NCHW, *, config, **options):
+        shape = {"side": 8, "channels": 1, "width": 4, "latent_channels": 16, "view_count": 1}
+        chosen = {name: getattr(config, name) for name in ("mix_pictures", "mix_regions", "mix_noise")}
+        copier = Copier(picture_count=len(images_NCHW), **shape, **chosen)
+        copier.latents_VMZhw[:] = normalise(images_NCHW).reshape(1, -1, 16, 2, 2)
+        return copier.eval()
+
+    monkeypatch.setattr(agents, "train_mixes", by_heart)
+    monkeypatch.setattr(Agent, "_generator", lambda made: by_heart(made._split[0], config=made._config.deprivatize))
+    with RunFolder(tmp_path / "run") as folder:
+        mixing = {"generator": "mixes", "mix_pictures": 1, "mix_regions": 1, "mix_noise": 0.0}
+        made = agent(folder, tmp_path, description(8, 8), deprivatize=mixing, distill={"image_weight": 0})
+        made.prepare()
+        made.deprivatize()
+        monkeypatch.setattr(Agent, "_connected", lambda made: pytest.fail("the teacher was asked"))
+        with pytest.raises(CopiesStopped, match=r"^2000 of 2000 synthetic pictures"):
+            made.distill()
+        assert folder.journal.totals().planned_pictures == 0

@@ -21,7 +21,9 @@ def test_later_layers_win_and_sections_are_merged():
 
 
 def test_resolved_config_reads_back_as_itself():
-    config = build_config({"images": "digits", "distill": {"passes": 9}})
+    config = build_config(
+        {"images": "digits", "distill": {"passes": 9, "image_weight": 0}, "deprivatize": {"generator": "mixes"}}
+    )
     assert build_config(tomllib.loads(tomli_w.dumps(as_layers(config)))) == config
 
 
@@ -43,6 +45,17 @@ def test_resolved_config_reads_back_as_itself():
         ({"images": "a", "distill": {"learning_rate": float("nan")}}, r"distill\.learning_rate: expected above 0"),
         ({"images": "a", "distill": {"temperature": 0.0}}, r"distill\.temperature: expected above 0"),
         ({"images": "a", "deprivatize": {"noise_count": -1}}, r"deprivatize\.noise_count: expected 0 or more"),
+        ({"images": "a", "deprivatize": {"generator": "vae"}}, r"deprivatize\.generator: expected gan or mixes"),
+        ({"images": "a", "deprivatize": {"mix_regions": 0}}, r"deprivatize\.mix_regions: expected 1 or more"),
+        ({"images": "a", "deprivatize": {"mix_noise": -0.1}}, r"deprivatize\.mix_noise: expected 0 or more"),
+        (
+            {"images": "a", "deprivatize": {"generator": "mixes"}},
+            r"distill\.image_weight: expected 0 with .*mixes, .*give that, or generator = gan, got 1\.0",
+        ),
+        (
+            {"images": "a", "deprivatize": {"generator": "mixes", "im_queries": 5}, "distill": {"image_weight": 0}},
+            r"deprivatize\.im_queries: expected 0 with .*mixes, .*got 5",
+        ),
         ({"images": "a", "adapt": {"strength": 2.0}}, r"adapt\.strength: expected 0 to below 2"),
         ({"images": "a", "adapt": {"memory_bytes": 2**23}}, r"adapt\.memory_bytes: expected 65536 to 4000000"),
         ({"images": "a", "teacher": {"layuot": "NCHW"}}, r"teacher\.layuot"),

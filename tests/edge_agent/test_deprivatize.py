@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.deprivatize import Guide, draw_latents, train_generator
-from networks.gan import Generator
+from edge_agent.deprivatize import Guide, train_generator
+from networks.gan import Generator, draw_latents
 
 CPU = torch.device("cpu")
 SMALL = DeprivatizeConfig(steps=6, batch_count=8, generator_width=4, discriminator_width=4, noise_count=3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edge_agent import losses, responses
-from edge_agent.deprivatize import draw_latents
+from networks.gan import draw_latents
 from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Answer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 
 def assert_books_agree(world) -> None:
@@ -49,6 +50,30 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
     assert again.returncode == 0, again.stderr
     assert world.books()["posted"] == 200
     assert (world.run_dir / "student.pt").read_bytes() == student
+
+
+def test_mixes_make_a_whole_run_and_a_kill_pays_for_none_twice(world):
+    world.account(1000)
+    world.start_server()
+    settings = {"generator": "mixes", "generator_width": 4, "discriminator_width": 4, "latent_channels": 2}
+    flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
+    refused = world.agent(*flags)
+    assert refused.returncode == 2 and "distill.image_weight: expected 0" in refused.stderr
+    flags += ["--set", "distill.image_weight=0"]
+    process = world.start_agent(*flags)
+    world.wait_for_answers(process, 48)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    process.stderr.close()
+    done = world.agent(*flags)
+    assert done.returncode == 0, done.stderr
+    summary = world.summary()
+    assert (summary["queries"]["charged"], summary["private_images_sent"]) == (200, 0)
+    assert summary["privacy"]["membership_auc"] is not None and summary["privacy"]["dropped_share"] <= 0.01
+    assert summary["phases_done"] == ["deprivatize", "distill", "adapt"]
+    content = torch.load(world.run_dir / "generator.pt", weights_only=True)
+    assert content["kind"] == "mixes" and content["state_dict"]["latents_VMZhw"].dtype == torch.float16
+    assert_books_agree(world)
 
 
 def test_student_can_be_served_as_a_teacher(world):

@@ -1,0 +1,209 @@
+"""Phase 1, the other kind: an autoencoder of the local pictures, whose latents are mixed (`networks.mixes`).
+
+Shape letters: N pictures, C channels, H and W height and width, Z latent channels, h and w height and width of a
+latent, V views of a picture (as it is, and perhaps mirrored), M local pictures, P pictures in a mix.
+
+A GAN has to invent whole pictures, which on natural ones takes far longer than a small machine has. Mixes only
+rearrange: each region is drawn after one local picture, the whole after none. That sells privacy for accuracy, and
+region by region more of it than the gate and the attack see, which compare whole pictures (``docs/privacy.md``).
+
+First the autoencoder learns to give pictures back (the mean absolute difference of pixels), through noise on the
+latents as strong as will be added later. Such pictures are blurred: where the latent leaves details open, their
+middle is the best guess. Then a discriminator of patches joins in, which looks at pictures given back and mixes, and
+the decoder learns to draw details that it holds for real (VQGAN, Esser et al., CVPR 2021), and seams that it doesn't
+see.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from edge_agent import augment, losses
+from edge_agent.config import DeprivatizeConfig
+from edge_agent.deprivatize import ADVERSARIAL_LOSSES, adam
+from edge_agent.phase import Checkpoint, Progress
+from edge_agent.pixels import normalise
+from edge_agent.precision import training_precision
+from networks.autoencoder import Decoder, Encoder, PatchDiscriminator
+from networks.mixes import Mixes, mix
+
+_BLURRED_PART = 1 / 3
+"""Part of all steps before the discriminator joins in."""
+_FEATURE_WEIGHT = 0.1
+_SCORE_WEIGHT = 0.02
+"""At 0.05, with a discriminator that learnt more slowly, the decoder covered seams with chequered patterns."""
+_BATCH = 256
+_STATISTICS_BATCHES = 20
+
+
+@torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
+def train_mixes(
+    images_NCHW: Tensor,
+    *,
+    config: DeprivatizeConfig,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Mixes:
+    """Train an autoencoder on local pictures (N, C, H, W) uint8, without labels, and keep their latents.
+
+    Returns the average of the decoders along the way, in eval mode on `device`, its gradients off, with the latents
+    of the average of the encoders. Raises ValueError for pictures that are no squares.
+    """
+    count, channels, side, width = images_NCHW.shape
+    if width != side:
+        raise ValueError(f"local pictures: expected squares, got height {side} and width {width}")
+    # Initial weights can only be drawn from the global generator, so everything else is too: one state to keep.
+    rng = torch.manual_seed(seed)
+    shape: dict[str, int] = {
+        "side": side,
+        "channels": channels,
+        "width": config.generator_width,
+        "latent_channels": config.latent_channels,
+    }
+    # Convolutions on a CPU are about twice as fast with the channels next to each other.
+    encoder = Encoder(**shape).to(device).to(memory_format=torch.channels_last)
+    decoder = Decoder(**shape).to(device).to(memory_format=torch.channels_last)
+    discriminator = PatchDiscriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
+    discriminator.to(memory_format=torch.channels_last)
+    averaging = get_ema_multi_avg_fn(config.ema_decay)
+    averaged_encoder = AveragedModel(encoder, multi_avg_fn=averaging)
+    averaged_decoder = AveragedModel(decoder, multi_avg_fn=averaging)
+    autoencoder_optimizer = adam([*encoder.parameters(), *decoder.parameters()], config.generator_learning_rate)
+    discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
+    images_NCHW = images_NCHW.to(device)
+
+    real_loss, synthetic_loss, generators_loss = ADVERSARIAL_LOSSES[config.loss]
+    first_sharpened = math.ceil(_BLURRED_PART * config.steps)
+    half = config.batch_count // 2
+
+    def back_and_mixed(real_NCHW: Tensor, mixed_count: int) -> tuple[Tensor, Tensor]:
+        """All pictures as they come back, and so many mixes of them."""
+        with training_precision(device):
+            latents_NZhw = encoder(real_NCHW).float()
+            own_NZhw = mix(latents_NZhw[:, None], regions=1, noise=config.mix_noise, rng=rng)
+            # Mixes train the decoder alone: the encoder is there to describe pictures, not to hide seams.
+            parts_NPZhw = torch.stack([latents_NZhw.detach().roll(i, 0) for i in range(config.mix_pictures)], 1)
+            mixed_NZhw = mix(parts_NPZhw[:mixed_count], regions=config.mix_regions, noise=config.mix_noise, rng=rng)
+            pictures_NCHW = decoder(torch.cat([own_NZhw, mixed_NZhw])).float()
+        return pictures_NCHW[: len(real_NCHW)], pictures_NCHW[len(real_NCHW) :]
+
+    def score(pictures_NCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with training_precision(device):
+            scores_NX, features = discriminator(pictures_NCHW)
+        return scores_NX.float(), [feature_NFHW.float() for feature_NFHW in features]
+
+    done = 0
+    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "encoder": encoder,
+        "decoder": decoder,
+        "discriminator": discriminator,
+        "averaged_encoder": averaged_encoder,
+        "averaged_decoder": averaged_decoder,
+        "autoencoder_optimizer": autoencoder_optimizer,
+        "discriminator_optimizer": discriminator_optimizer,
+    }
+    state = checkpoint.load()
+    if state is not None:
+        for name, part in kept.items():
+            part.load_state_dict(state[name])
+        rng.set_state(state["rng"])
+        done = state["done"]
+
+    def make_state() -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in kept.items()} | {"rng": rng.get_state(), "done": done}
+
+    while done < config.steps:
+        fall = 0.5 * (1.0 + math.cos(math.pi * done / config.steps))
+        autoencoder_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
+        discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
+
+        chosen = torch.randint(count, (config.batch_count,), generator=rng)
+        real_NCHW = normalise(images_NCHW[chosen.to(device)])
+        if config.mirror:  # but no shifts: the background that comes in would be drawn in mixes, too
+            real_NCHW = augment.mirror(real_NCHW, rng=rng)
+        sharpens = done >= first_sharpened
+        back_NCHW, mixed_NCHW = back_and_mixed(real_NCHW, half if sharpens else 0)
+        loss = losses.image_distance(back_NCHW, real_NCHW).mean()
+        figures = {"image_loss": loss.item()}
+        if sharpens:
+            synthetic_NCHW = torch.cat([back_NCHW[:half], mixed_NCHW])
+            scores_NX, _ = score(torch.cat([real_NCHW, synthetic_NCHW.detach()]))
+            real_NX, synthetic_NX = scores_NX[: len(real_NCHW)], scores_NX[len(real_NCHW) :]
+            discriminator_loss = real_loss(real_NX).mean() + synthetic_loss(synthetic_NX).mean()
+            discriminator_optimizer.zero_grad()
+            discriminator_loss.backward()
+            discriminator_optimizer.step()
+            figures["discriminator_loss"] = discriminator_loss.item()
+
+            discriminator.requires_grad_(False)
+            with torch.no_grad():
+                _, wanted = score(real_NCHW[:half])
+            scores_NX, got = score(synthetic_NCHW)
+            distance = feature_distance([features_NFHW[:half] for features_NFHW in got], wanted)
+            loss = loss + _FEATURE_WEIGHT * distance + _SCORE_WEIGHT * generators_loss(scores_NX).mean()
+            discriminator.requires_grad_(True)
+        autoencoder_optimizer.zero_grad()
+        loss.backward()
+        autoencoder_optimizer.step()
+
+        averaged_encoder.update_parameters(encoder)
+        averaged_decoder.update_parameters(decoder)
+        done += 1
+        progress(done, config.steps, **figures)
+        checkpoint.save_if_due(make_state)
+
+    return _with_latents(averaged_encoder.module, averaged_decoder.module, images_NCHW, config, rng)
+
+
+def feature_distance(got: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    """How far the features of pictures given back are from those of the originals; a number.
+
+    The mean absolute difference as a part of the features' own mean size, added up over the layers (feature matching:
+    Larsen et al., ICML 2016): details count as the discriminator sees them, wherever they are to the pixel.
+    """
+    return torch.stack(
+        [
+            (got_NFHW - wanted_NFHW).abs().mean() / wanted_NFHW.abs().mean().clamp_min(1e-6)
+            for got_NFHW, wanted_NFHW in zip(got, wanted, strict=True)
+        ]
+    ).sum()
+
+
+def _with_latents(
+    encoder: nn.Module, decoder: nn.Module, images_NCHW: Tensor, config: DeprivatizeConfig, rng: torch.Generator
+) -> Mixes:
+    """Averaged networks as what makes mixes of the latents of these pictures."""
+    count, channels, side, _ = images_NCHW.shape
+    mixes = Mixes(
+        side=side,
+        channels=channels,
+        width=config.generator_width,
+        latent_channels=config.latent_channels,
+        picture_count=count,
+        view_count=2 if config.mirror else 1,
+        mix_pictures=config.mix_pictures,
+        mix_regions=config.mix_regions,
+        mix_noise=config.mix_noise,
+    ).to(images_NCHW.device)
+    views = [images_NCHW, images_NCHW.flip(3)][: len(mixes.latents_VMZhw)]
+    with training_precision(images_NCHW.device), torch.no_grad():
+        # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
+        update_bn((batch_NCHW for view_NCHW in views for batch_NCHW in _batches(view_NCHW)), encoder)
+        encoder.eval()
+        for latents_MZhw, view_NCHW in zip(mixes.latents_VMZhw, views, strict=True):
+            latents_MZhw.copy_(torch.cat([encoder(batch_NCHW) for batch_NCHW in _batches(view_NCHW)]))
+        mixes.decoder.load_state_dict(decoder.state_dict())
+        # Those of the decoder are set on what it will be given.
+        update_bn((mixes.draw(_BATCH, rng=rng) for _ in range(_STATISTICS_BATCHES)), mixes)
+    return mixes.eval().requires_grad_(False)
+
+
+def _batches(images_NCHW: Tensor) -> Iterator[Tensor]:
+    for batch_NCHW in images_NCHW.tensor_split(math.ceil(len(images_NCHW) / _BATCH)):
+        yield normalise(batch_NCHW)

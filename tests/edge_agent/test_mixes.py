@@ -1,0 +1,205 @@
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edge_agent import generators
+from edge_agent.config import DeprivatizeConfig
+from edge_agent.egress import CopiesStopped, CopyGate
+from edge_agent.mixes import feature_distance, train_mixes
+from edge_agent.pixels import normalise
+from edge_agent.pool import probe, synthetic
+from networks.gan import Generator
+from networks.mixes import Mixes
+
+CPU = torch.device("cpu")
+SMALL = DeprivatizeConfig(
+    generator="mixes",
+    steps=6,
+    batch_count=8,
+    generator_width=4,
+    discriminator_width=4,
+    latent_channels=3,
+    mirror=True,
+)
+
+
+class Keep:
+    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.saved = 0
+        self.stop_after = stop_after
+        self.newest: bytes | None = None
+
+    def load(self) -> dict[str, Any] | None:
+        if self.newest is None:
+            return None
+        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
+        return state
+
+    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        buffer = io.BytesIO()
+        torch.save(make_state(), buffer)
+        self.newest = buffer.getvalue()
+        self.saved += 1
+        if self.saved == self.stop_after:
+            raise InterruptedError
+
+
+def silent(done: int, total: int, **figures: float) -> None:
+    """Progress that nobody reads."""
+
+
+def pictures(count: int = 64, *, seed: int = 0) -> Tensor:
+    """A bright square on a dark ground, somewhere."""
+    rng = torch.Generator().manual_seed(seed)
+    corners_N2 = torch.randint(0, 5, (count, 2), generator=rng)
+    images_NCHW = torch.full((count, 1, 8, 8), 30, dtype=torch.uint8)
+    for image_CHW, (row, column) in zip(images_NCHW, corners_N2.tolist(), strict=True):
+        image_CHW[:, row : row + 4, column : column + 4] = 220
+    return images_NCHW
+
+
+def train(
+    config: DeprivatizeConfig = SMALL,
+    *,
+    seed: int = 0,
+    checkpoint: Keep | None = None,
+    images_NCHW: Tensor | None = None,
+) -> Mixes:
+    return train_mixes(
+        pictures() if images_NCHW is None else images_NCHW,
+        config=config,
+        seed=seed,
+        device=CPU,
+        checkpoint=checkpoint or Keep(),
+        progress=silent,
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])  # while pictures are still blurred, and while they are sharpened
+def test_interrupted_and_resumed_training_gives_the_same_bits(stop_after: int) -> None:
+    expected = train().state_dict()
+    keep = Keep(stop_after=stop_after)
+    with pytest.raises(InterruptedError):
+        train(checkpoint=keep)
+    torch.manual_seed(12345)  # another process has another global state
+    resumed = train(checkpoint=keep).state_dict()
+    assert keep.saved == 6
+    assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_seed_decides_the_weights_and_torchs_global_state_neither_matters_nor_changes() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = train().state_dict()
+    assert torch.rand(1).equal(expected)
+    second, other = train().state_dict(), train(seed=1).state_dict()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert not other["decoder.layers.0.weight"].equal(first["decoder.layers.0.weight"])
+
+
+def test_discriminator_joins_in_after_a_third_and_progress_hears_of_every_step() -> None:
+    heard: list[tuple[int, int, bool]] = []
+
+    def listen(done: int, total: int, **figures: float) -> None:
+        heard.append((done, total, "discriminator_loss" in figures))
+
+    train_mixes(pictures(), config=SMALL, seed=0, device=CPU, checkpoint=Keep(), progress=listen)
+    assert heard == [(step, 6, step > 2) for step in range(1, 7)]
+
+
+@pytest.mark.parametrize("loss", ["hinge", "bce"])
+@pytest.mark.parametrize("mix_pictures", [1, 2, 3])
+def test_every_adversarial_loss_and_number_of_pictures_trains(loss: str, mix_pictures: int) -> None:
+    made = train(dataclasses.replace(SMALL, loss=loss, mix_pictures=mix_pictures))
+    assert all(value.isfinite().all() for value in made.state_dict().values())
+
+
+def test_result_is_frozen_and_has_a_latent_of_every_picture_and_mirror_image() -> None:
+    mixes = train()
+    assert not mixes.training and not any(p.requires_grad for p in mixes.parameters())
+    assert mixes.latents_VMZhw.shape == (2, 64, 3, 2, 2) and mixes.latents_VMZhw.dtype == torch.float16
+    assert mixes.latents_VMZhw.flatten(1).std(1).min() > 0.5, "none was left empty"
+    unmirrored = train(dataclasses.replace(SMALL, mirror=False))
+    assert unmirrored.latents_VMZhw.shape == (1, 64, 3, 2, 2)
+
+
+def test_pictures_that_are_no_squares_are_refused() -> None:
+    with pytest.raises(ValueError, match="height 8 and width 12"):
+        train(images_NCHW=torch.zeros(4, 1, 8, 12, dtype=torch.uint8))
+
+
+def test_distance_of_features_is_a_part_of_their_size() -> None:
+    wanted = [torch.full((2, 3, 4, 4), 2.0), torch.full((2, 3, 2, 2), 5.0)]
+    got = [torch.full((2, 3, 4, 4), 3.0), torch.full((2, 3, 2, 2), 4.0)]
+    assert feature_distance(got, wanted).item() == pytest.approx(0.5 + 0.2)
+    assert feature_distance(wanted, wanted).item() == 0.0
+
+
+# --- what phase 2 does with them ---
+
+
+@pytest.fixture(scope="module")
+def copier() -> Mixes:
+    """An autoencoder that has learnt its pictures, asked for each as it is."""
+    config = DeprivatizeConfig(
+        generator="mixes",
+        steps=400,
+        batch_count=32,
+        generator_width=16,
+        discriminator_width=4,
+        generator_learning_rate=3e-3,
+        ema_decay=0.95,
+        latent_channels=16,
+        mix_pictures=1,
+        mix_noise=0.0,
+    )
+    return train(config, images_NCHW=pictures(25, seed=3))
+
+
+def test_copies_are_stopped_by_the_gate_before_anything_is_planned(copier: Mixes) -> None:
+    training_NCHW = pictures(25, seed=3)
+    gate = CopyGate(training_NCHW, threshold=20.0)
+    probe(copier, gate, seed=0)
+    with pytest.raises(CopiesStopped, match="None of those was sent"):
+        gate.check()
+    with pytest.raises(CopiesStopped):
+        synthetic(copier, gate, seed=0)(0, 16)
+
+
+def test_a_copier_gives_its_pictures_back(copier: Mixes) -> None:
+    _, images_NCHW = copier.sample(50, rng=torch.Generator().manual_seed(0))
+    distances_NM = (images_NCHW[:, None] - normalise(pictures(25, seed=3))[None]).abs().mean((2, 3, 4))
+    assert distances_NM.amin(1).mean() < 0.1
+
+
+def test_a_slot_is_always_made_the_same_and_another_differently() -> None:
+    free = CopyGate(torch.zeros((0, 1, 8, 8), dtype=torch.uint8), 0.0)
+    mixes = train()
+    first, again = (synthetic(mixes, free, seed=0)(3, 8) for _ in range(2))
+    assert first[0].shape == (8, 0) and first[1].dtype == torch.uint8 and first[2] == 0
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], synthetic(mixes, free, seed=0)(4, 8)[1])
+
+
+@pytest.mark.parametrize("kind", ["gan", "mixes"])
+def test_a_generator_is_kept_without_code_and_read_back_as_it_was(kind: str) -> None:
+    torch.manual_seed(0)
+    made = train() if kind == "mixes" else Generator(class_count=2, noise_count=3, side=8, channels=1, width=4).eval()
+    content = generators.to_content(made)
+    assert kind == "mixes" or content.keys() == {"arguments", "state_dict"}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    twin = generators.from_content(torch.load(buffer, weights_only=True))
+    assert type(twin) is type(made) and not twin.training
+    assert (twin.side, twin.latent_count) == (made.side, made.latent_count)
+    drawn, drawn_too = (network.sample(4, rng=torch.Generator().manual_seed(5)) for network in (made, twin))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, drawn_too, strict=True))
