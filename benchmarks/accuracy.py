@@ -18,6 +18,7 @@ import click
 import numpy as np
 import tomli_w
 import torch
+from torch import Tensor
 
 from benchmarks import accuracy_table, datasets, record, references, rows
 from benchmarks.evaluation import add_test_figures, correct, share
@@ -28,6 +29,7 @@ from edge_agent import pool as pools
 from edge_agent.agent import choose_device
 from edge_agent.config import RunConfig, build_config
 from edge_agent.console import Console
+from edge_agent.data import load_local_images
 from edge_agent.distill import Pool, train_student
 from edge_agent.generators import from_content
 from edge_agent.runs import RunFolder, digest_of
@@ -156,9 +158,7 @@ def teacher_of(dataset: str, seed: int, data: Path) -> Path:
 
 def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> None:
     """teacher-serve and edge-agent as processes, with a fresh account; what is done already is not done again."""
-    settings = dict(row.run)
-    if row.dataset == "mnist-digits":
-        settings["images"] = str(datasets.pen_digits_folder(RUNS.parent / "data" / "pen-digits"))
+    settings = {"images": _images(row.dataset), **row.run}
     config = folder / "row.toml"
     config.write_text(tomli_w.dumps(settings))
     ledger = f"sqlite:///{folder / 'ledger.db'}"
@@ -199,10 +199,12 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     pool, _ = pools.split_pool(pool, len(pool) - (row.queries or len(pool)))
     if row.answers == "hard":
         pool = pool.hardened()
+    if config.distill.balance_answers:
+        pool = pool.balanced()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
     facts = load_model(bought / "student.pt").facts
     of_latents = generator if isinstance(generator, Generator) else None
-    seconds = _train(row, config, trained, of_latents, facts, folder)
+    seconds = _train(row, config, trained, of_latents, facts, folder, _local_pictures(config, facts))
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         "seconds": {"distill": seconds},
@@ -243,12 +245,41 @@ def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
 
 
 def _config(row: Row, seed: int, data: Path) -> RunConfig:
-    own = {"images": row.dataset, "seed": seed, "data": str(data)}
+    own = {"images": _images(row.dataset), "seed": seed, "data": str(data)}
     return build_config(rows.merged(own, row.run))
 
 
+def _images(dataset: str) -> str:
+    """What the agent is told to take as local pictures."""
+    if dataset != "mnist-digits":
+        return dataset
+    return str(datasets.pen_digits_folder(RUNS.parent / "data" / "pen-digits"))
+
+
+def _local_pictures(config: RunConfig, facts: ModelFacts) -> Tensor | None:
+    """The device's pictures as the agent reads them, where they take part in the training."""
+    if config.distill.local_weight == 0:
+        return None
+    local = load_local_images(
+        config.images,
+        channels=facts.channels,
+        height=facts.height,
+        width=facts.width,
+        data_root=Path(config.data),
+        limit=config.local_pictures or None,
+        seed=config.seed,
+    )
+    return torch.from_numpy(local.images_NCHW)
+
+
 def _train(
-    row: Row, config: RunConfig, pool: Pool, generator: Generator | None, facts: ModelFacts, folder: Path
+    row: Row,
+    config: RunConfig,
+    pool: Pool,
+    generator: Generator | None,
+    facts: ModelFacts,
+    folder: Path,
+    local_NCHW: Tensor | None = None,
 ) -> float | None:
     """The agent's training, checkpointed in a run folder of its own; returns its seconds over all starts."""
     inputs = digest_of({"row": row.text, "config": repr(config), "pictures": len(pool)})
@@ -269,6 +300,7 @@ def _train(
                     device=device,
                     checkpoint=own.checkpoint("distill", inputs),
                     progress=tell,
+                    local_NCHW=local_NCHW,
                 )
             own.write_student(student.cpu(), ModelFacts(**{**vars(facts), "architecture": config.student}))
             own.finish("distill", inputs)

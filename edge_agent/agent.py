@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edge_agent import generators, guidance, kserve, privacy
 from edge_agent import pool as pools
 from edge_agent.adapt import Adapter, build_memory
-from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings
+from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
@@ -321,7 +321,7 @@ class Agent:
         facts = self._student_facts()
         inputs = digest_of(
             {
-                "settings": asdict(self._config.distill),
+                "settings": in_use(self._config.distill),
                 "student": self._config.student,
                 "seed": self._config.seed,
                 "held out": self._config.held_out_fraction,
@@ -348,6 +348,7 @@ class Agent:
                 device=self._device,
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
+                local_NCHW=torch.from_numpy(self._local.images_NCHW),
             )
         if not all(value.isfinite().all() for value in student.state_dict().values()):
             raise BadInput(
@@ -582,9 +583,13 @@ class Agent:
         return totals.sent_pictures if self._counts_sent else totals.charged_pictures
 
     def _pool(self, generator: PictureGenerator) -> Pool:
-        return pools.load_pool(
-            self._journal, generator, self._description, label_smoothing=self._config.distill.label_smoothing
-        )
+        """All answers that were paid for, balanced where the settings say so."""
+        settings = self._config.distill
+        pool = pools.load_pool(self._journal, generator, self._description, label_smoothing=settings.label_smoothing)
+        try:
+            return pool.balanced() if settings.balance_answers else pool
+        except ValueError as error:
+            raise BadInput(f"distill.balance_answers: {error}; set it to false") from None
 
     def _held_out(self, count: int) -> int:
         return int(count * self._config.held_out_fraction)

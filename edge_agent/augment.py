@@ -29,6 +29,22 @@ def mirror(images_NCHW: Tensor, *, rng: torch.Generator) -> Tensor:
     return torch.where(mirrored_N[:, None, None, None], images_NCHW.flip(3), images_NCHW)
 
 
+def warp(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
+    """Turn, scale and slant square pictures about their centre; what comes in is background.
+
+    Each by up to `strength` either way: the angle in radians, the size as a factor less 1, the slant as the sideways
+    move of a row for each row above the centre.
+    """
+    count = len(images_NCHW)
+    angle_N, factor_N, slant_N = strength * (2.0 * torch.rand(3, count, generator=rng) - 1.0)
+    cosine_N, sine_N = (1.0 + factor_N) * angle_N.cos(), (1.0 + factor_N) * angle_N.sin()
+    nought_N = torch.zeros(count)
+    rows = [[cosine_N, slant_N - sine_N, nought_N], [sine_N, cosine_N, nought_N]]
+    matrices_N23 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1).to(images_NCHW.device)
+    grid_NHW2 = F.affine_grid(matrices_N23, list(images_NCHW.shape), align_corners=False)
+    return F.grid_sample(images_NCHW + 1.0, grid_NHW2, align_corners=False) - 1.0
+
+
 def recolour(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
     """Change each picture's brightness and contrast, by up to `strength` (1 = the half range) each.
 

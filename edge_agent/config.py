@@ -87,6 +87,15 @@ class DistillConfig:
     """Largest shift of the student's view, in pixels each way."""
     mirror: bool = False
     """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
+    balance_answers: bool = False
+    """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
+    teacher that it calls most of them by few names, and local pictures of which no class is rare."""
+    local_weight: float = 0.0
+    """Weight of the loss on local pictures beside the divergence; they stay on the device. 0: off."""
+    local_start_fraction: float = 0.5
+    """Part of all steps before local pictures take part: a student that knows little labels them wrongly for good."""
+    local_batch_count: int = 64
+    """Local pictures a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +248,20 @@ def given_settings(tensors: KServeConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in named if value}
 
 
+def in_use(config: DistillConfig) -> dict[str, Any]:
+    """The settings that the student depends on, as plain values.
+
+    Without those of a switch that is off, so that a student trained before there was such a switch is not trained
+    again.
+    """
+    used = asdict(config)
+    if not config.balance_answers:
+        del used["balance_answers"]
+    if config.local_weight == 0:
+        used = {name: value for name, value in used.items() if not name.startswith("local_")}
+    return used
+
+
 def parse_setting(text: str) -> dict[str, Any]:
     """``distill.passes=20`` as a layer. The value is TOML; bare words are text. Raises ConfigError."""
     name, separator, value = text.partition("=")
@@ -338,6 +361,9 @@ def _check_ranges(config: RunConfig) -> None:
         ("distill.image_weight", 0 <= distill.image_weight < math.inf, "0 or more"),
         ("distill.image_fraction", 0 <= distill.image_fraction <= 1, "0 to 1"),
         ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
+        ("distill.local_weight", 0 <= distill.local_weight < math.inf, "0 or more"),
+        ("distill.local_start_fraction", 0 <= distill.local_start_fraction < 1, "0 to below 1"),
+        ("distill.local_batch_count", distill.local_batch_count >= 2, "2 or more"),
         ("adapt.memory_count", adapt.memory_count >= 1, "1 or more"),
         ("adapt.memory_bytes", 2**16 <= adapt.memory_bytes <= 4_000_000, "65536 to 4000000"),
         ("adapt.neighbour_count", adapt.neighbour_count >= 0, "0 or more"),

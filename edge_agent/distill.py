@@ -6,14 +6,18 @@ Every picture is asked about once and then used many times: the student sees ano
 pass, with the teacher's answer to the plain picture (a patient teacher, Beyer et al., CVPR 2022). The
 schedule is fixed and the last average is the result; nothing is chosen by a score.
 
-Local pictures take no part. Two ways to use them were tried and left out, because in short runs they made
-students worse on MNIST and no better on digits: agreeing with the averaged student on local pictures, and
-batch-norm statistics from local pictures.
+With `local_weight` above 0 local pictures take part, without labels, once the student has learnt something: it is
+to say of a hard view what its average says of an easy one (FixMatch, Sohn et al., NeurIPS 2020), where that is sure.
+In short runs on development pictures at half the side, local ones after a quarter of the steps, it took students from
+97.6 to 98.0 % on MNIST (two seeds), and from 74.0 to 87.3 % where the pictures were made to look scanned otherwise,
+past their teacher's 80.6 (one seed). In a longer run on stranger ones, answers balanced, a start half-way was better:
+86.2, not 82.5 (74.8 without; one seed).
+All local pictures train, the privacy reference too: that is about what is sent, and the student is not.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -29,6 +33,10 @@ from networks.classifiers import Classifier
 from networks.gan import Generator
 
 _STATISTICS_BATCH_COUNT = 256
+# How much harder a view of a local picture is for the student than for its average.
+_WARP_STRENGTH = 0.2
+_RECOLOUR_STRENGTH = 0.3
+_CUTOUT_FRACTION = 0.375
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,12 @@ class Pool:
         indices_N = self.probabilities_NK.argmax(dim=1)
         return Pool(images_NCHW=self.images_NCHW, latents_NL=self.latents_NL, class_indices_N=indices_N)
 
+    def balanced(self) -> "Pool":
+        """Return the pool with its probabilities balanced (`responses.balanced`). Raises ValueError for indices."""
+        if self.probabilities_NK is None:
+            raise ValueError("expected probabilities to balance, got class indices")
+        return replace(self, probabilities_NK=responses.balanced(self.probabilities_NK, self.epsilons()))
+
     def epsilons(self) -> Tensor:
         """Return the smallest probability (N, 1) that a logarithm is taken of."""
         return self.epsilon_N1 if self.epsilon_N1 is not None else torch.full((len(self), 1), responses.EPSILON)
@@ -93,17 +107,26 @@ def train_student(
     device: torch.device,
     checkpoint: Checkpoint,
     progress: Progress,
+    local_NCHW: Tensor | None = None,
 ) -> Classifier:
     """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
 
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
-    generator's pictures of both answers; only that needs a generator.
+    generator's pictures of both answers, which needs a generator, plus `local_weight` times the loss on local
+    pictures, which needs those (uint8, of the pool's size). Raises ValueError where such a weight is above 0 and
+    what it needs is missing.
     """
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
         generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
     answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
+    if config.local_weight == 0:
+        local_NCHW = None
+    elif local_NCHW is None:
+        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
+    else:
+        local_NCHW = local_NCHW.to(device)
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
@@ -160,6 +183,11 @@ def train_student(
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
             figures["image_loss"] = distance.item()
             loss = loss + config.image_weight * distance
+        if local_NCHW is not None and done >= config.local_start_fraction * steps:
+            chosen = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
+            consistency = local_loss(student, averaged, local_NCHW[chosen], config, rng).mean()
+            figures["local_loss"] = consistency.item()
+            loss = loss + config.local_weight * consistency
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,8 +197,9 @@ def train_student(
         progress(done, steps, **figures)
         checkpoint.save_if_due(make_state)
 
-    # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
-    update_bn(_batches(images_NCHW), averaged)
+    # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
+    # was trained to read local pictures by their own statistics, those are what it is used with.
+    update_bn(_batches(images_NCHW if local_NCHW is None else local_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
 
 
@@ -180,6 +209,34 @@ def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Genera
     if config.mirror:
         view_NCHW = augment.mirror(view_NCHW, rng=rng)
     return augment.shift(view_NCHW, largest_px=config.shift_px, rng=rng)
+
+
+def local_loss(
+    student: Classifier, averaged: nn.Module, images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator
+) -> Tensor:
+    """The student's disagreement on hard views with what its average says of easy ones (FixMatch). Returns (N,).
+
+    Both see local pictures (uint8) in a pass without synthetic ones, so that batch norm takes each kind by its own
+    statistics. The average learns nothing here: its labels have no gradient.
+    """
+    easy_NCHW = _students_view(images_NCHW, config, rng)
+    hard_NCHW = augment.warp(_students_view(images_NCHW, config, rng), strength=_WARP_STRENGTH, rng=rng)
+    hard_NCHW = augment.recolour(hard_NCHW, strength=_RECOLOUR_STRENGTH, rng=rng)
+    hard_NCHW = augment.cutout(hard_NCHW, fraction=_CUTOUT_FRACTION, rng=rng)
+    _take_statistics_of_the_batch(averaged)
+    with training_precision(images_NCHW.device):
+        with torch.no_grad():
+            labels_NK = averaged(easy_NCHW).float().softmax(dim=1)
+        logits_NK = student(hard_NCHW).float()
+    return losses.pseudo_label_loss(labels_NK, logits_NK)
+
+
+def _take_statistics_of_the_batch(model: nn.Module) -> None:
+    """Dropout off, batch norm by the batch. The running statistics that this changes are set afresh at the end."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
 
 
 def answer_loss(

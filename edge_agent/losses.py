@@ -23,6 +23,20 @@ def smoothed_cross_entropy(class_indices_N: Tensor, student_logits_NK: Tensor, s
     return F.cross_entropy(student_logits_NK, class_indices_N, reduction="none", label_smoothing=smoothing)
 
 
+def pseudo_label_loss(label_probabilities_NK: Tensor, student_logits_NK: Tensor) -> Tensor:
+    """Cross-entropy in nats to the likeliest class of the labels' probabilities, 0 where it isn't sure. Returns (N,).
+
+    Sure is what reaches the mean confidence of the N, lowered for classes that are seldom meant: times the class's
+    mean probability over the largest such mean. These are the self-adaptive thresholds of FreeMatch (Wang et al.,
+    ICLR 2023, section 3), with the means of this batch in place of running ones: there is no state to keep.
+    """
+    confidence_N, class_N = label_probabilities_NK.max(dim=1)
+    mean_K = label_probabilities_NK.mean(dim=0)
+    threshold_N = confidence_N.mean() * (mean_K / mean_K.max())[class_N]
+    loss_N = F.cross_entropy(student_logits_NK, class_N, reduction="none")
+    return torch.where(confidence_N >= threshold_N, loss_N, 0.0)
+
+
 def image_distance(images_NCHW: Tensor, others_NCHW: Tensor) -> Tensor:
     """L1 distance as the **mean** over C, H and W, so that its size doesn't depend on the side. Returns (N,).
 

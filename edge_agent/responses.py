@@ -19,6 +19,7 @@ from protos import codec
 
 # Smallest probability a logarithm is taken of: about what float32 can still tell from 0 beside a 1.
 EPSILON = 1e-7
+_BALANCE_ROUNDS = 200
 
 
 def epsilon(decimals: int | None, class_count: int) -> float:
@@ -45,6 +46,25 @@ def centred_log_probabilities(probabilities_NK: Tensor, epsilon: float | Tensor 
 def soften(probabilities_NK: Tensor, temperature: float, epsilon: float | Tensor = EPSILON) -> Tensor:
     """Return softmax(logits / temperature) without the logits: p^(1/T), normalised."""
     return torch.softmax(centred_log_probabilities(probabilities_NK, epsilon) / temperature, dim=1)
+
+
+def balanced(probabilities_NK: Tensor, epsilon: float | Tensor = EPSILON) -> Tensor:
+    """Return p · exp(b), normalised; b is one number a class, such that the mean answer is the same for all classes.
+
+    A teacher that was never shown such pictures calls most of them by few names, and what tells the others apart is
+    left in the small probabilities. If no class is rarer than another among the pictures, its favour for some names
+    is an error, and b takes it off: logit adjustment (Menon et al., ICLR 2021) with the label distribution made
+    uniform by fixed-point steps (Saerens et al., 2002, turned round).
+
+    On MNIST's development pictures as another scanner would make them, the answers of a teacher that called most of
+    them 4 went from 23 to 76 % right; on MNIST itself, where the pool was not quite even, from 99.6 to 99.2.
+    """
+    log_p_NK = centred_log_probabilities(probabilities_NK, epsilon).double()
+    class_count = log_p_NK.shape[1]
+    for _ in range(_BALANCE_ROUNDS):
+        mean_K = torch.softmax(log_p_NK, dim=1).mean(dim=0)
+        log_p_NK = log_p_NK - (class_count * mean_K).log()
+    return torch.softmax(log_p_NK, dim=1).to(probabilities_NK.dtype)
 
 
 def one_hot(class_indices_N: Tensor, class_count: int) -> Tensor:

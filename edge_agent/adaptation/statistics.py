@@ -41,7 +41,7 @@ _WATCHED_COUNT = 250
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStatistics:
-    """What the student's layers of batch norm see of each kind of local picture: a class, or a group of alike ones."""
+    """What the student's layers of batch norm see of each kind of local picture: a class, or alike classes."""
 
     moments_G2S: NDArray[np.float16]
     """Mean and mean square of each channel, by kind."""

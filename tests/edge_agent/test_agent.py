@@ -13,6 +13,7 @@ from edge_agent import privacy
 from edge_agent.agent import Agent
 from edge_agent.config import build_config
 from edge_agent.console import Console
+from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped
 from edge_agent.failures import BadInput, RunFolderProblem
 from edge_agent.journal import Batch
@@ -59,19 +60,25 @@ def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(t
         assert door.matches(wire.Batch(images=codec.encode_images(others_NCHW))) == 0
 
 
+def asked(folder: RunFolder, tmp_path: Path, pictures_NHW: np.ndarray, **settings: object) -> Agent:
+    """An agent whose whole budget of four is asked and answered by a label-only teacher: only training is left."""
+    made = agent(folder, tmp_path, description(8, 8), budget=4, **settings)
+    generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+    folder.write_tensors("generator.pt", {"arguments": generator.arguments, "state_dict": generator.state_dict()})
+    images_NCHW = pictures_NHW[:4, None] ^ 1
+    folder.finish("deprivatize", made._generators_inputs())
+    request = wire.Batch(batch_id="a", images=codec.encode_images(images_NCHW)).SerializeToString()
+    latents = np.zeros((4, 5), "<f4").tobytes()
+    folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=4, request=request, latents=latents))
+    answer = wire.Answer(model_digest="m", charged_count=4, pixel_digest=codec.pixel_digest(images_NCHW))
+    answer.class_indices.CopyFrom(codec.encode_class_indices(np.array([0, 1, 0, 1]), 2))
+    folder.journal.keep_answer("a", answer=answer.SerializeToString(), charged_count=4, received_bytes=1)
+    return made
+
+
 def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, monkeypatch):
     with RunFolder(tmp_path / "run") as folder:
-        made = agent(folder, tmp_path, description(8, 8), budget=4)
-        generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
-        folder.write_tensors("generator.pt", {"arguments": generator.arguments, "state_dict": generator.state_dict()})
-        images_NCHW = pictures_NHW[:4, None] ^ 1
-        folder.finish("deprivatize", made._generators_inputs())
-        request = wire.Batch(batch_id="a", images=codec.encode_images(images_NCHW)).SerializeToString()
-        latents = np.zeros((4, 5), "<f4").tobytes()
-        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=4, request=request, latents=latents))
-        answer = wire.Answer(model_digest="m", charged_count=4, pixel_digest=codec.pixel_digest(images_NCHW))
-        answer.class_indices.CopyFrom(codec.encode_class_indices(np.array([0, 1, 0, 1]), 2))
-        folder.journal.keep_answer("a", answer=answer.SerializeToString(), charged_count=4, received_bytes=1)
+        made = asked(folder, tmp_path, pictures_NHW)
 
         def ran_away(student, *parts, **options):
             student.linear.weight.data.fill_(float("nan"))
@@ -82,6 +89,47 @@ def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, 
             made.distill()
         assert not folder.has("student.pt")
         assert made.write_summary()["phases_done"] == ["deprivatize"]
+
+
+def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_when_they_begin_to_count(
+    tmp_path, pictures_NHW, monkeypatch
+):
+    seen = []
+
+    def noting(student, *parts, local_NCHW, config, **options):
+        seen.append((config.local_weight, local_NCHW.numpy()))
+        return student.eval()
+
+    monkeypatch.setattr(agents, "train_student", noting)
+    with RunFolder(tmp_path / "run") as folder:
+        asked(folder, tmp_path, pictures_NHW).distill()
+        agent(folder, tmp_path, description(8, 8), budget=4, distill={"local_batch_count": 8}).distill()
+        assert len(seen) == 1  # a setting of a switch that is off
+        agent(folder, tmp_path, description(8, 8), budget=4, distill={"local_weight": 1.0}).distill()
+    assert [weight for weight, _ in seen] == [0.0, 1.0]
+    assert np.array_equal(seen[1][1], pictures_NHW[:, None])
+
+
+def test_answers_are_balanced_where_the_settings_say_so_and_nowhere_else(tmp_path, pictures_NHW, monkeypatch):
+    probabilities_NK = torch.tensor([[0.99, 0.01], [0.9, 0.1]])
+    bought = Pool(
+        images_NCHW=torch.from_numpy(pictures_NHW[:2, None]),
+        latents_NL=torch.zeros(2, 5),
+        probabilities_NK=probabilities_NK,
+    )
+    monkeypatch.setattr(agents.pools, "load_pool", lambda *parts, **options: bought)
+    generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+    with RunFolder(tmp_path / "run") as folder:
+        assert agent(folder, tmp_path, description(8, 8))._pool(generator) is bought
+        said = agent(folder, tmp_path, description(8, 8), distill={"balance_answers": True})._pool(generator)
+    assert said.probabilities_NK.mean(dim=0).tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
+
+
+def test_balancing_the_answers_of_a_label_only_teacher_is_refused(tmp_path, pictures_NHW):
+    with RunFolder(tmp_path / "run") as folder:
+        made = asked(folder, tmp_path, pictures_NHW, distill={"balance_answers": True})
+        with pytest.raises(BadInput, match=r"distill\.balance_answers: .*got class indices; set it to false"):
+            made.distill()
 
 
 @pytest.mark.parametrize("before", ["another split", "a former version's, without one"])

@@ -10,6 +10,7 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 CHANGES: dict[str, Change] = {
     "shift": lambda images, rng: augment.shift(images, largest_px=2, rng=rng),
+    "warp": lambda images, rng: augment.warp(images, strength=0.3, rng=rng),
     "recolour": lambda images, rng: augment.recolour(images, strength=0.3, rng=rng),
     "cutout": lambda images, rng: augment.cutout(images, fraction=0.5, rng=rng),
 }
@@ -54,6 +55,21 @@ def test_shift_moves_whole_pictures_and_fills_with_background() -> None:
     assert len(seen) == 9
 
 
+def test_warp_by_nothing_changes_nothing_and_by_a_quarter_turn_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    images_NCHW = pictures(channels=3)
+    torch.testing.assert_close(augment.warp(images_NCHW, strength=0.0, rng=seeded(1)), images_NCHW)
+    drawn_3N = torch.tensor([[1.0], [0.5], [0.5]]).expand(3, 40)  # all of the angle, nothing of the other two
+    monkeypatch.setattr(augment.torch, "rand", lambda *shape, generator: drawn_3N)
+    turned_NCHW = augment.warp(images_NCHW, strength=torch.pi / 2, rng=seeded(1))
+    torch.testing.assert_close(turned_NCHW, images_NCHW.rot90(dims=(2, 3)), atol=1e-5, rtol=0)
+
+
+def test_warp_fills_with_background_and_keeps_the_middle() -> None:
+    warped_NCHW = augment.warp(torch.ones(200, 1, 8, 8), strength=0.3, rng=seeded(1))
+    assert warped_NCHW[:, :, 3:5, 3:5].amin() == pytest.approx(1.0)
+    assert warped_NCHW.amin() == -1.0 and warped_NCHW.amax() <= 1.0 + 1e-6
+
+
 def test_shift_by_nothing_changes_nothing() -> None:
     images_NCHW = pictures()
     assert augment.shift(images_NCHW, largest_px=0, rng=seeded(1)).equal(images_NCHW)
@@ -94,5 +110,7 @@ def test_gradient_passes_with_its_size(name: str) -> None:
     (gradient_NCHW,) = torch.autograd.grad(CHANGES[name](images_NCHW, seeded(1)).sum(), images_NCHW)
     if name == "recolour":  # contrast turns around the mean, so it leaves the sum alone
         torch.testing.assert_close(gradient_NCHW, torch.ones_like(gradient_NCHW))
+    elif name == "warp":  # a pixel's weight of 1 is shared by the four next to where it came from
+        assert gradient_NCHW.amin() >= 0 and 0.8 < gradient_NCHW.mean().item() <= 1
     else:
         assert set(gradient_NCHW.unique().tolist()) == {0.0, 1.0}

@@ -5,7 +5,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.config import ConfigError, DistillConfig, RunConfig, as_layers, build_config, parse_setting
+from edge_agent.config import ConfigError, DistillConfig, RunConfig, as_layers, build_config, in_use, parse_setting
 
 K = {"address": "kserve://127.0.0.1:8001/m"}
 
@@ -44,6 +44,12 @@ def test_resolved_config_reads_back_as_itself():
         ({"images": "a", "distill": {"momentum": 0.0}}, r"distill\.momentum: expected above 0"),
         ({"images": "a", "distill": {"learning_rate": float("nan")}}, r"distill\.learning_rate: expected above 0"),
         ({"images": "a", "distill": {"temperature": 0.0}}, r"distill\.temperature: expected above 0"),
+        ({"images": "a", "distill": {"local_weight": -1}}, r"distill\.local_weight: expected 0 or more"),
+        (
+            {"images": "a", "distill": {"local_start_fraction": 1}},
+            r"distill\.local_start_fraction: .*below 1, got 1\.0",
+        ),
+        ({"images": "a", "distill": {"local_batch_count": 1}}, r"distill\.local_batch_count: expected 2 or more"),
         ({"images": "a", "deprivatize": {"noise_count": -1}}, r"deprivatize\.noise_count: expected 0 or more"),
         ({"images": "a", "deprivatize": {"generator": "vae"}}, r"deprivatize\.generator: expected gan or mixes"),
         ({"images": "a", "deprivatize": {"mix_regions": 0}}, r"deprivatize\.mix_regions: expected 1 or more"),
@@ -120,6 +126,15 @@ def test_settings_are_read_as_toml_or_else_as_text(text, layer):
 def test_setting_without_a_value_is_refused(text):
     with pytest.raises(ConfigError, match="expected NAME=VALUE"):
         parse_setting(text)
+
+
+def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
+    plain = in_use(DistillConfig())
+    assert plain == in_use(DistillConfig(local_batch_count=7)) and "balance_answers" not in plain
+    assert plain["passes"] == DistillConfig().passes
+    assert in_use(DistillConfig(balance_answers=True)) == plain | {"balance_answers": True}
+    used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7))
+    assert used == plain | {"local_weight": 2.0, "local_start_fraction": 0.5, "local_batch_count": 7}
 
 
 def test_every_setting_is_documented():

@@ -18,6 +18,7 @@ from networks.gan import Generator
 
 CPU = torch.device("cpu")
 SMALL = DistillConfig(passes=4, batch_count=16)
+WITH_LOCAL = dataclasses.replace(SMALL, local_weight=1.0, local_batch_count=8)
 
 
 class Tiny(Classifier):
@@ -84,6 +85,10 @@ def two_kinds(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images_NCHW.to(torch.uint8), classes_N
 
 
+def local() -> Tensor:
+    return two_kinds(40, seed=9)[0]
+
+
 def pool(*, hard: bool = False) -> Pool:
     images_NCHW, classes_N = two_kinds(72, seed=0)
     latents_NL = torch.randn(72, 5, generator=torch.Generator().manual_seed(1))
@@ -100,17 +105,20 @@ def train(
     hard: bool = False,
     seed: int = 0,
     checkpoint: Keep | None = None,
+    answers: Pool | None = None,
+    local_NCHW: Tensor | None = None,
 ) -> Classifier:
     return train_student(
         student or tiny_student(),
         small_generator(),
-        pool(hard=hard),
+        answers or pool(hard=hard),
         class_count=2,
         config=config,
         seed=seed,
         device=CPU,
         checkpoint=checkpoint or Keep(),
         progress=silent,
+        local_NCHW=local_NCHW,
     )
 
 
@@ -126,14 +134,17 @@ def test_student_learns_the_answers(hard: bool) -> None:
     assert sure == pytest.approx(0.95 if hard else 0.9, abs=0.03)
 
 
-@pytest.mark.parametrize("stop_after", [3, 4])  # within a pass and at its end
-def test_interrupted_and_resumed_training_gives_the_same_bits(stop_after: int) -> None:
-    expected = train().state_dict()
+# Within a pass and at its end; before the first step with local pictures, at it, and after it.
+@pytest.mark.parametrize(
+    ("config", "stop_after"), [(SMALL, 3), (SMALL, 4), (WITH_LOCAL, 5), (WITH_LOCAL, 8), (WITH_LOCAL, 11)]
+)
+def test_interrupted_and_resumed_training_gives_the_same_bits(config: DistillConfig, stop_after: int) -> None:
+    expected = train(config, local_NCHW=local()).state_dict()
     keep = Keep(stop_after)
     with pytest.raises(InterruptedError):
-        train(checkpoint=keep)
+        train(config, checkpoint=keep, local_NCHW=local())
     torch.manual_seed(12345)  # another process has another global state
-    resumed = train(student=Tiny(), checkpoint=keep).state_dict()
+    resumed = train(config, student=Tiny(), checkpoint=keep, local_NCHW=local()).state_dict()
     assert keep.saved == 16  # 72 pictures are 4 full batches a pass
     assert all(resumed[name].equal(expected[name]) for name in expected)
 
@@ -161,6 +172,99 @@ def test_batch_norm_statistics_are_those_of_the_pool_under_the_averaged_weights(
     student = cast(Tiny, train())
     mean_C = student.conv1(normalise(pool().images_NCHW)).mean(dim=(0, 2, 3))
     torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
+
+
+def test_batch_norm_statistics_are_those_of_local_pictures_where_these_took_part() -> None:
+    student = cast(Tiny, train(WITH_LOCAL, local_NCHW=local() // 2))
+    mean_C = student.conv1(normalise(local() // 2)).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
+
+
+def test_local_pictures_that_are_switched_off_change_no_bit() -> None:
+    expected, given = train().state_dict(), train(local_NCHW=local()).state_dict()
+    assert all(given[name].equal(expected[name]) for name in expected)
+
+
+def test_local_pictures_take_part_after_the_first_steps_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def noting(student: Any, averaged: Any, images_NCHW: Tensor, *parts: Any) -> Tensor:
+        seen.append(images_NCHW)
+        return torch.zeros(len(images_NCHW))
+
+    monkeypatch.setattr(distill, "local_loss", noting)
+    train(dataclasses.replace(WITH_LOCAL, local_start_fraction=0.25), local_NCHW=local())
+    assert [len(images_NCHW) for images_NCHW in seen] == [8] * 12  # all of 16 steps but the first quarter
+    theirs = {image.numpy().tobytes() for image in local()}
+    assert all(image.numpy().tobytes() in theirs for images_NCHW in seen for image in images_NCHW)
+
+
+def test_labels_of_local_pictures_are_read_by_the_batchs_statistics_and_without_dropout() -> None:
+    student, averaged = tiny_student(), tiny_student()
+    averaged.norm.running_mean = torch.full((8,), 100.0)  # of other pictures: must not matter
+    config = dataclasses.replace(WITH_LOCAL, shift_px=0)
+    images_NCHW, rng = local(), torch.Generator().manual_seed(0)
+    labels_NK = cast(Tensor, None)
+
+    def noting(probabilities_NK: Tensor, logits_NK: Tensor) -> Tensor:
+        nonlocal labels_NK
+        labels_NK = probabilities_NK
+        return logits_NK.sum(dim=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "training_precision", lambda device: nullcontext())
+        patch.setattr(distill.losses, "pseudo_label_loss", noting)
+        loss_N = distill.local_loss(student, averaged, images_NCHW, config, rng)
+    x = averaged.conv1(normalise(images_NCHW))
+    x = nn.functional.batch_norm(x, None, None, averaged.norm.weight, averaged.norm.bias, training=True)
+    torch.testing.assert_close(labels_NK, averaged.linear(x.relu().flatten(1)).softmax(dim=1))
+    loss_N.sum().backward()
+    assert student.linear.weight.grad is not None and averaged.linear.weight.grad is None
+
+
+def test_local_pictures_help_a_student_whose_teacher_is_often_wrong() -> None:
+    answers, wrong_N = pool(), torch.rand(72, generator=torch.Generator().manual_seed(2)) < 0.4
+    probabilities_NK = cast(Tensor, answers.probabilities_NK).clone()
+    probabilities_NK[wrong_N] = probabilities_NK[wrong_N].flip(1)
+    noisy = dataclasses.replace(answers, probabilities_NK=probabilities_NK)
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+    right = []
+    for weight in (0.0, 1.0):
+        config = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, local_weight=weight)
+        student = train(config, answers=noisy, local_NCHW=two_kinds(100, seed=6)[0])
+        right.append((student(normalise(images_NCHW)).argmax(dim=1) == classes_N).float().mean().item())
+    assert right[1] > right[0] + 0.05
+
+
+def test_balanced_answers_train_the_student_in_place_of_the_plain_ones() -> None:
+    answers = pool()
+    one_sided_NK = cast(Tensor, answers.probabilities_NK) * torch.tensor([1.0, 1e-3])
+    one_sided_NK = one_sided_NK / one_sided_NK.sum(dim=1, keepdim=True)
+    one_sided = dataclasses.replace(answers, probabilities_NK=one_sided_NK)
+    config = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, image_weight=0.0)
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+    plain = train(config, answers=one_sided)
+    assert not plain(normalise(images_NCHW)).argmax(dim=1).any()  # all of the first class, as the teacher says
+    balanced = train(config, answers=one_sided.balanced())
+    assert balanced(normalise(images_NCHW)).argmax(dim=1).equal(classes_N)
+
+
+def test_local_loss_without_local_pictures_and_balancing_without_probabilities_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"local_weight: expected 0 without local pictures, got 1"):
+        train(WITH_LOCAL)
+    with pytest.raises(ValueError, match="expected probabilities to balance, got class indices"):
+        pool(hard=True).balanced()
+
+
+def test_balancing_takes_each_answers_own_smallest_probability() -> None:
+    few = Pool(
+        images_NCHW=torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        latents_NL=torch.zeros(2, 5),
+        probabilities_NK=torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
+        epsilon_N1=torch.tensor([[1e-2], [1e-4]]),  # log-odds 2 log 10 and 4 log 10: a factor of 10 about the middle
+    )
+    balanced_NK = cast(Tensor, few.balanced().probabilities_NK)
+    torch.testing.assert_close(balanced_NK, torch.tensor([[1 / 11, 10 / 11], [10 / 11, 1 / 11]]), atol=1e-4, rtol=0)
 
 
 def test_image_loss_of_equal_answers_is_zero_and_grows_with_their_distance() -> None:

@@ -31,6 +31,24 @@ def test_gradient_of_the_divergence_is_student_minus_teacher() -> None:
     torch.testing.assert_close(gradient_NK, logits_NK.detach().softmax(dim=1) - P_NK, atol=1e-6, rtol=0)
 
 
+def test_pseudo_labels_count_where_they_are_as_sure_as_the_mean_and_less_for_classes_seldom_meant() -> None:
+    # Mean confidence 0.7, mean probabilities 0.5, 0.3 and 0.2: thresholds 0.7, 0.42 and 0.28.
+    labels_NK = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    loss_N = losses.pseudo_label_loss(labels_NK, torch.zeros(5, 3))
+    assert labels_NK.mean(dim=0).tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert loss_N.tolist() == pytest.approx([math.log(3), math.log(3), math.log(3), 0.0, math.log(3)])
+    logits_NK = torch.tensor([[2.0, 0.0, -1.0]]).expand(5, 3)
+    loss_N = losses.pseudo_label_loss(labels_NK, logits_NK)
+    assert loss_N.tolist() == pytest.approx([0.169846, 2.169846, 0.169846, 0.0, 3.169846], abs=1e-5)
+
+
+def test_pseudo_labels_that_are_not_sure_move_nothing() -> None:
+    logits_NK = torch.zeros(2, 3, requires_grad=True)
+    labels_NK = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3]])  # the second is below the mean of 0.65
+    (gradient_NK,) = torch.autograd.grad(losses.pseudo_label_loss(labels_NK, logits_NK).sum(), logits_NK)
+    torch.testing.assert_close(gradient_NK, torch.tensor([[-2 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 0.0]]))
+
+
 def test_smoothed_cross_entropy_is_the_cross_entropy_to_the_smoothed_index() -> None:
     logits_NK = torch.tensor([[2.0, 0.0, -1.0]], requires_grad=True)
     target_NK = torch.tensor([[0.1 / 3, 0.9 + 0.1 / 3, 0.1 / 3]])

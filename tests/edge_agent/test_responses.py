@@ -23,6 +23,23 @@ def test_probability_of_zero_is_taken_as_epsilon() -> None:
     torch.testing.assert_close(centred_NK, torch.tensor([[half, -half]]))
 
 
+def test_balanced_answers_name_all_classes_alike_and_differ_by_one_number_a_class() -> None:
+    torch.manual_seed(0)
+    logits_NK = 2.0 * torch.randn(400, 5) + torch.tensor([3.0, 0.0, -1.0, 0.0, 1.0])
+    balanced_NK = responses.balanced(logits_NK.softmax(dim=1))
+    torch.testing.assert_close(balanced_NK.mean(dim=0), torch.full((5,), 0.2), atol=1e-4, rtol=0)
+    shift_NK = balanced_NK.log() - logits_NK
+    shift_NK = shift_NK - shift_NK.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(shift_NK, shift_NK[:1].expand(400, 5), atol=1e-3, rtol=0)
+    assert balanced_NK.dtype == torch.float32
+
+
+def test_balancing_finds_what_a_one_sided_teacher_left_in_its_small_probabilities() -> None:
+    # It says the first class of everything; the odds of both pictures are 9 apart, so balanced they are 3 and 1/3.
+    balanced_NK = responses.balanced(torch.tensor([[0.99, 0.01], [0.99 / 9 / (0.99 / 9 + 0.01), 0.01 / 0.12]]))
+    torch.testing.assert_close(balanced_NK, torch.tensor([[0.75, 0.25], [0.25, 0.75]]), atol=1e-5, rtol=0)
+
+
 def test_smallest_probability_follows_the_rounding_and_is_shared_by_the_classes() -> None:
     assert responses.epsilon(None, 10) == responses.EPSILON
     assert responses.epsilon(2, 10) == pytest.approx(0.0005)
