@@ -34,7 +34,6 @@ from torch import Tensor
 
 from benchmarks import adaptation_table, datasets, record, streams
 from benchmarks.adapters.batch_norm import BatchNorm
-from benchmarks.adapters.graph import Graph
 from benchmarks.adapters.lame import Lame
 from benchmarks.adapters.plain import Plain
 from benchmarks.adapters.t3a import T3A
@@ -42,8 +41,10 @@ from benchmarks.adapters.tent import Tent
 from benchmarks.corruptions import DEVELOPMENT, TEST
 from benchmarks.datasets import Labelled
 from benchmarks.streams import Stream
-from edge_agent.adapt import Memory
+from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import Memory
 from edge_agent.adaptation.method import Method
+from edge_agent.config import AdaptConfig
 from edge_agent.splits import Part
 from networks.classifiers import Classifier
 from networks.modelfile import ModelFileError, load_model
@@ -77,7 +78,7 @@ METHODS: dict[str, Callable[[Path], Method]] = {
     "lame": lambda run_dir: Lame(student_of(run_dir)),
     "t3a": lambda run_dir: T3A(student_of(run_dir)),
     "tent": lambda run_dir: Tent(student_of(run_dir)),
-    "graph": lambda run_dir: Graph(student_of(run_dir), memory_of(run_dir)),
+    "ours": lambda run_dir: Adapter(student_of(run_dir), memory_of(run_dir), AdaptConfig()),
 }
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from benchmarks.datasets import Labelled
-from edge_agent.adapt import Adapter, Memory
+from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import Memory
 from edge_agent.config import AdaptConfig, build_config
 from networks.classifiers import Classifier
 from networks.modelfile import load_model
@@ -77,4 +78,4 @@ def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.nd
     assert isinstance(student, Classifier)
     adapter = Adapter(student, memory, adapt)
     parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
-    return np.concatenate([adapter.predict(part)[1].argmax(1) for part in parts])
+    return np.concatenate([adapter.adapt(part).probabilities_NK.argmax(1).numpy() for part in parts])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from edge_agent import generators, guidance, kserve, privacy
 from edge_agent import pool as pools
-from edge_agent.adapt import Adapter, build_memory
+from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import build_memory
 from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
@@ -370,17 +371,24 @@ class Agent:
             return
         self._begin("adapt")
         student = self._folder.read_student()
-        memory = build_memory(student, self._pool(self._generator()), config=self._config.adapt)
+        local_NCHW = torch.from_numpy(self._local.images_NCHW)
+        memory = build_memory(
+            student, self._pool(self._generator()), local_NCHW, config=self._config.adapt, seed=self._config.seed
+        )
         self._folder.write_arrays("memory.npz", memory.to_arrays())
         adapter = Adapter(student, memory, self._config.adapt)
-        changed = 0
+        changed, shifts = 0, []
         with self._console.bar("adapt: local pictures", "pictures") as tell:
-            for start in range(0, len(self._local.images_NCHW), EVALUATION_PICTURES):
-                images_NCHW = torch.from_numpy(self._local.images_NCHW[start : start + EVALUATION_PICTURES])
-                before_NK, after_NK = adapter.predict(images_NCHW)
-                changed += int((before_NK.argmax(1) != after_NK.argmax(1)).sum())
-                tell(start + len(images_NCHW), len(self._local.images_NCHW))
-        self._folder.metric(phase="adapt", local_pictures=len(self._local.images_NCHW), changed=changed)
+            for start in range(0, len(local_NCHW), EVALUATION_PICTURES):
+                images_NCHW = local_NCHW[start : start + EVALUATION_PICTURES]
+                adapted = adapter.adapt(images_NCHW)
+                changed += int((adapted.probabilities_NK.argmax(1) != predict_classes(student, images_NCHW)).sum())
+                shifts.append(adapted.shift)
+                tell(start + len(images_NCHW), len(local_NCHW))
+        # On the device's own pictures both should be small: they are what adaptation is measured from.
+        self._folder.metric(
+            phase="adapt", local_pictures=len(local_NCHW), changed=changed, largest_shift=round(max(shifts), 4)
+        )
         self._folder.finish("adapt", inputs)
 
     def reconcile(self) -> None:

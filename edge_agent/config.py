@@ -100,16 +100,18 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """Phase 3: correct predictions by their neighbours, with forward passes only."""
+    """Phase 3: follow what the camera's pictures become, with forward passes only."""
 
     memory_count: int = 1000
     """Most synthetic pictures remembered, split evenly over the classes that the teacher named."""
     memory_bytes: int = 3_500_000
     """Most bytes that the memory takes, before any compression."""
-    neighbour_count: int = 10
-    """Nearest neighbours that each picture listens to."""
-    strength: float = 1.0
-    """The most, in nats, that neighbours can move the log-odds between two classes."""
+    recent_count: int = 256
+    """Pictures of the stream whose features and answers are remembered."""
+    neighbour_count: int = 5
+    """Nearest neighbours that each picture listens to: of its batch, of the recent and of the synthetic ones."""
+    strength: float = 5.0
+    """The most, in nats, that neighbours can move the log-odds between two classes; 0: they are not listened to."""
     iterations: int = 30
     """Most rounds of propagation; it stops before when nothing moves."""
 
@@ -367,7 +369,8 @@ def _check_ranges(config: RunConfig) -> None:
         ("adapt.memory_count", adapt.memory_count >= 1, "1 or more"),
         ("adapt.memory_bytes", 2**16 <= adapt.memory_bytes <= 4_000_000, "65536 to 4000000"),
         ("adapt.neighbour_count", adapt.neighbour_count >= 0, "0 or more"),
-        ("adapt.strength", 0 <= adapt.strength < 2, "0 to below 2"),
+        ("adapt.recent_count", 0 <= adapt.recent_count <= 100_000, "0 to 100000"),
+        ("adapt.strength", 0 <= adapt.strength <= 100, "0 to 100"),
         ("adapt.iterations", adapt.iterations >= 0, "0 or more"),
     ):
         if not fine:

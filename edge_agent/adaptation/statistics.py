@@ -145,7 +145,7 @@ class Mixtures:
         """
         place_P = place(moments_2C)
         towards_G = self._places_GP @ place_P
-        freedom = (max(narrowness, _LEAST_NARROWNESS)) ** 3
+        freedom = narrowness**2 / len(self._shares_G)
         shares_G = self._shares_G
         if narrowness > _LEAST_NARROWNESS:
             shares_G = nearest_mixture(self._products_GG, towards_G)
@@ -235,7 +235,8 @@ def nearest_mixture(products_KK: Floats, towards_K: Floats) -> Floats:
             left = [k for k in active if shares_K[k] <= 1e-12]
             shares_K[left] = 0.0
             active = [k for k in active if k not in left]
-    return shares_K / shares_K.sum()
+    found: Floats = shares_K / shares_K.sum()
+    return found
 
 
 def _on_the_plane(products_AA: Floats, towards_A: Floats) -> Floats:
@@ -252,16 +253,18 @@ def _on_the_plane(products_AA: Floats, towards_A: Floats) -> Floats:
 
 
 @torch.inference_mode()
-def source_statistics(student: Classifier, images_NCHW: Tensor, *, seed: int) -> SourceStatistics | None:
+def source_statistics(
+    student: Classifier, images_NCHW: Tensor, said_NK: Tensor, *, seed: int
+) -> SourceStatistics | None:
     """Watch a student's layers of batch norm look at local pictures; None where it has no such layer.
 
     Args:
         student: in eval mode.
         images_NCHW: local pictures, uint8, two or more.
+        said_NK: its probabilities for them: which picture is of which class nobody on the device knows better.
         seed: of the groups of pictures that show what is usual.
 
-    Half of the pictures show what the kinds look like, the other half how far others are from that. Which picture is
-    of which class the student says: nobody on the device knows better.
+    Half of the pictures show what the kinds look like, the other half how far others are from that.
     """
     norms = batch_norms(student)
     if not norms:
@@ -269,12 +272,8 @@ def source_statistics(student: Classifier, images_NCHW: Tensor, *, seed: int) ->
     seen: list[list[Floats]] = [[] for _ in norms]
     handles = [norm.register_forward_pre_hook(_watcher(norm, found)) for norm, found in zip(norms, seen, strict=True)]
     try:
-        said_NK = torch.cat(
-            [
-                student(normalise(part_NCHW.to(student.linear.weight.device))).softmax(dim=1)
-                for part_NCHW in images_NCHW.split(_WATCHED_COUNT)
-            ]
-        )
+        for part_NCHW in images_NCHW.split(_WATCHED_COUNT):
+            student(normalise(part_NCHW.to(student.linear.weight.device)))
     finally:
         for handle in handles:
             handle.remove()
@@ -352,7 +351,7 @@ def _usual(mixtures: Mixtures, moments_N2C: Floats, groups: Groups, *, narrownes
         rests = [mixtures.rest(moments_N2C[group].mean(axis=0), narrowness=narrowness)[0] for group in chosen]
         found[count] = float(np.quantile([rest @ rest for rest in rests], _QUANTILE))
     floor = found[max(found)]
-    return floor, max(count * (far - floor) for count, far in found.items())
+    return float(floor), max(count * (far - floor) for count, far in found.items())
 
 
 def _watcher(norm: nn.BatchNorm2d, seen: list[Floats]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -4,9 +4,9 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from edge_agent.adapt import Adapter, Memory, build_memory, nearest, propagate
 from torch import Tensor, nn
 
-from edge_agent.adapt import Adapter, Memory, build_memory, nearest, propagate
 from edge_agent.config import AdaptConfig
 from edge_agent.distill import Pool
 from networks.classifiers import Classifier

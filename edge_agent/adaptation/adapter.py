@@ -1,0 +1,117 @@
+"""The third phase: statistics that follow the stream, then a graph. Forward passes only.
+
+Shape letters: N pictures of a batch, C channels, H and W height and width, D features, K classes, E neighbours.
+
+How much of what is decided by two figures of the recent stream, both from the student's own answers:
+
+- its narrowness, 0 for the usual mixture of classes, 1 for a single one. A narrow stream's statistics are compared
+  with any mixture of classes, a wide one's with the usual (`statistics`); and in a narrow stream the classes that
+  were just seen are likelier (Saerens et al. 2002).
+- its confidence, against that on local pictures. Neighbours help a student that is mostly right and mislead one that
+  is mostly wrong, so they are listened to no more as it becomes unsure.
+"""
+
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edge_agent.adaptation import graph
+from edge_agent.adaptation.memory import Memory
+from edge_agent.adaptation.method import Adapted
+from edge_agent.adaptation.statistics import WINDOW_COUNT, Floats, StreamNorm, batch_norms, narrowness_of
+from edge_agent.config import AdaptConfig
+from edge_agent.pixels import normalise
+from networks.classifiers import Classifier
+
+_YOUNG_COUNT = 16
+_DEAF_BELOW, _ALL_EARS_ABOVE = 0.65, 0.8
+"""Confidence, as a part of the usual: below the one neighbours are not listened to, above the other fully."""
+
+
+class Adapter:
+    """A student that follows its stream; `adaptation.method.Method`. The student given is not changed.
+
+    Raises:
+        ValueError: the memory was built with another student.
+    """
+
+    def __init__(self, student: Classifier, memory: Memory, config: AdaptConfig) -> None:
+        self._student = deepcopy(student).eval().requires_grad_(False)
+        device = self._student.linear.weight.device
+        self._norms: list[StreamNorm] = []
+        if memory.statistics is not None:
+            trained = batch_norms(self._student)
+            self._norms = memory.statistics.layers(trained)
+            _replace(self._student, dict(zip(trained, self._norms, strict=True)))
+        if memory.features_MD.shape[1] != self._student.linear.in_features:
+            raise ValueError(
+                f"expected a memory of {self._student.linear.in_features} features a picture, "
+                f"got {memory.features_MD.shape[1]}"
+            )
+        self._paid_MD = torch.from_numpy(memory.features_MD).to(device)
+        self._answers_MK = torch.from_numpy(memory.answers_MK).to(device)
+        self._usual_K = memory.usual_shares_K.astype(np.float64) / float(memory.usual_shares_K.sum())
+        self._usual_confidence = float(memory.usual_confidence)
+        self._config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream: the next batch is the first."""
+        for norm in self._norms:
+            norm.reset()
+        self._named_K: Floats = np.zeros_like(self._usual_K)
+        self._confidence = 0.0
+        self._seen_count = 0.0
+        self._recent_MD, self._said_MK = self._paid_MD[:0], self._answers_MK[:0]
+
+    @torch.inference_mode()
+    def adapt(self, images_NCHW: Tensor) -> Adapted:
+        """Return what pictures (uint8) show, and learn from them. `shift` is between 0 and 1."""
+        features_ND = self._student.features(normalise(images_NCHW.to(self._paid_MD.device)))
+        log_p_NK = self._student.linear(features_ND).log_softmax(dim=1)
+        narrowness, ears = self._follow(log_p_NK.exp())
+        for norm in self._norms:  # for the next batch: what this one shows is known only now
+            norm.narrowness = narrowness
+        # Laplace's rule: a class that was not seen lately is rare, not impossible.
+        likely_K = torch.from_numpy((self._named_K + 1.0) / (self._named_K + 1.0).sum() / self._usual_K)
+        expected_NK = log_p_NK + ears * narrowness**0.5 * likely_K.log().to(log_p_NK)
+        units_ND = F.normalize(features_ND, dim=1)
+        strength, neighbour_count = ears * self._config.strength, self._config.neighbour_count
+        # Answers that were paid for speak while the stream is young; then its own pictures know better.
+        paid_share = _YOUNG_COUNT / (_YOUNG_COUNT + len(units_ND) - 1 + len(self._recent_MD))
+        paid_NK = graph.vote(units_ND, self._paid_MD, self._answers_MK, neighbour_count=neighbour_count)
+        z_NK = graph.propagate(
+            (expected_NK + paid_share * strength * paid_NK).log_softmax(dim=1),
+            self._said_MK,
+            graph.nearest(units_ND, self._recent_MD, neighbour_count=neighbour_count),
+            strength=(1.0 - paid_share) * strength,
+            iterations=self._config.iterations,
+        )
+        self._recent_MD = torch.cat([units_ND, self._recent_MD])[: self._config.recent_count]
+        self._said_MK = torch.cat([z_NK, self._said_MK])[: self._config.recent_count]
+        shift = float(np.mean([norm.shift for norm in self._norms])) if self._norms else 0.0
+        return Adapted(probabilities_NK=z_NK.float().cpu(), shift=shift)
+
+    def _follow(self, p_NK: Tensor) -> tuple[float, float]:
+        """Take a batch's answers into the stream. Return its narrowness, and how far to listen to neighbours."""
+        surest_N, named_N = p_NK.max(dim=1)
+        kept = min(1.0, WINDOW_COUNT / max(self._seen_count, 1.0))
+        total = self._seen_count * kept + len(p_NK)
+        counts_K = np.bincount(named_N.cpu().numpy(), minlength=len(self._usual_K))
+        self._named_K = self._named_K * kept + counts_K
+        self._confidence = (self._confidence * self._seen_count * kept + float(surest_N.sum())) / total
+        self._seen_count = total
+        part = self._confidence / self._usual_confidence
+        ears = min(1.0, max(0.0, (part - _DEAF_BELOW) / (_ALL_EARS_ABOVE - _DEAF_BELOW)))
+        return narrowness_of(self._named_K, self._usual_K), ears
+
+
+def _replace(parent: nn.Module, by: dict[nn.BatchNorm2d, StreamNorm]) -> None:
+    for name, child in parent.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(parent, name, by[child])
+        else:
+            _replace(child, by)
