@@ -27,6 +27,7 @@ from edge_agent.pixels import normalise
 from networks.classifiers import Classifier
 
 _YOUNG_COUNT = 16
+_LEAST_PAID_SHARE = 0.05
 _DEAF_BELOW, _ALL_EARS_ABOVE = 0.65, 0.8
 """Confidence, as a part of the usual: below the one neighbours are not listened to, above the other fully."""
 
@@ -82,9 +83,11 @@ class Adapter:
         strength, neighbour_count = ears * self._config.strength, self._config.neighbour_count
         # Answers that were paid for speak while the stream is young; then its own pictures know better.
         paid_share = _YOUNG_COUNT / (_YOUNG_COUNT + len(units_ND) - 1 + len(self._recent_MD))
-        paid_NK = graph.vote(units_ND, self._paid_MD, self._answers_MK, neighbour_count=neighbour_count)
+        if paid_share >= _LEAST_PAID_SHARE:
+            paid_NK = graph.vote(units_ND, self._paid_MD, self._answers_MK, neighbour_count=neighbour_count)
+            expected_NK = expected_NK + paid_share * strength * paid_NK
         z_NK = graph.propagate(
-            (expected_NK + paid_share * strength * paid_NK).log_softmax(dim=1),
+            expected_NK.log_softmax(dim=1),
             self._said_MK,
             graph.nearest(units_ND, self._recent_MD, neighbour_count=neighbour_count),
             strength=(1.0 - paid_share) * strength,

@@ -86,6 +86,7 @@ class StreamNorm(nn.Module):
         """Forget the stream."""
         self._count = 0.0
         self._moments_2C: Floats | None = None
+        self._rest_P: Floats = np.zeros(0)
         self.shift = 0.0
         self.narrowness = 1.0
 
@@ -94,7 +95,7 @@ class StreamNorm(nn.Module):
         norm = self._norm
         mean_C, variance_C = norm.running_mean, norm.running_var
         assert mean_C is not None and variance_C is not None
-        found_2C = moments(x_NCHW, mean_C, variance_C).mean(axis=0)
+        found_2C = batch_moments(x_NCHW, mean_C, variance_C)
         move_C, stretch_C = self._follow(found_2C, len(x_NCHW)).astype(np.float32)
         if self.shift > 0:
             mean_C = mean_C + torch.from_numpy(move_C).to(mean_C.device) * variance_C.sqrt()
@@ -107,14 +108,14 @@ class StreamNorm(nn.Module):
         if self._moments_2C is not None:
             kept = min(self._count, WINDOW_COUNT)
             # Of a past that is further away than chance has it little is kept: drift that ends is forgotten.
-            apart_P = self._rest(batch_2C)[0] - self._rest(self._moments_2C)[0]
+            apart_P = self._rest(batch_2C)[0] - self._rest_P
             kept *= min(1.0, (self._most(count) + self._most(kept)) / max(float(apart_P @ apart_P), 1e-12))
             total = count + kept
             mixed_2C = (count * batch_2C + kept * self._moments_2C) / total
         self._moments_2C, self._count = mixed_2C, total
-        rest_P, expected_2C = self._rest(mixed_2C)
+        self._rest_P, expected_2C = self._rest(mixed_2C)
         # Stein's estimator: of what is found, the part that cannot be usual is believed.
-        self.shift = max(0.0, 1.0 - self._most(total) / max(float(rest_P @ rest_P), 1e-12))
+        self.shift = max(0.0, 1.0 - self._most(total) / max(float(self._rest_P @ self._rest_P), 1e-12))
         stretch_C = (variance(mixed_2C) / variance(expected_2C)) ** self.shift
         return np.stack([self.shift * (mixed_2C[0] - expected_2C[0]), stretch_C])
 
@@ -172,16 +173,20 @@ def narrowness_of(counts_K: Floats, usual_K: Floats) -> float:
     return float(min(1.0, ((shares_K - usual_K) ** 2).sum() / max(widest, 1e-12)))
 
 
-def moments(x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor) -> Floats:
-    """Return mean and mean square (N, 2, C) of each channel of each picture, in the layer's units."""
-    pixels = x_NCHW.shape[2] * x_NCHW.shape[3]
-    mean_NC = x_NCHW.mean(dim=(2, 3)).double()
-    # The norm goes through a picture several times faster than a variance does; in doubles from there on.
-    square_NC = torch.linalg.vector_norm(x_NCHW, dim=(2, 3)).double().square() / pixels
-    centre_C, scale_C = mean_C.double(), variance_C.double()
-    second_NC = (square_NC - 2.0 * centre_C * mean_NC + centre_C.square()) / scale_C
-    found: Floats = torch.stack([(mean_NC - centre_C) / scale_C.sqrt(), second_NC], dim=1).cpu().numpy()
-    return found
+def batch_moments(x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor) -> Floats:
+    """Return mean and mean square (2, C) of each channel over a batch, in the layer's units."""
+    # The kernel that batch norm trains with: several times faster than var_mean, and as exact.
+    found_C, spread_C = torch.batch_norm_update_stats(x_NCHW, None, None, 0.0)
+    first_C = (found_C - mean_C) / variance_C.sqrt()
+    return torch.stack([first_C, spread_C / variance_C + first_C.square()]).double().cpu().numpy()
+
+
+def picture_moments(x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor) -> Floats:
+    """Return the same (N, 2, C) of each picture for itself; their mean over a batch is `batch_moments`."""
+    spread_NC, found_NC = torch.var_mean(x_NCHW, dim=(2, 3), correction=0)
+    first_NC = (found_NC - mean_C) / variance_C.sqrt()
+    both_N2C = torch.stack([first_NC, spread_NC / variance_C + first_NC.square()], dim=1)
+    return both_N2C.double().cpu().numpy()
 
 
 def variance(moments_X2C: Floats) -> Floats:
@@ -359,6 +364,6 @@ def _watcher(norm: nn.BatchNorm2d, seen: list[Floats]) -> Callable[[nn.Module, t
 
     def watch(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert norm.running_mean is not None and norm.running_var is not None
-        seen.append(moments(given[0], norm.running_mean, norm.running_var))
+        seen.append(picture_moments(given[0], norm.running_mean, norm.running_var))
 
     return watch
