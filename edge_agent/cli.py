@@ -143,6 +143,53 @@ def run(
 
 
 @main.command()
+@click.option(
+    "--run-dir", default="runs/mekd", show_default=True, metavar="DIR", help="Has student.pt and memory.npz."
+)
+@click.option(
+    "--images",
+    required=True,
+    metavar="FOLDER|-",
+    help="A folder of pictures, by name; or - for paths on standard input, one a line, an empty line forgetting the "
+    "stream so far.",
+)
+@click.option(
+    "--batch",
+    "batch_count",
+    type=click.IntRange(1, 4096),
+    default=1,
+    show_default=True,
+    help="Pictures that are looked at together: more are faster, and later.",
+)
+def predict(run_dir: str, images: str, batch_count: int) -> None:
+    """Say what pictures show, adapting to what the camera's pictures become.
+
+    \b
+    edge-agent predict --run-dir runs/mekd --images ~/camera --batch 16 > answers.jsonl
+
+    One JSON object a line: picture, class, shift (0: as in training, to 1), and the probabilities before and after
+    adaptation, in the order of the classes. A picture that cannot be read has an error instead.
+    """
+    _raise_on_sigterm()
+    try:
+        from edge_agent.data import files_below
+        from edge_agent.predict import Predictor
+
+        if images != "-" and not os.path.isdir(images):
+            raise BadInput(f"--images: expected a folder of pictures or -, got {images!r}")
+        predictor = Predictor(Path(run_dir))
+        paths = (line.rstrip("\n") for line in sys.stdin) if images == "-" else map(str, files_below(Path(images)))
+        for answer in predictor.predict(paths, batch_count=batch_count):
+            click.echo(json.dumps(answer))
+    except Failure as failure:
+        _fail(str(failure), failure.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except _Terminated:
+        _fail("terminated", 143)
+
+
+@main.command()
 @click.option("--run-dir", default="runs/mekd", show_default=True, metavar="DIR", help="The run folder.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def status(run_dir: str, form: str) -> None:

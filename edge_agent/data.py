@@ -69,7 +69,7 @@ def load_local_images(
     elif source == "cifar10":
         pictures = _cifar10(_root(source, data_root))
     elif os.path.isdir(source):  # Path.is_dir raises where it may not look
-        pictures = list(_files(Path(source)))
+        pictures = list(files_below(Path(source)))
     else:
         raise DataError(f"expected digits, mnist, cifar10 or a folder of pictures, got {source!r}")
 
@@ -84,10 +84,10 @@ def load_local_images(
             usable[i] = pixels_CHW(picture, channels, height, width)
             continue
         try:
-            usable[i] = _decode(picture, channels, height, width)
-        except Exception as error:  # whatever a broken file makes a decoder raise, the others are still good
+            usable[i] = decode(picture, channels, height, width)
+        except DataError as error:
             name = str(picture.relative_to(source)) if Path(source).is_dir() else str(picture)
-            skipped[i] = (name, _reason(error))
+            skipped[i] = (name, str(error))
     if len(usable) < LEAST_PICTURES:
         raise DataError(
             f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
@@ -126,7 +126,7 @@ def _cifar10(root: Path) -> Sequence[Image.Image | Path]:
     device_N = training_part("cifar10", "device")
     for folder in (root / "cifar10" / "train", root / "cifar10-jpeg" / "train"):
         if folder.is_dir():
-            files = list(_files(folder))  # ImageFolder's order: by class, then by name
+            files = list(files_below(folder))  # ImageFolder's order: by class, then by name
             if len(files) != TRAINING_PICTURES["cifar10"]:
                 raise DataError(f"expected {TRAINING_PICTURES['cifar10']} pictures in {folder}, got {len(files)}")
             return [files[i] for i in device_N.tolist()]
@@ -149,7 +149,7 @@ def _downloaded(dataset: type, root: Path) -> Any:
         raise DataError(f"{dataset.__name__} is not in {root} and cannot be downloaded: {_reason(error)}") from None
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield every file below a folder by name, hidden ones and links to folders left out."""
     for here, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -158,16 +158,20 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(here, name)
 
 
-def _decode(path: Path, channels: int, height: int, width: int) -> UInt8Array:
-    if not path.is_file():
-        raise DataError("no plain file")  # a pipe would be waited for
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata does no harm
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=_FORMATS) as image:
-            # A large JPEG is decoded at a fraction of its size, yet twice as large as needed at least.
-            image.draft(None, (2 * max(height, width),) * 2)
-            return pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)
+def decode(path: Path, channels: int, height: int, width: int) -> UInt8Array:
+    """One file as `pixels_CHW` has it. Raises DataError with the reason for one that is no usable picture."""
+    try:
+        if not path.is_file():
+            raise DataError("no plain file")  # a pipe would be waited for
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does no harm
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                # A large JPEG is decoded at a fraction of its size, yet twice as large as needed at least.
+                image.draft(None, (2 * max(height, width),) * 2)
+                return pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        raise DataError(_reason(error)) from None
 
 
 def pixels_CHW(image: Image.Image, channels: int, height: int, width: int) -> UInt8Array:

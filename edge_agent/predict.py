@@ -1,0 +1,123 @@
+"""The student at work: pictures in, what they show out, one after the other, adapting on the way.
+
+Shape letters: N pictures of a batch, C channels, H and W height and width, K classes.
+"""
+
+import tomllib
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import Memory
+from edge_agent.config import AdaptConfig, ConfigError, build_config
+from edge_agent.data import DataError, decode
+from edge_agent.failures import BadInput, RunFolderProblem
+from edge_agent.pixels import normalise
+from networks.classifiers import Classifier
+from networks.modelfile import LoadedModel, ModelFileError, load_model
+
+RESET = ""
+"""In the place of a picture's path: the stream ends here and another begins."""
+_DECIMALS = 5
+
+
+class Predictor:
+    """A run's student and memory. Its state is bounded, however long the stream.
+
+    Args:
+        run_dir: holds ``student.pt`` and ``memory.npz``; of ``run.toml``, where it is there, the section ``[adapt]``.
+
+    Raises:
+        RunFolderProblem: one of the files is missing or damaged.
+        BadInput: the settings cannot be meant.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._student = _student(run_dir)
+        self._facts = self._student.facts
+        module = self._student.module
+        assert isinstance(module, Classifier)
+        self._plain = module.eval()
+        try:
+            self._adapter = Adapter(module, _memory(run_dir), _settings(run_dir))
+        except ValueError as error:
+            raise RunFolderProblem(f"{run_dir / 'memory.npz'}: {error}; run --phase adapt again") from None
+
+    def predict(self, paths: Iterable[str], *, batch_count: int) -> Iterator[dict[str, Any]]:
+        """Yield one line a picture, in order, `batch_count` at a time; a picture that cannot be read has an error.
+
+        `before` is what the student says by itself: a second forward pass, for comparison only.
+        """
+        waiting: list[str] = []
+        for path in paths:
+            if path != RESET:
+                waiting.append(path)
+            if path == RESET or len(waiting) == batch_count:
+                yield from self._answered(waiting)
+                waiting = []
+            if path == RESET:
+                self._adapter.reset()
+        yield from self._answered(waiting)
+
+    def _answered(self, paths: list[str]) -> Iterator[dict[str, Any]]:
+        pictures, errors = [], {}
+        for i, path in enumerate(paths):
+            try:
+                pictures.append(decode(Path(path), self._facts.channels, self._facts.height, self._facts.width))
+            except DataError as error:
+                errors[i] = str(error)
+        answers = self._answers(np.stack(pictures)) if pictures else iter(())
+        for i, path in enumerate(paths):
+            yield {"picture": path} | ({"error": errors[i]} if i in errors else next(answers))
+
+    @torch.inference_mode()
+    def _answers(self, images_NCHW: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[dict[str, Any]]:
+        images = torch.from_numpy(images_NCHW)
+        before_NK = self._plain(normalise(images)).softmax(dim=1)
+        adapted = self._adapter.adapt(images)
+        for before_K, after_K in zip(before_NK, adapted.probabilities_NK, strict=True):
+            yield {
+                "class": self._facts.labels[int(after_K.argmax())],
+                "shift": round(adapted.shift, 4),
+                "before": [round(float(p), _DECIMALS) for p in before_K],
+                "after": [round(float(p), _DECIMALS) for p in after_K],
+            }
+
+
+def _student(run_dir: Path) -> LoadedModel:
+    try:
+        loaded = load_model(run_dir / "student.pt")
+    except ModelFileError as error:
+        raise RunFolderProblem(str(error)) from None
+    if not isinstance(loaded.module, Classifier):
+        raise RunFolderProblem(f"{run_dir / 'student.pt'}: expected a checkpoint of this project, got another file")
+    return loaded
+
+
+def _memory(run_dir: Path) -> Memory:
+    path = run_dir / "memory.npz"
+    if not path.is_file():
+        raise RunFolderProblem(f"expected {path}, found none; edge-agent run --phase adapt makes it")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Memory.from_arrays({name: arrays[name] for name in arrays.files})
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise RunFolderProblem(
+            f"{path}: expected a memory of this version, got another or a damaged file ({type(error).__name__}); "
+            "run --phase adapt again"
+        ) from None
+
+
+def _settings(run_dir: Path) -> AdaptConfig:
+    path = run_dir / "run.toml"
+    if not path.is_file():
+        return AdaptConfig()
+    try:
+        return build_config(tomllib.loads(path.read_text("utf-8"))).adapt
+    except (ConfigError, OSError, ValueError) as error:
+        raise BadInput(f"{path}: {error}") from None
