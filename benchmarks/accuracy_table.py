@@ -24,6 +24,8 @@ A cell is measured by `python -m benchmarks.accuracy --data DIR --row ROW --seed
 checkpoint sees a test label; the last average of a fixed schedule is the student.
 
 `kept` is the student's accuracy as a share of the teacher's. Rows of one dataset and seed share one pool of answers.
+`membership AUC` is that of the strongest [attack](../docs/privacy.md#the-attacks) on what was sent; "whole": a line
+of the row was measured before there was an attack by parts of pictures.
 """
 
 
@@ -54,14 +56,17 @@ def table(lines: dict[tuple[str, int], dict[str, Any]]) -> str:
         students = [cell["accuracy"]["student"] for cell in cells]
         queries = cells[0]["queries"]["charged"]
         sent = [sum(cell["bytes"][way] for way in ("sent", "received")) / 1e6 for cell in cells if "bytes" in cell]
-        risks = [cell["privacy"]["membership_auc"] for cell in cells if cell.get("privacy")]
+        attacked = [cell["privacy"] for cell in cells if cell.get("privacy")]
+        risks = [privacy["membership_auc"] for privacy in attacked]
+        whole = any("mean_of_parts" not in privacy["membership_attacks"] for privacy in attacked)
+        risk = f"{np.mean(risks):.3f}" + " whole" * whole if risks else ""
         found.append(
             f"| [{name}](configs/accuracy/{name}.toml) | {len(cells)} of {len(rows.read(name).seeds)} | {queries:,} "
             f"| {_percent(np.mean([cell['accuracy']['teacher'] for cell in cells]))} "
             f"| **{_percent(np.mean(students))}** ({_percent(min(students))} to {_percent(max(students))}) "
             f"| {_percent(np.mean([cell['share_kept'] for cell in cells]))} "
             f"| {_percent(np.mean([cell['agreement'] for cell in cells]))} "
-            f"| {f'{np.mean(sent):.1f} MB' if sent else ''} | {f'{np.mean(risks):.3f}' if risks else ''} |"
+            f"| {f'{np.mean(sent):.1f} MB' if sent else ''} | {risk} |"
         )
     bootstrapped = [
         (name, difference(cells))

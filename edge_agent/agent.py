@@ -493,20 +493,21 @@ class Agent:
         return gate
 
     def _attack(self) -> None:
-        """The membership attack on everything sent so far, remembered until more is sent."""
+        """The membership attacks on everything sent so far, remembered until more is sent, or there are others."""
         known = self._journal.fact("privacy.membership")
-        inputs = self._sent_digest()
+        inputs = self._attack_inputs()
         if known is not None and known["inputs"] == inputs:
             return
         training_NCHW, reference_NCHW = self._split
         sent_pictures = self._journal.totals().planned_pictures
         with self._console.bar("distill: membership attack", "pictures") as tell:
-            distances_NK = privacy.nearest(
+            near_NK, near_NP = privacy.nearest_by_parts(
                 torch.cat([training_NCHW, reference_NCHW]),
                 self._sent_blocks(lambda done: tell(done, sent_pictures)),
                 count=min(privacy.NEIGHBOURS, sent_pictures),
+                side_parts=self._side_parts,
             )
-        found = privacy.membership(*distances_NK.split([len(training_NCHW), len(reference_NCHW)]))
+        found = privacy.membership(near_NK, near_NP, member_count=len(training_NCHW))
         strongest = max(found.values(), key=lambda attack: attack.auc)
         self._console.say(
             f"membership attack on {sent_pictures} sent pictures: AUC {strongest.auc:.3f} "
@@ -514,6 +515,15 @@ class Agent:
         )
         figures = {name: asdict(attack) for name, attack in found.items()}
         self._journal.set_facts(**{"privacy.membership": {"inputs": inputs, "attacks": figures}})
+
+    @property
+    def _side_parts(self) -> int:
+        """Parts along each side that the attack compares by: an attacker cuts as finely as pictures were mixed.
+
+        Quarters, or 4 x 4 cells; the generator's side is divisible by both. Finer ones say little by themselves.
+        """
+        config = self._config.deprivatize
+        return 4 if config.generator == "mixes" and config.mix_regions > 2 else 2
 
     def _sent_blocks(self, tell: Callable[[int], None]) -> Iterator[Tensor]:
         """All pictures ever planned to be sent, at the generator's size, in blocks worth a multiplication."""
@@ -531,9 +541,10 @@ class Agent:
             yield torch.cat(block)
         tell(done)
 
-    def _sent_digest(self) -> str:
-        """Of the ids of all that was ever planned to be sent."""
-        return digest_of({"sent": sorted(self._journal.charges().keys() | self._journal.open_ids())})
+    def _attack_inputs(self) -> str:
+        """Of the ids of all that was ever planned to be sent, and the attacks' names: fewer would understate."""
+        sent = sorted(self._journal.charges().keys() | self._journal.open_ids())
+        return digest_of({"sent": sent, "attacks": privacy.ATTACKS})
 
     def _ask(self, generator: PictureGenerator, digest: str) -> None:
         totals = self._journal.totals()
@@ -673,7 +684,7 @@ class Agent:
         return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
 
     def _privacy(self) -> dict[str, Any]:
-        """What the gate dropped, the probe included, and the stronger attack on what was sent; None: not known."""
+        """What the gate dropped, the probe included, and the strongest attack on what was sent; None: not known."""
         gate, membership = self._journal.fact("privacy.gate"), self._journal.fact("privacy.membership")
         found: dict[str, Any] = dict.fromkeys(
             (
@@ -687,7 +698,7 @@ class Agent:
             seen = gate["probed"] + totals.planned_pictures + totals.dropped_pictures
             found |= {name: gate[name] for name in ("reference_pictures", "threshold")}
             found |= {"dropped": dropped, "dropped_share": dropped / seen}
-        if membership is not None and membership["inputs"] == self._sent_digest():
+        if membership is not None and membership["inputs"] == self._attack_inputs():
             attacks = membership["attacks"]
             strongest = max(attacks.values(), key=lambda attack: attack["auc"])
             found |= {

@@ -5,7 +5,8 @@ latent, V views of a picture (as it is, and perhaps mirrored), M local pictures,
 
 A GAN has to invent whole pictures, which on natural ones takes far longer than a small machine has. Mixes only
 rearrange: each region is drawn after one local picture, the whole after none. That sells privacy for accuracy, and
-region by region more of it than the gate and the attack see, which compare whole pictures (``docs/privacy.md``).
+region by region more of it than the gate sees, which compares whole pictures; of the attacks, the one by parts does
+(``docs/privacy.md``).
 
 First the autoencoder learns to give pictures back (the mean absolute difference of pixels), through noise on the
 latents as strong as will be added later. Such pictures are blurred: where the latent leaves details open, their

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from edge_agent import privacy
+from networks.mixes import mix
 
 
 def pictures(count, *, channels=1, side=8, seed=0):
@@ -88,6 +90,33 @@ def test_where_fewer_are_there_than_asked_for_the_rest_is_infinite():
     found_NK = privacy.nearest(pictures(2), [pictures(1, seed=1), pictures(1, seed=2)], count=4)
     assert found_NK[:, :2].isfinite().all() and found_NK[:, 2:].isinf().all()
     assert privacy.nearest(pictures(2), []).isinf().all()
+    assert privacy.nearest(pictures(2), [pictures(0)]).isinf().all()
+
+
+@pytest.mark.parametrize(("channels", "side", "side_parts"), [(1, 8, 2), (3, 32, 4), (3, 64, 2)])
+def test_parts_are_what_brute_force_finds_and_the_whole_stays_what_it_is(channels, side, side_parts, monkeypatch):
+    monkeypatch.setattr(privacy, "_BLOCK_NUMBERS", 7 * channels * side**2)
+    images_NCHW = pictures(10, channels=channels, side=side)
+    others_MCHW = pictures(20, channels=channels, side=side, seed=1)
+    step = side // side_parts
+    others_MCHW[3, :, :step, :step] = images_NCHW[5, :, :step, :step]
+    others_MCHW[4, :, :step, -step:] = images_NCHW[6, :, :step, :step].flip(2)  # of its mirror image
+    others_MCHW[5, :, :step, -step:] = images_NCHW[7, :, :step, :step]  # another place: no match
+    near_NK, near_NP = privacy.nearest_by_parts(images_NCHW, others_MCHW.split(13), count=3, side_parts=side_parts)
+    assert torch.equal(near_NK, privacy.nearest(images_NCHW, [others_MCHW], count=3))
+
+    def cut(images_NCHW, row, column):
+        return images_NCHW[:, :, row * step : (row + 1) * step, column * step : (column + 1) * step].double()
+
+    for part in range(side_parts**2):
+        row, column = divmod(part, side_parts)
+        one_NCHW = cut(images_NCHW, row, column)[:, None]
+        squares_NM = torch.minimum(
+            (one_NCHW - cut(others_MCHW, row, column)).square().mean((2, 3, 4)),
+            (one_NCHW.flip(4) - cut(others_MCHW, row, side_parts - 1 - column)).square().mean((2, 3, 4)),
+        )
+        assert torch.allclose(near_NP[:, part], squares_NM.min(1).values.sqrt(), rtol=1e-12, atol=0)
+    assert near_NP[5, 0] == 0 == near_NP[6, 0] and near_NP[7, 0] > 20
 
 
 # --- the threshold ---
@@ -146,10 +175,44 @@ def test_interval_holds_the_truth_nineteen_times_of_twenty(shift):
     assert 0.92 <= held / 1000 <= 0.98
 
 
-def test_attack_tells_members_that_were_copied_and_none_where_nothing_was():
+def attacked(local_NCHW, sent_NCHW, *, member_count, side_parts=2):
+    near = privacy.nearest_by_parts(local_NCHW, sent_NCHW.split(100), count=10, side_parts=side_parts)
+    found = privacy.membership(*near, member_count=member_count)
+    assert tuple(found) == privacy.ATTACKS
+    return {name: attack.auc for name, attack in found.items()}
+
+
+def smooth_pictures(count, *, seed):
+    """Pictures (N, 1, 8, 8) that differ as photographs do: by few patches, not by every pixel."""
+    coarse = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) * 255
+    return F.interpolate(coarse, size=(8, 8), mode="bilinear").round().to(torch.uint8)
+
+
+def test_attacks_tell_members_that_were_copied_and_none_where_nothing_was():
     local_NCHW, fresh_NCHW = pictures(240), pictures(300, seed=1)
     for sent_NCHW, low, high in ((fresh_NCHW, 0.35, 0.65), (torch.cat([fresh_NCHW, local_NCHW[:200] ^ 1]), 0.99, 1)):
-        distances_NK = privacy.nearest(local_NCHW, [sent_NCHW], count=10)
-        found = privacy.membership(distances_NK[:200], distances_NK[200:])
-        assert set(found) == {"nearest", "mean_of_nearest"}
-        assert low <= max(attack.auc for attack in found.values()) <= high
+        found = attacked(local_NCHW, sent_NCHW, member_count=200)
+        assert low <= min(found.values()) and max(found.values()) <= high
+
+
+def test_independent_pictures_are_a_coin_to_all_attacks():
+    local_NCHW, sent_NCHW = smooth_pictures(1000, seed=0), smooth_pictures(1000, seed=1)
+    for side_parts in (2, 4):
+        found = attacked(local_NCHW, sent_NCHW, member_count=500, side_parts=side_parts)
+        assert all(0.46 < auc < 0.54 for auc in found.values()), found
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_mixes_of_quarters_hide_from_the_whole_and_not_from_the_parts(mirrored):
+    """Each sent picture has two quarters of one member and two of another, a little changed."""
+    local_NCHW = smooth_pictures(1000, seed=0)
+    rng = torch.Generator().manual_seed(2)
+    members_NPCHW = torch.stack(
+        [local_NCHW[:500][torch.randint(500, (3000,), generator=rng)] for _ in range(2)], 1
+    ).float()
+    if mirrored:
+        members_NPCHW = members_NPCHW.flip(4)
+    sent_NCHW = mix(members_NPCHW, regions=2, noise=12.0, rng=rng).clamp(0, 255).round().to(torch.uint8)
+    found = attacked(local_NCHW, sent_NCHW, member_count=500)
+    assert found["mean_of_parts"] > 0.97, found
+    assert all(0.47 < found[name] < 0.75 for name in ("nearest", "mean_of_nearest")), found
