@@ -310,7 +310,10 @@ def _code_digest(method: Method) -> str:
     """All modules of the folder that a method is written in: a changed method is measured again."""
     module = sys.modules[type(method).__module__]
     assert module.__file__ is not None
-    return _short(*[path.read_bytes() for path in sorted(Path(module.__file__).parent.glob("*.py"))])
+    return _short(
+        repr(AdaptConfig()).encode(),
+        *[path.read_bytes() for path in sorted(Path(module.__file__).parent.glob("*.py"))],
+    )
 
 
 def _short(*contents: bytes) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edge_agent import generators, guidance, kserve, privacy
 from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
@@ -365,7 +366,9 @@ class Agent:
         """Phase 3: ``student.pt`` and the paid answers in, ``memory.npz`` out: what online adaptation needs."""
         if not self._folder.has("student.pt"):
             raise RunFolderProblem(f"{self._folder.path}: expected student.pt; run --phase distill first")
-        inputs = digest_of({"settings": asdict(self._config.adapt), "student": self._folder.digest("student.pt")})
+        student_digest = self._folder.digest("student.pt")
+        settings = asdict(self._config.adapt) | {"balanced": self._config.distill.balance_answers}
+        inputs = digest_of({"settings": settings, "student": student_digest, "memory": MEMORY_VERSION})
         if self._folder.done("adapt", inputs) and self._folder.has("memory.npz"):
             self._console.say("adapt: done before")
             return
@@ -373,7 +376,12 @@ class Agent:
         student = self._folder.read_student()
         local_NCHW = torch.from_numpy(self._local.images_NCHW)
         memory = build_memory(
-            student, self._pool(self._generator()), local_NCHW, config=self._config.adapt, seed=self._config.seed
+            student,
+            self._pool(self._generator()),
+            local_NCHW,
+            config=self._config.adapt,
+            seed=self._config.seed,
+            digest=student_digest,
         )
         self._folder.write_arrays("memory.npz", memory.to_arrays())
         adapter = Adapter(student, memory, self._config.adapt)

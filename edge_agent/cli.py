@@ -1,10 +1,12 @@
 """``edge-agent``: flags, environment and run.toml in; a run, and an exit code that scripts can rely on, out."""
 
+import io
 import json
 import os
 import signal
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -178,7 +180,11 @@ def predict(run_dir: str, images: str, batch_count: int) -> None:
         if images != "-" and not os.path.isdir(images):
             raise BadInput(f"--images: expected a folder of pictures or -, got {images!r}")
         predictor = Predictor(Path(run_dir))
-        paths = (line.rstrip("\n") for line in sys.stdin) if images == "-" else map(str, files_below(Path(images)))
+        if images == "-":
+            lines = io.TextIOWrapper(sys.stdin.buffer, errors="surrogateescape")  # a path may be any bytes
+            paths: Iterator[str] = (line.rstrip("\r\n") for line in lines)
+        else:
+            paths = map(str, files_below(Path(images)))
         for answer in predictor.predict(paths, batch_count=batch_count):
             click.echo(json.dumps(answer))
     except Failure as failure:

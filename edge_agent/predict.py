@@ -3,8 +3,8 @@
 Shape letters: N pictures of a batch, C channels, H and W height and width, K classes.
 """
 
+import hashlib
 import tomllib
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ class Predictor:
         module = self._student.module
         assert isinstance(module, Classifier)
         self._plain = module.eval()
-        try:
-            self._adapter = Adapter(module, _memory(run_dir), _settings(run_dir))
-        except ValueError as error:
-            raise RunFolderProblem(f"{run_dir / 'memory.npz'}: {error}; run --phase adapt again") from None
+        memory = _memory(run_dir)
+        if memory.student != hashlib.sha256((run_dir / "student.pt").read_bytes()).hexdigest():
+            raise RunFolderProblem(
+                f"{run_dir / 'memory.npz'}: expected one made with student.pt, got another's; run --phase adapt"
+            )
+        self._adapter = Adapter(module, memory, _settings(run_dir))
 
     def predict(self, paths: Iterable[str], *, batch_count: int) -> Iterator[dict[str, Any]]:
         """Yield one line a picture, in order, `batch_count` at a time; a picture that cannot be read has an error.
@@ -106,10 +108,10 @@ def _memory(run_dir: Path) -> Memory:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Memory.from_arrays({name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
         raise RunFolderProblem(
-            f"{path}: expected a memory of this version, got another or a damaged file ({type(error).__name__}); "
-            "run --phase adapt again"
+            f"{path}: expected a memory of this version, got another or a damaged file "
+            f"({str(error) or type(error).__name__}); remove it and run --phase adapt"
         ) from None
 
 

@@ -26,6 +26,7 @@ from edge_agent.config import AdaptConfig
 from edge_agent.pixels import normalise
 from networks.classifiers import Classifier
 
+_LEAST_SHARE = 1e-4
 _YOUNG_COUNT = 16
 _LEAST_PAID_SHARE = 0.05
 _DEAF_BELOW, _ALL_EARS_ABOVE = 0.65, 0.8
@@ -47,14 +48,17 @@ class Adapter:
             trained = batch_norms(self._student)
             self._norms = memory.statistics.layers(trained)
             _replace(self._student, dict(zip(trained, self._norms, strict=True)))
-        if memory.features_MD.shape[1] != self._student.linear.in_features:
+        last = self._student.linear
+        found = (memory.features_MD.shape[1], memory.answers_MK.shape[1], len(memory.usual_shares_K))
+        if found != (last.in_features, last.out_features, last.out_features):
             raise ValueError(
-                f"expected a memory of {self._student.linear.in_features} features a picture, "
-                f"got {memory.features_MD.shape[1]}"
+                f"expected a memory of {last.in_features} features and {last.out_features} classes, "
+                f"got {found[0]} and {found[1]}"
             )
         self._paid_MD = torch.from_numpy(memory.features_MD).to(device)
         self._answers_MK = torch.from_numpy(memory.answers_MK).to(device)
-        self._usual_K = memory.usual_shares_K.astype(np.float64) / float(memory.usual_shares_K.sum())
+        shares_K = np.maximum(memory.usual_shares_K.astype(np.float64), _LEAST_SHARE)
+        self._usual_K = shares_K / shares_K.sum()
         self._usual_confidence = float(memory.usual_confidence)
         self._config = config
         self.reset()
@@ -76,8 +80,10 @@ class Adapter:
         narrowness, ears = self._follow(log_p_NK.exp())
         for norm in self._norms:  # for the next batch: what this one shows is known only now
             norm.narrowness = narrowness
-        # Laplace's rule: a class that was not seen lately is rare, not impossible.
-        likely_K = torch.from_numpy((self._named_K + 1.0) / (self._named_K + 1.0).sum() / self._usual_K)
+        # As if as many pictures as there are classes had been seen too, of the usual mixture: a class that did not
+        # come lately is rare, not impossible.
+        seen_K = self._named_K + len(self._usual_K) * self._usual_K
+        likely_K = torch.from_numpy(seen_K / seen_K.sum() / self._usual_K)
         expected_NK = log_p_NK + ears * narrowness**0.5 * likely_K.log().to(log_p_NK)
         units_ND = F.normalize(features_ND, dim=1)
         strength, neighbour_count = ears * self._config.strength, self._config.neighbour_count

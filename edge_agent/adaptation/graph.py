@@ -28,7 +28,7 @@ def nearest(features_ND: Tensor, remembered_MD: Tensor, *, neighbour_count: int)
 def vote(features_ND: Tensor, remembered_MD: Tensor, answers_MK: Tensor, *, neighbour_count: int) -> Tensor:
     """Return the mean answer (N, K) of each picture's nearest among the remembered; uniform where there is none."""
     if len(remembered_MD) == 0 or neighbour_count == 0:
-        return torch.full_like(answers_MK[:1], 1.0 / answers_MK.shape[1]).expand(len(features_ND), -1)
+        return answers_MK.new_full((len(features_ND), answers_MK.shape[1]), 1.0 / answers_MK.shape[1])
     nearest_NE = (features_ND @ remembered_MD.T).topk(min(neighbour_count, len(remembered_MD)), dim=1).indices
     return answers_MK[nearest_NE].mean(dim=1)
 

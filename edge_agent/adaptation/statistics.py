@@ -36,6 +36,9 @@ _LEAST_VARIANCE = 1e-3  # of the training's: a channel that a class leaves silen
 _GROUP_COUNTS = (1, 16, 256)
 _GROUPS = 60
 _QUANTILE = 0.95
+_MOST = 60_000.0  # that half precision holds
+_LEAST_DISTANCE = 1e-12
+_CERTAIN = 4.0  # twice as far as usual: single pictures of a disturbed stream differ more than undisturbed ones
 _WATCHED_COUNT = 250
 
 
@@ -43,14 +46,14 @@ _WATCHED_COUNT = 250
 class SourceStatistics:
     """What the student's layers of batch norm see of each kind of local picture: a class, or alike classes."""
 
-    moments_G2S: NDArray[np.float16]
-    """Mean and mean square of each channel, by kind."""
+    kinds_G2S: NDArray[np.float16]
+    """Mean and variance of each channel, by kind."""
     shares_G: NDArray[np.float32]
     """How many of the local pictures are of which kind."""
     usual_L22: NDArray[np.float32]
     """(a, b) twice: the squared distance of N local pictures from what they are compared with is at most a + b / N,
-    but for one time in twenty. First of pictures of one kind from the nearest mixture, then of pictures drawn from
-    all from the local mixture."""
+    but for one time in twenty. First of any pictures from the nearest mixture, then of mixed ones from the local
+    mixture."""
 
     def layers(self, norms: list[nn.BatchNorm2d]) -> list["StreamNorm"]:
         """Return what stands in the place of a student's layers of batch norm, in their order.
@@ -59,12 +62,14 @@ class SourceStatistics:
             ValueError: the statistics are those of other layers.
         """
         widths = [norm.num_features for norm in norms]
-        if (len(norms), sum(widths)) != (len(self.usual_L22), self.moments_G2S.shape[2]):
+        if (len(norms), sum(widths)) != (len(self.usual_L22), self.kinds_G2S.shape[2]):
             raise ValueError(
-                f"expected a student with {len(self.usual_L22)} layers of batch norm and {self.moments_G2S.shape[2]} "
+                f"expected a student with {len(self.usual_L22)} layers of batch norm and {self.kinds_G2S.shape[2]} "
                 f"channels in them, got {len(norms)} and {sum(widths)}"
             )
-        tables = np.split(self.moments_G2S.astype(np.float64), np.cumsum(widths)[:-1], axis=2)
+        mean_GS, variance_GS = self.kinds_G2S.astype(np.float64).transpose(1, 0, 2)
+        moments_G2S = np.stack([mean_GS, variance_GS + mean_GS**2], axis=1)
+        tables = np.split(moments_G2S, np.cumsum(widths)[:-1], axis=2)
         shares_G = self.shares_G.astype(np.float64)
         return [
             StreamNorm(norm, Mixtures(table, shares_G), usual)
@@ -86,45 +91,49 @@ class StreamNorm(nn.Module):
         """Forget the stream."""
         self._count = 0.0
         self._moments_2C: Floats | None = None
-        self._rest_P: Floats = np.zeros(0)
+        self._unexplained_P: Floats = np.zeros(0)
         self.shift = 0.0
         self.narrowness = 1.0
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Return what batch norm would, with the stream's statistics as they are with this batch."""
         norm = self._norm
-        mean_C, variance_C = norm.running_mean, norm.running_var
-        assert mean_C is not None and variance_C is not None
-        found_2C = batch_moments(x_NCHW, mean_C, variance_C)
-        move_C, stretch_C = self._follow(found_2C, len(x_NCHW)).astype(np.float32)
-        if self.shift > 0:
-            mean_C = mean_C + torch.from_numpy(move_C).to(mean_C.device) * variance_C.sqrt()
-            variance_C = variance_C * torch.from_numpy(stretch_C).to(mean_C.device)
-        return F.batch_norm(x_NCHW, mean_C, variance_C, norm.weight, norm.bias, False, 0.0, norm.eps)
+        assert norm.running_mean is not None and norm.running_var is not None
+        # With epsilon, as batch norm divides by it: a channel that was silent in training has no variance of its own.
+        mean_C, variance_C = norm.running_mean, norm.running_var + norm.eps
+        move_C, stretch_C = self._follow(batch_moments(x_NCHW, mean_C, variance_C), len(x_NCHW)).astype(np.float32)
+        if self.shift == 0.0:
+            return norm.forward(x_NCHW)
+        mean_C = mean_C + torch.from_numpy(move_C).to(mean_C.device) * variance_C.sqrt()
+        variance_C = variance_C * torch.from_numpy(stretch_C).to(mean_C.device)
+        return F.batch_norm(x_NCHW, mean_C, variance_C, norm.weight, norm.bias, False, 0.0, 0.0)
 
     def _follow(self, batch_2C: Floats, count: int) -> Floats:
         """Take a batch into the stream. Return by how much to move the mean, and to stretch the variance (2, C)."""
         mixed_2C, total = batch_2C, float(count)
         if self._moments_2C is not None:
             kept = min(self._count, WINDOW_COUNT)
-            # Of a past that is further away than chance has it little is kept: drift that ends is forgotten.
-            apart_P = self._rest(batch_2C)[0] - self._rest_P
-            kept *= min(1.0, (self._most(count) + self._most(kept)) / max(float(apart_P @ apart_P), 1e-12))
+            # Of a past further away than chance and classes have it little is kept: drift that ends is forgotten.
+            apart_P = self._mixtures.unexplained(batch_2C)[0] - self._unexplained_P
+            near = _CERTAIN * (self._most(count, 1.0) + self._most(kept, 1.0))
+            kept *= min(1.0, near / max(float(apart_P @ apart_P), _LEAST_DISTANCE))
             total = count + kept
             mixed_2C = (count * batch_2C + kept * self._moments_2C) / total
         self._moments_2C, self._count = mixed_2C, total
-        self._rest_P, expected_2C = self._rest(mixed_2C)
-        # Stein's estimator: of what is found, the part that cannot be usual is believed.
-        self.shift = max(0.0, 1.0 - self._most(total) / max(float(self._rest_P @ self._rest_P), 1e-12))
+        self._unexplained_P, nearest_G = self._mixtures.unexplained(mixed_2C)
+        rest_P, expected_2C = self._mixtures.rest(mixed_2C, nearest_G, narrowness=self.narrowness)
+        # Stein's estimator: of what is found, the part that cannot be usual is believed. What some mixture explains
+        # is none of the camera's doing, however wide the stream was: another one may have begun.
+        believed = 1.0 - self._most(total, self.narrowness) / max(float(rest_P @ rest_P), _LEAST_DISTANCE)
+        far = float(self._unexplained_P @ self._unexplained_P)
+        certain = 2.0 * (far / max(self._most(total, 1.0), _LEAST_DISTANCE) - 1.0)
+        self.shift = max(0.0, min(believed, certain))
         stretch_C = (variance(mixed_2C) / variance(expected_2C)) ** self.shift
         return np.stack([self.shift * (mixed_2C[0] - expected_2C[0]), stretch_C])
 
-    def _rest(self, moments_2C: Floats) -> tuple[Floats, Floats]:
-        return self._mixtures.rest(moments_2C, narrowness=self.narrowness)
-
-    def _most(self, count: float) -> float:
+    def _most(self, count: float, narrowness: float) -> float:
         (narrow, wide) = self._usual_22 @ (1.0, 1.0 / count)
-        return float(self.narrowness * narrow + (1.0 - self.narrowness) * wide)
+        return float(narrowness * narrow + (1.0 - narrowness) * wide)
 
 
 class Mixtures:
@@ -136,20 +145,39 @@ class Mixtures:
         self._places_GP = place(moments_G2C)
         self._products_GG = self._places_GP @ self._places_GP.T
 
-    def rest(self, moments_2C: Floats, *, narrowness: float) -> tuple[Floats, Floats]:
+    def unexplained(self, moments_2C: Floats) -> tuple[Floats, Floats]:
+        """Return what no mixture explains (P), and the shares (G) of the one that explains most."""
+        place_P = place(moments_2C)
+        shares_G = nearest_mixture(self._products_GG, self._places_GP @ place_P)
+        return place_P - place(self._mixed(shares_G)), shares_G
+
+    def far_from_any(self, moments_2C: Floats) -> Floats:
+        """Return what no mixture explains (P)."""
+        return self.unexplained(moments_2C)[0]
+
+    def far_from_local(self, moments_2C: Floats) -> Floats:
+        """Return what the local mixture leaves unexplained (P)."""
+        return place(moments_2C) - place(self._mixed(self._shares_G))
+
+    def rest(self, moments_2C: Floats, nearest_G: Floats, *, narrowness: float) -> tuple[Floats, Floats]:
         """Return what no likely mixture explains (P), and the moments (2, C) of the one that explains most.
 
         The likely ones are the nearer to the local mixture the wider the stream's recent pictures are spread over the
-        kinds: with narrowness 1 (one kind alone) any mixture will do, with 0 none but the local one. Between the two
-        a ridge holds the shares, weighed by how much is left unexplained: the further away the camera is, the less a
-        fit says about the kinds.
+        kinds: with narrowness 1 (one kind alone) nearly any mixture will do, with 0 none but the local one. Between
+        the two a ridge holds the shares, weighed by how much is left unexplained: the further away the camera is, the
+        less a fit says about the kinds.
+
+        Args:
+            moments_2C: of the stream.
+            nearest_G: shares of the mixture that explains most of them, likely or not.
+            narrowness: of the stream, 0 to 1.
         """
         place_P = place(moments_2C)
-        towards_G = self._places_GP @ place_P
-        freedom = narrowness**2 / len(self._shares_G)
         shares_G = self._shares_G
         if narrowness > _LEAST_NARROWNESS:
-            shares_G = nearest_mixture(self._products_GG, towards_G)
+            shares_G = nearest_G
+            towards_G = self._places_GP @ place_P
+            freedom = narrowness**2 / len(self._shares_G)
             for _ in range(_REFITS):
                 rest_P = place_P - place(self._mixed(shares_G))
                 ridge = float(rest_P @ rest_P) / len(rest_P) / freedom
@@ -286,20 +314,24 @@ def source_statistics(
     half = len(images_NCHW) // 2
     shares_G = weights_NG.mean(axis=0)
     narrow, wide = _groups(weights_NG[half:], np.random.default_rng(seed))
+    anything = {count: narrow[count] + wide[count] for count in _GROUP_COUNTS}
     tables, usual = [], []
     for found in seen:
         moments_N2C = np.concatenate(found)
         table_G2C = kind_means(moments_N2C[:half], weights_NG[:half])
         mixtures = Mixtures(table_G2C, shares_G)
         tables.append(table_G2C)
+        others_N2C = moments_N2C[half:]
         usual.append(
             [
-                _usual(mixtures, moments_N2C[half:], narrow, narrowness=1.0),
-                _usual(mixtures, moments_N2C[half:], wide, narrowness=0.0),
+                _usual(others_N2C, anything, mixtures.far_from_any),
+                _usual(others_N2C, wide, mixtures.far_from_local),
             ]
         )
+    all_G2S = np.concatenate(tables, axis=2)
+    kinds_G2S = np.stack([all_G2S[:, 0], all_G2S[:, 1] - all_G2S[:, 0] ** 2], axis=1)
     return SourceStatistics(
-        moments_G2S=np.concatenate(tables, axis=2).astype(np.float16),
+        kinds_G2S=kinds_G2S.clip(-_MOST, _MOST).astype(np.float16),
         shares_G=shares_G.astype(np.float32),
         usual_L22=np.array(usual, np.float32),
     )
@@ -349,14 +381,14 @@ def _groups(weights_NG: Floats, rng: np.random.Generator) -> tuple[Groups, Group
     return narrow, wide
 
 
-def _usual(mixtures: Mixtures, moments_N2C: Floats, groups: Groups, *, narrowness: float) -> tuple[float, float]:
+def _usual(moments_N2C: Floats, groups: Groups, rest: Callable[[Floats], Floats]) -> tuple[float, float]:
     """Return (a, b) so that a + b / N bounds what was found for each size; a is what the largest has."""
     found = {}
     for count, chosen in groups.items():
-        rests = [mixtures.rest(moments_N2C[group].mean(axis=0), narrowness=narrowness)[0] for group in chosen]
-        found[count] = float(np.quantile([rest @ rest for rest in rests], _QUANTILE))
+        rests = [rest(moments_N2C[group].mean(axis=0)) for group in chosen]
+        found[count] = float(np.quantile([each @ each for each in rests], _QUANTILE))
     floor = found[max(found)]
-    return float(floor), max(count * (far - floor) for count, far in found.items())
+    return floor, max(count * (far - floor) for count, far in found.items())
 
 
 def _watcher(norm: nn.BatchNorm2d, seen: list[Floats]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -364,6 +396,6 @@ def _watcher(norm: nn.BatchNorm2d, seen: list[Floats]) -> Callable[[nn.Module, t
 
     def watch(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert norm.running_mean is not None and norm.running_var is not None
-        seen.append(picture_moments(given[0], norm.running_mean, norm.running_var))
+        seen.append(picture_moments(given[0], norm.running_mean, norm.running_var + norm.eps))
 
     return watch

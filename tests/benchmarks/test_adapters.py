@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.adapters.batch_norm import BatchNorm
-from benchmarks.adapters.graph import Graph
 from benchmarks.adapters.lame import Lame, affinity, correct
 from benchmarks.adapters.plain import Plain
 from benchmarks.adapters.t3a import T3A
 from benchmarks.adapters.tent import Tent
-from edge_agent.adapt import Memory
+from edge_agent.adaptation.adapter import Adapter
+from edge_agent.adaptation.memory import build_memory
 from edge_agent.adaptation.method import Method
+from edge_agent.config import AdaptConfig
+from edge_agent.distill import Pool
 from edge_agent.pixels import normalise
 from networks import registry
 from networks.classifiers import Classifier
@@ -33,12 +35,13 @@ def pictures(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8)
 
 
-def with_memory(student: Classifier) -> Graph:
-    features_MD = F.normalize(torch.rand(8, 64), dim=1).numpy()
-    return Graph(student, Memory(features_MD=features_MD, answers_MK=torch.eye(4).repeat(2, 1).numpy()))
+def ours(student: Classifier) -> Adapter:
+    pool = Pool(images_NCHW=pictures(8), latents_NL=torch.zeros(8, 1), class_indices_N=torch.arange(8) % 4)
+    memory = build_memory(student, pool, pictures(40), config=AdaptConfig(), seed=0, digest="")
+    return Adapter(student, memory, AdaptConfig())
 
 
-MAKERS: list[Callable[[Classifier], Method]] = [Plain, BatchNorm, Lame, T3A, Tent, with_memory]
+MAKERS: list[Callable[[Classifier], Method]] = [Plain, BatchNorm, Lame, T3A, Tent, ours]
 EVERY_METHOD = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.datasets import Labelled
 from benchmarks.evaluation import add_test_figures
+from edge_agent.adaptation.memory import Memory
 from edge_agent.agent import predict_classes
 from networks import registry
 from networks.modelfile import ModelFacts, save_model
@@ -25,7 +26,7 @@ FACTS = ModelFacts(
 )
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.9])
+@pytest.mark.parametrize("strength", [0.0, 20.0])
 def test_adapted_predictions_are_made_with_the_runs_own_settings(strength: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = registry.build("resnet8", class_count=3, channels=1).eval()
@@ -37,8 +38,15 @@ def test_adapted_predictions_are_made_with_the_runs_own_settings(strength: float
     labels_N = predict_classes(student, torch.from_numpy(images_NCHW)).numpy()
     # Everything remembered is of a class that the student names the least.
     rarest = int(np.bincount(labels_N, minlength=3).argmin())
-    features_MD = torch.nn.functional.normalize(student.features(torch.rand(40, 1, 8, 8)), dim=1).detach().numpy()
-    np.savez(tmp_path / "memory.npz", features_MD=features_MD, answers_MK=np.eye(3, dtype=np.float32)[[rarest] * 40])
+    memory = Memory(
+        student="",
+        features_MD=torch.nn.functional.normalize(student.features(torch.rand(40, 1, 8, 8)), dim=1).detach().numpy(),
+        answers_MK=np.eye(3, dtype=np.float32)[[rarest] * 40],
+        usual_shares_K=((np.bincount(labels_N, minlength=3) + 1) / 33).astype(np.float32),  # so the stream is usual
+        usual_confidence=np.array(1 / 3, np.float32),
+        statistics=None,
+    )
+    np.savez(tmp_path / "memory.npz", **memory.to_arrays())  # type: ignore[arg-type]
     summary = add_test_figures(tmp_path, tmp_path / "student.pt", Labelled(images_NCHW, labels_N))
     assert summary["accuracy"]["student"] == summary["agreement"] == 1.0
     assert (summary["accuracy"]["student_adapted"] == 1.0) == (strength == 0.0)
