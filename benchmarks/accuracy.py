@@ -282,7 +282,10 @@ def _train(
     local_NCHW: Tensor | None = None,
 ) -> float | None:
     """The agent's training, checkpointed in a run folder of its own; returns its seconds over all starts."""
-    inputs = digest_of({"row": row.text, "config": repr(config), "pictures": len(pool)})
+    answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
+    assert answers is not None
+    asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
+    inputs = digest_of({"row": row.text, "config": repr(config), "asked": asked})
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
             device = choose_device(config.device)

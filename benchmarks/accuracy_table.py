@@ -23,7 +23,7 @@ A cell is measured by `python -m benchmarks.accuracy --data DIR --row ROW --seed
 [configs/accuracy](configs/accuracy), written before its first look at a test figure. No phase, no choice and no
 checkpoint sees a test label; the last average of a fixed schedule is the student.
 
-`kept` is the student's accuracy as a share of the teacher's. Rows of one dataset and seed share one pool of answers.
+`kept` is the student's accuracy as a share of the teacher's. Rows `of` another share its pool of answers.
 `membership AUC` is that of the strongest [attack](../docs/privacy.md#the-attacks) on what was sent; "whole": a line
 of the row was measured before there was an attack by parts of pictures.
 """

@@ -40,6 +40,7 @@ from edge_agent.pixels import normalise
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from networks import registry
+from networks.autoencoder import latent_side
 from networks.gan import Generator
 from networks.mixes import Mixes
 from networks.modelfile import ModelFacts
@@ -100,6 +101,13 @@ class Agent:
             raise BadInput(
                 f"--student: expected one of {', '.join(registry.CLASSIFIERS)}; got {self._config.student!r}"
             )
+        settings = self._config.deprivatize
+        most = latent_side(self._side)
+        if settings.generator == "mixes" and settings.mix_regions > most:
+            raise BadInput(
+                f"deprivatize.mix_regions: expected at most {most} for pictures of side {self._side}, "
+                f"got {settings.mix_regions}"
+            )
         identity = {
             "pictures": self._local.digest,
             "seed": self._config.seed,
@@ -120,7 +128,10 @@ class Agent:
             }
         known = self._journal.fact("identity")
         if known is not None and planned > 0:
-            for name, value in identity.items():
+            # A GAN's identity says nothing of its kind (`_generators_settings`); here it is compared.
+            kind = self._config.deprivatize.generator
+            known = {"deprivatize.generator": "gan"} | known
+            for name, value in (identity | {"deprivatize.generator": kind}).items():
                 if known.get(name) != value and not self._may_change(name, charged):
                     raise RunFolderProblem(
                         f"{self._folder.path} has paid answers for other {name}: it began with {known.get(name)!r}, "
@@ -318,8 +329,8 @@ class Agent:
             )
         self._journal.set_facts(generator=digest)
         self._ask(generator, digest)
-        paid = self._pool(generator)
         self._attack()
+        paid = self._pool(generator)
         facts = self._student_facts()
         inputs = digest_of(
             {

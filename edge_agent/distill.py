@@ -88,7 +88,14 @@ class Pool:
         """Return the pool with its probabilities balanced (`responses.balanced`). Raises ValueError for indices."""
         if self.probabilities_NK is None:
             raise ValueError("expected probabilities to balance, got class indices")
-        return replace(self, probabilities_NK=responses.balanced(self.probabilities_NK, self.epsilons()))
+        silent_K = (self.probabilities_NK <= self.epsilons()).all(dim=0)
+        if silent_K.any():
+            raise ValueError(
+                f"expected answers that tell every class from the others, but class {int(silent_K.nonzero()[0, 0])} "
+                f"is in none of {len(self)}"
+            )
+        balanced_NK = responses.balanced(self.probabilities_NK, self.epsilons())
+        return replace(self, probabilities_NK=balanced_NK, epsilon_N1=None)
 
     def epsilons(self) -> Tensor:
         """Return the smallest probability (N, 1) that a logarithm is taken of."""
@@ -199,7 +206,8 @@ def train_student(
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # was trained to read local pictures by their own statistics, those are what it is used with.
-    update_bn(_batches(images_NCHW if local_NCHW is None else local_NCHW), averaged)
+    learnt_local = local_NCHW is not None and steps - 1 >= config.local_start_fraction * steps
+    update_bn(_batches(local_NCHW if local_NCHW is not None and learnt_local else images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
 
 

@@ -1,30 +1,32 @@
-"""The C heap of a server that runs for months: glibc's defaults keep what odd messages leave behind.
+"""The C heap of a server that runs for months: what odd messages leave behind is given back.
 
-glibc raises by itself, up to 32 MiB, the size from which a block is memory of its own that goes back when it is
-freed, and the free top that it keeps; each thread may have a heap. After 100,000 malformed messages a server that
-used 23 MiB held 120 MiB of free pieces, and ever more. With fixed limits they go back (``benchmarks.fuzz``).
+glibc gives each thread a heap and keeps the free pieces of all of them. After 100,000 malformed messages a server
+that used 23 MiB held 120 MiB of free pieces, and ever more. Two heaps, and giving back what is free every half
+minute, end that (``benchmarks.fuzz``). Limits on the size of what is kept would, too, but networks allocate and free
+megabytes for every layer: mapping those anew doubled the time of a batch.
 """
 
 import ctypes
 import sys
+import threading
 
-# From malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-
-# Above a full batch of small pictures (128 of 3 x 32 x 32 bytes), which is allocated and freed thousands of times a
-# second and had better stay on the heap.
-_MMAP_THRESHOLD_BYTES = 2**20
-_TRIM_THRESHOLD_BYTES = 4 * 2**20
+_M_ARENA_MAX = -8  # from malloc.h
 _HEAPS = 2
+_PAUSE_SECONDS = 30.0
 
 
 def bound() -> None:
-    """Fixes glibc's limits for this process; does nothing where there is another C library. Before any thread."""
+    """Has this process give back what its heap does not use; does nothing without glibc. Before any other thread."""
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         return
-    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
-    mallopt(_M_ARENA_MAX, _HEAPS)
+    libc.mallopt(_M_ARENA_MAX, _HEAPS)
+    threading.Thread(target=_trim_for_ever, args=(libc,), name="heap", daemon=True).start()
+
+
+def _trim_for_ever(libc: ctypes.CDLL) -> None:
+    never = threading.Event()
+    while not never.wait(_PAUSE_SECONDS):
+        libc.malloc_trim(0)  # without the interpreter's lock; a millisecond or so

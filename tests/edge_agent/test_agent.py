@@ -182,8 +182,24 @@ def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW
         assert not {"deprivatize.generator", "deprivatize.mix_noise"} & identity.keys()
         other = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
         folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
-        with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with None, now it is 'mixes'"):
+        with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with 'gan', now it is 'mixes'"):
             agent(folder, tmp_path, description(8, 8), **other).prepare()
+
+
+def test_paid_answers_to_mixes_are_no_answers_to_a_gan(tmp_path, pictures_NHW):
+    with RunFolder(tmp_path / "run") as folder:
+        mixes = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
+        agent(folder, tmp_path, description(8, 8), **mixes).prepare()
+        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
+        with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with 'mixes', now it is 'gan'"):
+            agent(folder, tmp_path, description(8, 8)).prepare()
+
+
+def test_more_regions_than_a_latent_has_cells_are_refused(tmp_path, pictures_NHW):
+    with RunFolder(tmp_path / "run") as folder:
+        mixes = {"deprivatize": {"generator": "mixes", "mix_regions": 3}, "distill": {"image_weight": 0}}
+        with pytest.raises(BadInput, match=r"mix_regions: expected at most 2 for pictures of side 8, got 3"):
+            agent(folder, tmp_path, description(8, 8), **mixes).prepare()
 
 
 def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_path, pictures_NHW, monkeypatch):
@@ -197,7 +213,7 @@ def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_pa
 
     def by_heart(images_NCHW, *, config, **options):
         shape = {"side": 8, "channels": 1, "width": 4, "latent_channels": 16, "view_count": 1}
-        chosen = {name: getattr(config, name) for name in ("mix_pictures", "mix_regions", "mix_noise")}
+        chosen = {"mix_pictures": 1, "mix_regions": 1, "mix_noise": 0.0}
         copier = Copier(picture_count=len(images_NCHW), **shape, **chosen)
         copier.latents_VMZhw[:] = normalise(images_NCHW).reshape(1, -1, 16, 2, 2)
         return copier.eval()
@@ -205,7 +221,7 @@ def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_pa
     monkeypatch.setattr(agents, "train_mixes", by_heart)
     monkeypatch.setattr(Agent, "_generator", lambda made: by_heart(made._split[0], config=made._config.deprivatize))
     with RunFolder(tmp_path / "run") as folder:
-        mixing = {"generator": "mixes", "mix_pictures": 1, "mix_regions": 1, "mix_noise": 0.0}
+        mixing = {"generator": "mixes"}
         made = agent(folder, tmp_path, description(8, 8), deprivatize=mixing, distill={"image_weight": 0})
         made.prepare()
         made.deprivatize()
@@ -233,9 +249,7 @@ def test_the_strongest_attack_is_told_and_figures_of_fewer_attacks_are_none(tmp_
         assert made.write_summary()["privacy"] == told
 
 
-@pytest.mark.parametrize(
-    ("kind", "regions", "side_parts"), [("gan", 4, 2), ("mixes", 1, 2), ("mixes", 2, 2), ("mixes", 4, 4)]
-)
+@pytest.mark.parametrize(("kind", "regions", "side_parts"), [("gan", 4, 2), ("mixes", 2, 2), ("mixes", 4, 4)])
 def test_the_attack_cuts_as_finely_as_pictures_are_mixed(tmp_path, pictures_NHW, kind, regions, side_parts):
     deprivatize = {"generator": kind, "mix_regions": regions}
     with RunFolder(tmp_path / "run") as folder:

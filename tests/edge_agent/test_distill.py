@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edge_agent import distill
+from edge_agent import distill, responses
 from edge_agent.config import DistillConfig
 from edge_agent.distill import Pool, train_student
 from edge_agent.pixels import normalise
@@ -257,14 +257,20 @@ def test_local_loss_without_local_pictures_and_balancing_without_probabilities_a
 
 
 def test_balancing_takes_each_answers_own_smallest_probability() -> None:
-    few = Pool(
+    # Log-odds 2 log 10 and 4 log 10: a factor of 10 about the middle.
+    epsilon_N1 = torch.tensor([[1e-2], [1e-4]])
+    balanced_NK = responses.balanced(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), epsilon_N1)
+    torch.testing.assert_close(balanced_NK, torch.tensor([[1 / 11, 10 / 11], [10 / 11, 1 / 11]]), atol=1e-4, rtol=0)
+
+
+def test_balancing_a_class_that_no_answer_names_is_refused() -> None:
+    pool = Pool(
         images_NCHW=torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
         latents_NL=torch.zeros(2, 5),
-        probabilities_NK=torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
-        epsilon_N1=torch.tensor([[1e-2], [1e-4]]),  # log-odds 2 log 10 and 4 log 10: a factor of 10 about the middle
+        probabilities_NK=torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]),
     )
-    balanced_NK = cast(Tensor, few.balanced().probabilities_NK)
-    torch.testing.assert_close(balanced_NK, torch.tensor([[1 / 11, 10 / 11], [10 / 11, 1 / 11]]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="class 2 is in none of 2"):
+        pool.balanced()
 
 
 def test_image_loss_of_equal_answers_is_zero_and_grows_with_their_distance() -> None:
