@@ -34,7 +34,7 @@ from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
 
 HOUR_MS = 3_600_000
-WRITERS_LAG_SECONDS = 0.01
+WRITERS_DEADLINE_SECONDS = 30.0
 LEASE_MS = HOUR_MS  # every jump of the clock is at least a lease long, so that what follows is certain
 
 
@@ -84,6 +84,10 @@ class Model:
         for batch in self.batches.values():
             if batch.state == "held" and self.dead(batch.server):
                 batch.state = "expired"
+        # The dead are forgotten: should the clock go back, they are still dead until they renew.
+        for other in self.lease_until:
+            if self.dead(other):
+                self.lease_until[other] = -(10**9)
 
     def after(self, server: int) -> None:
         """What a server does once a command is done: its lease, if the clock has moved."""
@@ -254,10 +258,17 @@ class Machine(RuleBasedStateMachine):
 
     @rule(hours=st.sampled_from([-2, -1, 1, 2]))
     def clock(self, hours: int) -> None:
-        # A server looks at the clock, and renews and sweeps, right after it has answered: by the clock of then.
         if self.several:
-            time.sleep(WRITERS_LAG_SECONDS)
+            self.let_writers_wait()
         self.model.now += hours * HOUR_MS
+
+    def let_writers_wait(self) -> None:
+        """A server looks at the clock, renews and sweeps right after it has answered: until then it stands still."""
+        deadline = time.monotonic() + WRITERS_DEADLINE_SECONDS
+        for ledger in self.ledgers.values():
+            while not ledger._commands.not_empty._waiters:  # the writer is in get()
+                assert time.monotonic() < deadline, "a writer did not come back to its queue"
+                time.sleep(0.0005)
 
     @precondition(lambda self: self.several)
     @rule(seat=SEATS, lapses=st.booleans())
