@@ -13,7 +13,7 @@ With `im_queries` the term is there as written, over the last steps, as a contro
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.phase import Checkpoint, Progress
+from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise, quantise
 from edge_agent.precision import training_precision
 from networks.gan import Discriminator, Generator, draw_latents
@@ -105,26 +105,17 @@ def train_generator(
             scores_N: Tensor = discriminator(view_NCHW)
         return scores_N.float()
 
-    done = 0
-    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
-        "generator": generator,
-        "discriminator": discriminator,
-        "averaged": averaged,
-        "generator_optimizer": generator_optimizer,
-        "discriminator_optimizer": discriminator_optimizer,
-    }
-    state = checkpoint.load()
-    if state is not None:
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
-        rng.set_state(state["rng"])
-        done = state["done"]
-
-    def make_state() -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in kept.items()} | {"rng": rng.get_state(), "done": done}
-
-    while done < config.steps:
-        fall = 0.5 * (1.0 + math.cos(math.pi * done / config.steps))
+    training = Resumable(
+        checkpoint,
+        rng,
+        generator=generator,
+        discriminator=discriminator,
+        averaged=averaged,
+        generator_optimizer=generator_optimizer,
+        discriminator_optimizer=discriminator_optimizer,
+    )
+    while training.done < config.steps:
+        fall = 0.5 * (1.0 + math.cos(math.pi * training.done / config.steps))
         generator_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
         discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
 
@@ -143,11 +134,13 @@ def train_generator(
         discriminator.requires_grad_(False)
         latents_NL, synthetic_NCHW = fake()
         loss_N = generators_loss(score(synthetic_NCHW))
-        if guide is not None and done >= first_guided:
+        if guide is not None and training.done >= first_guided:
             if not guided:
                 guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
                 guided = True
-            sure_N = guide.confidence(done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu())
+            sure_N = guide.confidence(
+                training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
+            )
             loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
         generator_loss = loss_N.mean()
         generator_optimizer.zero_grad()
@@ -156,9 +149,8 @@ def train_generator(
         discriminator.requires_grad_(True)
 
         averaged.update_parameters(generator)
-        done += 1
-        progress(done, config.steps, discriminator_loss=discriminator_loss.item())
-        checkpoint.save_if_due(make_state)
+        training.stepped()
+        progress(training.done, config.steps, discriminator_loss=discriminator_loss.item())
 
     def latents() -> Iterator[Tensor]:
         for _ in range(_STATISTICS_BATCHES):

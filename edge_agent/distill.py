@@ -18,7 +18,7 @@ All local pictures train, the privacy reference too: that is about what is sent,
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edge_agent import augment, losses, responses
 from edge_agent.config import DistillConfig
-from edge_agent.phase import Checkpoint, Progress
+from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.classifiers import Classifier
@@ -155,30 +155,21 @@ def train_student(
     if image_count > 0 and generator is None:
         raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
 
-    done = 0
-    order = torch.empty(0, dtype=torch.int64)
-    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
-        "student": student,
-        "averaged": averaged,
-        "optimizer": optimizer,
-    }
-    state = checkpoint.load()
-    if state is not None:
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
-        rng.set_state(state["rng"])
-        order, done = state["order"], state["done"]
-
-    def make_state() -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in kept.items()}
-        return parts | {"rng": rng.get_state(), "order": order, "done": done}
-
-    while done < steps:
-        place = done % steps_a_pass
+    training = Resumable(
+        checkpoint,
+        rng,
+        student=student,
+        averaged=averaged,
+        optimizer=optimizer,
+    )
+    while training.done < steps:
+        place = training.done % steps_a_pass
         if place == 0:
-            order = torch.randperm(len(images_NCHW), generator=rng)
-        chosen = order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(done / steps, config.warmup_fraction)
+            training.order = torch.randperm(len(images_NCHW), generator=rng)
+        chosen = training.order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(
+            training.done / steps, config.warmup_fraction
+        )
 
         with training_precision(device):
             logits_NK = student(_students_view(images_NCHW[chosen], config, rng)).float()
@@ -190,7 +181,7 @@ def train_student(
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
             figures["image_loss"] = distance.item()
             loss = loss + config.image_weight * distance
-        if local_NCHW is not None and done >= config.local_start_fraction * steps:
+        if local_NCHW is not None and training.done >= config.local_start_fraction * steps:
             chosen = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
             consistency = local_loss(student, averaged, local_NCHW[chosen], config, rng).mean()
             figures["local_loss"] = consistency.item()
@@ -200,9 +191,8 @@ def train_student(
         optimizer.step()
 
         averaged.update_parameters(student)
-        done += 1
-        progress(done, steps, **figures)
-        checkpoint.save_if_due(make_state)
+        training.stepped()
+        progress(training.done, steps, **figures)
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # was trained to read local pictures by their own statistics, those are what it is used with.

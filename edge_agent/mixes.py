@@ -17,7 +17,6 @@ see.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.deprivatize import ADVERSARIAL_LOSSES, adam
-from edge_agent.phase import Checkpoint, Progress
+from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.autoencoder import Decoder, Encoder, PatchDiscriminator
@@ -99,28 +98,19 @@ def train_mixes(
             scores_NX, features = discriminator(pictures_NCHW)
         return scores_NX.float(), [feature_NFHW.float() for feature_NFHW in features]
 
-    done = 0
-    kept: dict[str, nn.Module | torch.optim.Optimizer] = {
-        "encoder": encoder,
-        "decoder": decoder,
-        "discriminator": discriminator,
-        "averaged_encoder": averaged_encoder,
-        "averaged_decoder": averaged_decoder,
-        "autoencoder_optimizer": autoencoder_optimizer,
-        "discriminator_optimizer": discriminator_optimizer,
-    }
-    state = checkpoint.load()
-    if state is not None:
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
-        rng.set_state(state["rng"])
-        done = state["done"]
-
-    def make_state() -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in kept.items()} | {"rng": rng.get_state(), "done": done}
-
-    while done < config.steps:
-        fall = 0.5 * (1.0 + math.cos(math.pi * done / config.steps))
+    training = Resumable(
+        checkpoint,
+        rng,
+        encoder=encoder,
+        decoder=decoder,
+        discriminator=discriminator,
+        averaged_encoder=averaged_encoder,
+        averaged_decoder=averaged_decoder,
+        autoencoder_optimizer=autoencoder_optimizer,
+        discriminator_optimizer=discriminator_optimizer,
+    )
+    while training.done < config.steps:
+        fall = 0.5 * (1.0 + math.cos(math.pi * training.done / config.steps))
         autoencoder_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
         discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
 
@@ -128,7 +118,7 @@ def train_mixes(
         real_NCHW = normalise(images_NCHW[chosen.to(device)])
         if config.mirror:  # but no shifts: the background that comes in would be drawn in mixes, too
             real_NCHW = augment.mirror(real_NCHW, rng=rng)
-        sharpens = done >= first_sharpened
+        sharpens = training.done >= first_sharpened
         back_NCHW, mixed_NCHW = back_and_mixed(real_NCHW, half if sharpens else 0)
         loss = losses.image_distance(back_NCHW, real_NCHW).mean()
         figures = {"image_loss": loss.item()}
@@ -155,9 +145,8 @@ def train_mixes(
 
         averaged_encoder.update_parameters(encoder)
         averaged_decoder.update_parameters(decoder)
-        done += 1
-        progress(done, config.steps, **figures)
-        checkpoint.save_if_due(make_state)
+        training.stepped()
+        progress(training.done, config.steps, **figures)
 
     return _with_latents(averaged_encoder.module, averaged_decoder.module, images_NCHW, config, rng)
 

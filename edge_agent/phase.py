@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+from torch import nn
+
 
 class Checkpoint(Protocol):
     """Keeps the newest state of one phase, so that a killed run goes on where it was."""
@@ -26,3 +29,39 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, **figures: float) -> None:
         """Steps done of steps in total, and figures worth showing, such as a loss."""
         ...
+
+
+class Resumable:
+    """A training under way: what its next step depends on, taken from the checkpoint where there is one.
+
+    Args:
+        checkpoint: where it is kept.
+        rng: all that is random is drawn from it.
+        parts: networks and optimisers by name, as they are at the first step; loaded in place.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        rng: torch.Generator,
+        **parts: nn.Module | torch.optim.Optimizer,
+    ) -> None:
+        self.done = 0
+        self.order = torch.empty(0, dtype=torch.int64)
+        """Of the pictures in the pass under way, for a training that has passes."""
+        self._checkpoint, self._rng, self._parts = checkpoint, rng, parts
+        state = checkpoint.load()
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            rng.set_state(state["rng"])
+            self.done, self.order = state["done"], state.get("order", self.order)
+
+    def stepped(self) -> None:
+        """One step more is done; keep it, if that is due."""
+        self.done += 1
+        self._checkpoint.save_if_due(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        own = {"rng": self._rng.get_state(), "done": self.done, "order": self.order}
+        return {name: part.state_dict() for name, part in self._parts.items()} | own
