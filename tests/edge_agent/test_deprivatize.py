@@ -1,6 +1,4 @@
 import dataclasses
-import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,36 +8,10 @@ from torch import Tensor
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.deprivatize import Guide, train_generator
 from networks.gan import Generator, draw_latents
+from tests.edge_agent.phase_parts import Keep, silent
 
 CPU = torch.device("cpu")
 SMALL = DeprivatizeConfig(steps=6, batch_count=8, generator_width=4, discriminator_width=4, noise_count=3)
-
-
-class Keep:
-    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.saved = 0
-        self.stop_after = stop_after
-        self.newest: bytes | None = None
-
-    def load(self) -> dict[str, Any] | None:
-        if self.newest is None:
-            return None
-        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
-        return state
-
-    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
-        buffer = io.BytesIO()
-        torch.save(make_state(), buffer)
-        self.newest = buffer.getvalue()
-        self.saved += 1
-        if self.saved == self.stop_after:
-            raise InterruptedError
-
-
-def silent(done: int, total: int, **figures: float) -> None:
-    """Progress that nobody reads."""
 
 
 def bars(count: int = 64) -> Tensor:

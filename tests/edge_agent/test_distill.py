@@ -1,6 +1,4 @@
 import dataclasses
-import io
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -15,6 +13,7 @@ from edge_agent.pixels import normalise
 from networks import registry
 from networks.classifiers import Classifier
 from networks.gan import Generator
+from tests.edge_agent.phase_parts import Keep, silent
 
 CPU = torch.device("cpu")
 SMALL = DistillConfig(passes=4, batch_count=16)
@@ -33,33 +32,6 @@ class Tiny(Classifier):
 
     def features(self, images_NCHW: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(self.norm(self.conv1(images_NCHW)).relu().flatten(1)))
-
-
-class Keep:
-    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.saved = 0
-        self.stop_after = stop_after
-        self.newest: bytes | None = None
-
-    def load(self) -> dict[str, Any] | None:
-        if self.newest is None:
-            return None
-        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
-        return state
-
-    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
-        buffer = io.BytesIO()
-        torch.save(make_state(), buffer)
-        self.newest = buffer.getvalue()
-        self.saved += 1
-        if self.saved == self.stop_after:
-            raise InterruptedError
-
-
-def silent(done: int, total: int, **figures: float) -> None:
-    """Progress that nobody reads."""
 
 
 @torch.random.fork_rng(devices=[])

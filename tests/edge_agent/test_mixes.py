@@ -1,7 +1,5 @@
 import dataclasses
 import io
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from edge_agent.pixels import normalise
 from edge_agent.pool import probe, synthetic
 from networks.gan import Generator
 from networks.mixes import Mixes
+from tests.edge_agent.phase_parts import Keep, silent
 
 CPU = torch.device("cpu")
 SMALL = DeprivatizeConfig(
@@ -26,33 +25,6 @@ SMALL = DeprivatizeConfig(
     latent_channels=3,
     mirror=True,
 )
-
-
-class Keep:
-    """A checkpoint that keeps every state as bytes, and stops the phase after `stop_after` of them."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.saved = 0
-        self.stop_after = stop_after
-        self.newest: bytes | None = None
-
-    def load(self) -> dict[str, Any] | None:
-        if self.newest is None:
-            return None
-        state: dict[str, Any] = torch.load(io.BytesIO(self.newest), weights_only=True)
-        return state
-
-    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
-        buffer = io.BytesIO()
-        torch.save(make_state(), buffer)
-        self.newest = buffer.getvalue()
-        self.saved += 1
-        if self.saved == self.stop_after:
-            raise InterruptedError
-
-
-def silent(done: int, total: int, **figures: float) -> None:
-    """Progress that nobody reads."""
 
 
 def pictures(count: int = 64, *, seed: int = 0) -> Tensor:
