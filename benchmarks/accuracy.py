@@ -26,6 +26,7 @@ from benchmarks.rows import Row
 from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
 from edge_agent import pool as pools
+from edge_agent import privacy
 from edge_agent.agent import choose_device
 from edge_agent.config import RunConfig, build_config
 from edge_agent.console import Console
@@ -36,6 +37,7 @@ from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks import registry
 from networks.gan import Generator
+from networks.mixes import Mixes
 from networks.modelfile import ModelFacts, load_model, save_model
 
 RUNS = Path("runs/accuracy")
@@ -203,8 +205,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         pool = pool.balanced()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
     facts = load_model(bought / "student.pt").facts
-    of_latents = generator if isinstance(generator, Generator) else None
-    seconds = _train(row, config, trained, of_latents, facts, folder, _local_pictures(config, facts))
+    seconds = _train(row, config, trained, generator, facts, folder, _local_pictures(config, facts))
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         "seconds": {"distill": seconds},
@@ -256,10 +257,8 @@ def _images(dataset: str) -> str:
     return str(datasets.pen_digits_folder(RUNS.parent / "data" / "pen-digits"))
 
 
-def _local_pictures(config: RunConfig, facts: ModelFacts) -> Tensor | None:
-    """The device's pictures as the agent reads them, where they take part in the training."""
-    if config.distill.local_weight == 0:
-        return None
+def _local_pictures(config: RunConfig, facts: ModelFacts) -> Tensor:
+    """The device's pictures as the agent reads them."""
     local = load_local_images(
         config.images,
         channels=facts.channels,
@@ -276,7 +275,7 @@ def _train(
     row: Row,
     config: RunConfig,
     pool: Pool,
-    generator: Generator | None,
+    generator: Generator | Mixes | None,
     facts: ModelFacts,
     folder: Path,
     local_NCHW: Tensor | None = None,
@@ -286,6 +285,9 @@ def _train(
     assert answers is not None
     asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
     inputs = digest_of({"row": row.text, "config": repr(config), "asked": asked})
+    mixed_MCHW = None
+    if isinstance(generator, Mixes) and local_NCHW is not None:
+        mixed_MCHW = local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]]
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
             device = choose_device(config.device)
@@ -295,7 +297,7 @@ def _train(
             with own.clock("distill"), Console().bar(folder.name, "steps") as tell:
                 student = train_student(
                     student.to(device),
-                    generator,
+                    generator if isinstance(generator, Generator) else None,
                     pool,
                     class_count=len(facts.labels),
                     config=config.distill,
@@ -304,6 +306,7 @@ def _train(
                     checkpoint=own.checkpoint("distill", inputs),
                     progress=tell,
                     local_NCHW=local_NCHW,
+                    mixed_MCHW=mixed_MCHW,
                 )
             own.write_student(student.cpu(), ModelFacts(**{**vars(facts), "architecture": config.student}))
             own.finish("distill", inputs)

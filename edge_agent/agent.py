@@ -334,7 +334,7 @@ class Agent:
         facts = self._student_facts()
         inputs = digest_of(
             {
-                "settings": in_use(self._config.distill),
+                "settings": in_use(self._config.distill, mixes=isinstance(generator, Mixes)),
                 "student": self._config.student,
                 "seed": self._config.seed,
                 "held out": self._config.held_out_fraction,
@@ -362,6 +362,7 @@ class Agent:
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
                 local_NCHW=torch.from_numpy(self._local.images_NCHW),
+                mixed_MCHW=self._split[0] if isinstance(generator, Mixes) else None,
             )
         if not all(value.isfinite().all() for value in student.state_dict().values()):
             raise BadInput(

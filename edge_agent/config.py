@@ -87,6 +87,8 @@ class DistillConfig:
     """Largest shift of the student's view, in pixels each way."""
     mirror: bool = False
     """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
+    mosaic_fraction: float = 0.5
+    """Of a pool of mixes: part of each batch that the student sees as mosaics of the local pictures themselves."""
     balance_answers: bool = False
     """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
     teacher that it calls most of them by few names, and local pictures of which no class is rare."""
@@ -250,8 +252,8 @@ def given_settings(tensors: KServeConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in named if value}
 
 
-def in_use(config: DistillConfig) -> dict[str, Any]:
-    """The settings that the student depends on, as plain values.
+def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
+    """The settings that the student depends on, as plain values; `mixes`: whether it learns from such.
 
     Without those of a switch that is off, so that a student trained before there was such a switch is not trained
     again.
@@ -259,6 +261,8 @@ def in_use(config: DistillConfig) -> dict[str, Any]:
     used = asdict(config)
     if not config.balance_answers:
         del used["balance_answers"]
+    if not mixes:
+        del used["mosaic_fraction"]
     if config.local_weight == 0:
         used = {name: value for name, value in used.items() if not name.startswith("local_")}
     return used
@@ -363,6 +367,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("distill.image_weight", 0 <= distill.image_weight < math.inf, "0 or more"),
         ("distill.image_fraction", 0 <= distill.image_fraction <= 1, "0 to 1"),
         ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
+        ("distill.mosaic_fraction", 0 <= distill.mosaic_fraction <= 1, "0 to 1"),
         ("distill.local_weight", 0 <= distill.local_weight < math.inf, "0 or more"),
         ("distill.local_start_fraction", 0 <= distill.local_start_fraction < 1, "0 to below 1"),
         ("distill.local_batch_count", distill.local_batch_count >= 2, "2 or more"),

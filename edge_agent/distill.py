@@ -13,6 +13,11 @@ In short runs on development pictures at half the side, local ones after a quart
 past their teacher's 80.6 (one seed). In a longer run on stranger ones, answers balanced, a start half-way was better:
 86.2, not 82.5 (74.8 without; one seed).
 All local pictures train, the privacy reference too: that is about what is sent, and the student is not.
+
+Where the pool's pictures are mixes, the device knows of which local ones. With `mosaic_fraction` above 0 the student
+sees part of each batch as a mosaic of those themselves, in the same regions: the teacher's answer was to a blurred
+copy, but what the student will be used on is not blurred. On CIFAR-10's development part half of each batch so gave
+72.4 % where mixes alone gave 69.6 (50,000 answers, 15 passes, one seed).
 """
 
 import math
@@ -31,6 +36,7 @@ from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.classifiers import Classifier
 from networks.gan import Generator
+from networks.mixes import mosaic
 
 _STATISTICS_BATCH_COUNT = 256
 # How much harder a view of a local picture is for the student than for its average.
@@ -46,7 +52,7 @@ class Pool:
     images_NCHW: Tensor
     """The pictures as the teacher saw them, uint8."""
     latents_NL: Tensor
-    """What the generator made them of, float32; no column where it cannot say so (`generators`)."""
+    """What the generator made them of, float32 (`generators`)."""
     probabilities_NK: Tensor | None = None
     """Soft answers, float32."""
     class_indices_N: Tensor | None = None
@@ -115,13 +121,15 @@ def train_student(
     checkpoint: Checkpoint,
     progress: Progress,
     local_NCHW: Tensor | None = None,
+    mixed_MCHW: Tensor | None = None,
 ) -> Classifier:
     """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
 
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
     generator's pictures of both answers, which needs a generator, plus `local_weight` times the loss on local
-    pictures, which needs those (uint8, of the pool's size). Raises ValueError where such a weight is above 0 and
-    what it needs is missing.
+    pictures, which needs those (uint8, of the pool's size). `mixed_MCHW` are the local pictures that the pool's are
+    mixes of, in the order of its plans; None where they are not. Raises ValueError where a weight is above 0 and what
+    it needs is missing.
     """
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
@@ -134,6 +142,8 @@ def train_student(
         raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
     else:
         local_NCHW = local_NCHW.to(device)
+    if mixed_MCHW is not None:
+        mixed_MCHW = mixed_MCHW.to(device)
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
@@ -155,13 +165,9 @@ def train_student(
     if image_count > 0 and generator is None:
         raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
 
-    training = Resumable(
-        checkpoint,
-        rng,
-        student=student,
-        averaged=averaged,
-        optimizer=optimizer,
-    )
+    mosaic_count = 0 if mixed_MCHW is None else round(config.mosaic_fraction * config.batch_count)
+
+    training = Resumable(checkpoint, rng, student=student, averaged=averaged, optimizer=optimizer)
     while training.done < steps:
         place = training.done % steps_a_pass
         if place == 0:
@@ -171,8 +177,12 @@ def train_student(
             training.done / steps, config.warmup_fraction
         )
 
+        seen_NCHW = images_NCHW[chosen]
+        if mixed_MCHW is not None and mosaic_count > 0:
+            plan_NR = latents_NL[chosen[:mosaic_count]].long()
+            seen_NCHW = torch.cat([mosaic(plan_NR, mixed_MCHW), seen_NCHW[mosaic_count:]])
         with training_precision(device):
-            logits_NK = student(_students_view(images_NCHW[chosen], config, rng)).float()
+            logits_NK = student(_students_view(seen_NCHW, config, rng)).float()
         loss = answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen]).mean()
         figures = {"answer_loss": loss.item()}
         if generator is not None and image_count > 0:

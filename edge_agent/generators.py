@@ -21,7 +21,7 @@ class PictureGenerator(Protocol):
     side: int
     """Height and width of the pictures."""
     latent_count: int
-    """Latent numbers that come with each picture and make it anew; 0: it cannot be made anew of them."""
+    """Numbers that say what each picture was made of: those of a GAN make it anew, those of mixes are its plan."""
 
     def sample(self, count: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return latents (N, L) on the CPU, and their pictures (N, C, H, W) in [-1, 1]; all chance is from `rng`."""

@@ -29,7 +29,7 @@ from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.autoencoder import Decoder, Encoder, PatchDiscriminator
-from networks.mixes import Mixes, mix
+from networks.mixes import Mixes, arrange, deal, noisy
 
 _BLURRED_PART = 1 / 3
 """Part of all steps before the discriminator joins in."""
@@ -86,10 +86,13 @@ def train_mixes(
         """All pictures as they come back, and so many mixes of them."""
         with training_precision(device):
             latents_NZhw = encoder(real_NCHW).float()
-            own_NZhw = mix(latents_NZhw[:, None], regions=1, noise=config.mix_noise, rng=rng)
+            own_NZhw = noisy(latents_NZhw, noise=config.mix_noise, rng=rng)
+            # Each picture's neighbours in the batch are as random as the batch.
+            dealt_NR = deal(mixed_count, pictures=config.mix_pictures, regions=config.mix_regions, rng=rng)
+            plan_NR = (torch.arange(mixed_count)[:, None] - dealt_NR) % len(latents_NZhw)
             # Mixes train the decoder alone: the encoder is there to describe pictures, not to hide seams.
-            parts_NPZhw = torch.stack([latents_NZhw.detach().roll(i, 0) for i in range(config.mix_pictures)], 1)
-            mixed_NZhw = mix(parts_NPZhw[:mixed_count], regions=config.mix_regions, noise=config.mix_noise, rng=rng)
+            mixed_NZhw = arrange(latents_NZhw.detach()[plan_NR.to(device)])
+            mixed_NZhw = noisy(mixed_NZhw, noise=config.mix_noise, rng=rng)
             pictures_NCHW = decoder(torch.cat([own_NZhw, mixed_NZhw])).float()
         return pictures_NCHW[: len(real_NCHW)], pictures_NCHW[len(real_NCHW) :]
 
@@ -190,7 +193,7 @@ def _with_latents(
             latents_MZhw.copy_(torch.cat([encoder(batch_NCHW) for batch_NCHW in _batches(view_NCHW)]))
         mixes.decoder.load_state_dict(decoder.state_dict())
         # Those of the decoder are set on what it will be given.
-        update_bn((mixes.draw(_BATCH, rng=rng) for _ in range(_STATISTICS_BATCHES)), mixes)
+        update_bn((mixes.draw(_BATCH, rng=rng)[1] for _ in range(_STATISTICS_BATCHES)), mixes)
     return mixes.eval().requires_grad_(False)
 
 

@@ -330,9 +330,13 @@ def load_pool(
         if not alike:
             continue
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
-        shape = (batch.picture_count, generator.latent_count)
-        latents_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(shape).copy()
-        latents.append(torch.from_numpy(latents_NL))
+        latents_X = np.frombuffer(batch.latents, dtype="<f4").copy()
+        if latents_X.size != batch.picture_count * generator.latent_count:
+            raise BadInput(
+                f"batch {batch.batch_id}: expected {generator.latent_count} latent numbers a picture, got "
+                f"{latents_X.size} for {batch.picture_count}; it was asked with another generator"
+            )
+        latents.append(torch.from_numpy(latents_X).view(batch.picture_count, generator.latent_count))
         answers.append(answer)
         epsilon = responses.epsilon(codec.decimals_of(kept), class_count)
         epsilons.append(torch.full((batch.picture_count, 1), epsilon))

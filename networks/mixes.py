@@ -1,8 +1,13 @@
 """Pictures decoded from mixes: each latent is put together of regions of several local pictures' latents, plus noise.
 
 Shape letters: N pictures, C channels, H and W height and width (both `side`), Z latent channels, h and w height and
-width of a latent, V views of a local picture (as it is, and perhaps mirrored), M local pictures, P pictures in a mix.
+width of a latent, V views of a local picture (as it is, and perhaps mirrored), M local pictures, P pictures in a mix,
+R regions of a mix.
+
+A plan (N, R) says of which view of which picture each region is: the number `view * M + picture`.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +57,7 @@ class Mixes(nn.Module):
             "mix_noise": mix_noise,
         }
         self.side = side
-        self.latent_count = 0  # the noise of all pictures would be many times as large as the pictures
+        self.latent_count = mix_regions**2  # the plan alone: noise would be many times as large as the pictures
         self.mix_pictures, self.mix_regions, self.mix_noise = mix_pictures, mix_regions, mix_noise
         self.decoder = Decoder(side=side, channels=channels, width=width, latent_channels=latent_channels)
         coarse = latent_side(side)
@@ -65,33 +70,52 @@ class Mixes(nn.Module):
         images_NCHW: Tensor = self.decoder(latents_NZhw)
         return images_NCHW
 
-    def draw(self, count: int, *, rng: torch.Generator) -> Tensor:
-        """Draw mixed latents (N, Z, h, w) of the latents kept, on their device."""
+    def draw(self, count: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw plans (N, R) int64, on the CPU, and the mixed latents (N, Z, h, w) that they make, noise and all."""
         views, pictures = self.latents_VMZhw.shape[:2]
         # Neighbours in an order of chance: the pictures of a mix are different ones.
         order_M = torch.randperm(pictures, generator=rng)
         first_N1 = torch.randint(pictures, (count, 1), generator=rng)
         chosen_NP = order_M[(first_N1 + torch.arange(self.mix_pictures)) % pictures]
         view_NP = torch.randint(views, chosen_NP.shape, generator=rng)
-        device = self.latents_VMZhw.device
-        parts_NPZhw = self.latents_VMZhw[view_NP.to(device), chosen_NP.to(device)].float()
-        return mix(parts_NPZhw, regions=self.mix_regions, noise=self.mix_noise, rng=rng)
+        dealt_NR = deal(count, pictures=self.mix_pictures, regions=self.mix_regions, rng=rng)
+        plan_NR = (view_NP * pictures + chosen_NP).gather(1, dealt_NR)
+        parts_NRZhw = self.latents_VMZhw.flatten(0, 1)[plan_NR.to(self.latents_VMZhw.device)].float()
+        return plan_NR, noisy(arrange(parts_NRZhw), noise=self.mix_noise, rng=rng)
 
     def sample(self, count: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return no latents (N, 0), and pictures (N, C, H, W) in [-1, 1]."""
-        return torch.empty(count, 0), self(self.draw(count, rng=rng))
+        """Return plans (N, R), and pictures (N, C, H, W) in [-1, 1]."""
+        plan_NR, latents_NZhw = self.draw(count, rng=rng)
+        return plan_NR, self(latents_NZhw)
 
 
-def mix(parts_NPZhw: Tensor, *, regions: int, noise: float, rng: torch.Generator) -> Tensor:
-    """Deal the regions of each latent to its pictures at random, in parts as equal as they can be; then add noise.
+def deal(count: int, *, pictures: int, regions: int, rng: torch.Generator) -> Tensor:
+    """Deal the regions of each mix to its pictures at random, in parts as equal as they can be.
 
-    Returns latents (N, Z, h, w). All chance is drawn on the CPU, from `rng`.
+    Returns the number of a picture (N, R), below `pictures`; R is the square of `regions`.
     """
-    count, pictures, _, height, width = parts_NPZhw.shape
     # The places of a random order, counted off: every picture gets as many regions as the next, or one more.
-    dealt_NR = torch.rand(count, regions**2, generator=rng).argsort(dim=1) % pictures
-    dealt_N1RR = dealt_NR.view(count, 1, regions, regions).float()
-    owner_N1hw = F.interpolate(dealt_N1RR, size=(height, width), mode="nearest").long().to(parts_NPZhw.device)
-    index_N1Zhw = owner_N1hw[:, :, None].expand(-1, 1, *parts_NPZhw.shape[2:])
-    mixed_NZhw = parts_NPZhw.gather(1, index_N1Zhw).squeeze(1)
-    return mixed_NZhw + noise * torch.randn(mixed_NZhw.shape, generator=rng).to(mixed_NZhw.device)
+    return torch.rand(count, regions**2, generator=rng).argsort(dim=1) % pictures
+
+
+def arrange(parts_NRCHW: Tensor) -> Tensor:
+    """Return (N, C, H, W): its region r is that of part r. The regions are those of a square grid, row by row."""
+    count, parts, channels, height, width = parts_NRCHW.shape
+    regions = math.isqrt(parts)
+    grid_11RR = torch.arange(parts, dtype=torch.float32).view(1, 1, regions, regions)
+    owner_HW = F.interpolate(grid_11RR, size=(height, width), mode="nearest")[0, 0].long().to(parts_NRCHW.device)
+    index_N1CHW = owner_HW.expand(count, 1, channels, height, width)
+    return parts_NRCHW.gather(1, index_N1CHW).squeeze(1)
+
+
+def noisy(latents_NZhw: Tensor, *, noise: float, rng: torch.Generator) -> Tensor:
+    """Return latents with noise of that standard deviation on them, drawn on the CPU from `rng`."""
+    return latents_NZhw + noise * torch.randn(latents_NZhw.shape, generator=rng).to(latents_NZhw.device)
+
+
+def mosaic(plan_NR: Tensor, images_MCHW: Tensor) -> Tensor:
+    """Return pictures (N, C, H, W) put together of the local pictures themselves as their mixes were by `plan_NR`."""
+    plan_NR = plan_NR.to(images_MCHW.device)
+    parts_NRCHW = images_MCHW[plan_NR % len(images_MCHW)]
+    mirrored_NR111 = (plan_NR >= len(images_MCHW))[:, :, None, None, None]
+    return arrange(torch.where(mirrored_NR111, parts_NRCHW.flip(-1), parts_NRCHW))

@@ -132,11 +132,12 @@ def test_setting_without_a_value_is_refused(text):
 
 
 def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
-    plain = in_use(DistillConfig())
-    assert plain == in_use(DistillConfig(local_batch_count=7)) and "balance_answers" not in plain
-    assert plain["passes"] == DistillConfig().passes
-    assert in_use(DistillConfig(balance_answers=True)) == plain | {"balance_answers": True}
-    used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7))
+    plain = in_use(DistillConfig(), mixes=False)
+    assert plain == in_use(DistillConfig(local_batch_count=7, mosaic_fraction=0.25), mixes=False)
+    assert plain["passes"] == DistillConfig().passes and "balance_answers" not in plain
+    assert in_use(DistillConfig(mosaic_fraction=0.25), mixes=True) == plain | {"mosaic_fraction": 0.25}
+    assert in_use(DistillConfig(balance_answers=True), mixes=False) == plain | {"balance_answers": True}
+    used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7), mixes=False)
     assert used == plain | {"local_weight": 2.0, "local_start_fraction": 0.5, "local_batch_count": 7}
 
 

@@ -79,6 +79,7 @@ def train(
     checkpoint: Keep | None = None,
     answers: Pool | None = None,
     local_NCHW: Tensor | None = None,
+    mixed_MCHW: Tensor | None = None,
 ) -> Classifier:
     return train_student(
         student or tiny_student(),
@@ -91,6 +92,7 @@ def train(
         checkpoint=checkpoint or Keep(),
         progress=silent,
         local_NCHW=local_NCHW,
+        mixed_MCHW=mixed_MCHW,
     )
 
 
@@ -206,6 +208,35 @@ def test_local_pictures_help_a_student_whose_teacher_is_often_wrong() -> None:
         student = train(config, answers=noisy, local_NCHW=two_kinds(100, seed=6)[0])
         right.append((student(normalise(images_NCHW)).argmax(dim=1) == classes_N).float().mean().item())
     assert right[1] > right[0] + 0.05
+
+
+def blurred_mixes(count: int = 320) -> tuple[Pool, Tensor]:
+    """A pool that shows nothing but grey, of local pictures that show what was answered; and those, half mirrored."""
+    mixed_MCHW, classes_M = two_kinds(40, seed=9)
+    rng = torch.Generator().manual_seed(6)
+    picture_N, mirrored_N = (torch.randint(most, (count,), generator=rng) for most in (40, 2))
+    plan_NR = (picture_N + 40 * mirrored_N)[:, None].expand(-1, 4)  # all four regions are of one picture
+    classes_N = (classes_M[picture_N] + mirrored_N) % 2  # mirrored, bright on the other side
+    grey_NCHW = torch.full((count, 1, 8, 8), 128, dtype=torch.uint8)
+    return Pool(images_NCHW=grey_NCHW, latents_NL=plan_NR.float(), class_indices_N=classes_N), mixed_MCHW
+
+
+def test_the_student_sees_mosaics_of_the_pictures_that_the_mixes_are_of() -> None:
+    answers, mixed_MCHW = blurred_mixes()
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+
+    def right(fraction: float) -> float:
+        config = DistillConfig(passes=8, batch_count=16, shift_px=0, image_weight=0, mosaic_fraction=fraction)
+        student = train(config, answers=answers, mixed_MCHW=mixed_MCHW).train()  # by the statistics of what it reads
+        return float(student(normalise(images_NCHW)).argmax(1).eq(classes_N).float().mean())
+
+    assert right(0.5) > 0.95 and right(1.0) > 0.95
+    assert right(0.0) < 0.9
+
+
+def test_mosaics_change_no_bit_of_a_training_on_other_pictures() -> None:
+    expected = train(dataclasses.replace(SMALL, mosaic_fraction=0.0)).state_dict()
+    assert all(value.equal(expected[name]) for name, value in train(SMALL).state_dict().items())
 
 
 def test_balanced_answers_train_the_student_in_place_of_the_plain_ones() -> None:

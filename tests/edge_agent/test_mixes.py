@@ -156,8 +156,8 @@ def test_a_slot_is_always_made_the_same_and_another_differently() -> None:
     free = CopyGate(torch.zeros((0, 1, 8, 8), dtype=torch.uint8), 0.0)
     mixes = train()
     first, again = (synthetic(mixes, free, seed=0)(3, 8) for _ in range(2))
-    assert first[0].shape == (8, 0) and first[1].dtype == torch.uint8 and first[2] == 0
-    assert torch.equal(first[1], again[1])
+    assert first[0].shape == (8, 4) and first[1].dtype == torch.uint8 and first[2] == 0
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[1], synthetic(mixes, free, seed=0)(4, 8)[1])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from edge_agent import privacy
-from networks.mixes import mix
+from networks.mixes import deal, mosaic, noisy
 
 
 def pictures(count, *, channels=1, side=8, seed=0):
@@ -207,12 +207,10 @@ def test_mixes_of_quarters_hide_from_the_whole_and_not_from_the_parts(mirrored):
     """Each sent picture has two quarters of one member and two of another, a little changed."""
     local_NCHW = smooth_pictures(1000, seed=0)
     rng = torch.Generator().manual_seed(2)
-    members_NPCHW = torch.stack(
-        [local_NCHW[:500][torch.randint(500, (3000,), generator=rng)] for _ in range(2)], 1
-    ).float()
-    if mirrored:
-        members_NPCHW = members_NPCHW.flip(4)
-    sent_NCHW = mix(members_NPCHW, regions=2, noise=12.0, rng=rng).clamp(0, 255).round().to(torch.uint8)
+    members_NP = torch.randint(500, (3000, 2), generator=rng) + 500 * mirrored
+    plan_NR = members_NP.gather(1, deal(3000, pictures=2, regions=2, rng=rng))
+    sent_NCHW = noisy(mosaic(plan_NR, local_NCHW[:500]).float(), noise=12.0, rng=rng)
+    sent_NCHW = sent_NCHW.clamp(0, 255).round().to(torch.uint8)
     found = attacked(local_NCHW, sent_NCHW, member_count=500)
     assert found["mean_of_parts"] > 0.97, found
     assert all(0.47 < found[name] < 0.75 for name in ("nearest", "mean_of_nearest")), found

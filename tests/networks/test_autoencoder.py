@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.autoencoder import Decoder, Encoder, PatchDiscriminator, latent_side
-from networks.mixes import Mixes, mix
+from networks.mixes import Mixes, arrange, deal, mosaic, noisy
 
 SIDES = {8: 2, 12: 3, 16: 4, 28: 7, 32: 8, 36: 9, 64: 8, 128: 8}
 
@@ -57,14 +57,15 @@ def test_every_layer_of_the_discriminator_has_spectral_norm_one() -> None:
 # --- mixing ---
 
 
-def numbered(pictures: int, *, count: int = 500, side: int = 8) -> Tensor:
-    """Latents (N, P, Z, h, w) whose numbers say of which picture they are."""
-    return torch.arange(pictures).float()[None, :, None, None, None].expand(count, pictures, 2, side, side)
+def dealt(*, pictures: int, regions: int, count: int = 500, side: int = 8) -> Tensor:
+    """Mixed latents (N, Z, h, w) whose numbers say of which picture they are."""
+    dealt_NR = deal(count, pictures=pictures, regions=regions, rng=chance())
+    return arrange(dealt_NR[:, :, None, None, None].float().expand(-1, -1, 2, side, side))
 
 
 @pytest.mark.parametrize(("pictures", "regions"), [(1, 1), (2, 2), (2, 4), (3, 2), (3, 8), (2, 1)])
 def test_each_picture_gets_its_part_of_the_regions(pictures: int, regions: int) -> None:
-    mixed_NZhw = mix(numbered(pictures), regions=regions, noise=0.0, rng=chance())
+    mixed_NZhw = dealt(pictures=pictures, regions=regions)
     assert torch.equal(mixed_NZhw[:, 0], mixed_NZhw[:, 1]), "all channels of a place are of one picture"
     cells_NRR = mixed_NZhw[:, 0, :: 8 // regions, :: 8 // regions]
     enlarged_NHW = cells_NRR.repeat_interleave(8 // regions, 1).repeat_interleave(8 // regions, 2)
@@ -76,13 +77,13 @@ def test_each_picture_gets_its_part_of_the_regions(pictures: int, regions: int) 
 
 
 def test_regions_of_a_latent_that_they_do_not_divide_are_nearly_equal() -> None:
-    mixed_NZhw = mix(numbered(2, side=7), regions=2, noise=0.0, rng=chance())
+    mixed_NZhw = dealt(pictures=2, regions=2, side=7)
     shares_N = mixed_NZhw[:, 0].mean((1, 2))
     assert (3 * 7 / 49 <= shares_N).all() and (shares_N <= 4 * 7 / 49).all()
 
 
 def test_noise_has_the_asked_strength() -> None:
-    mixed_NZhw = mix(numbered(1), regions=1, noise=0.3, rng=chance())
+    mixed_NZhw = noisy(torch.zeros(500, 2, 8, 8), noise=0.3, rng=chance())
     assert mixed_NZhw.std().item() == pytest.approx(0.3, rel=0.02)
     assert mixed_NZhw.mean().item() == pytest.approx(0.0, abs=0.01)
 
@@ -98,8 +99,8 @@ def mixes(**changes: int | float) -> Mixes:
 
 def test_the_same_chance_makes_the_same_pictures() -> None:
     made = mixes()
-    latents_NL, images_NCHW = made.sample(9, rng=chance(1))
-    assert latents_NL.shape == (9, made.latent_count) == (9, 0)
+    plan_NR, images_NCHW = made.sample(9, rng=chance(1))
+    assert plan_NR.shape == (9, made.latent_count) == (9, 4)
     assert images_NCHW.shape == (9, 1, 8, 8) and images_NCHW.abs().max() <= 1.0
     assert torch.equal(made.sample(9, rng=chance(1))[1], images_NCHW)
     assert not torch.equal(made.sample(9, rng=chance(2))[1], images_NCHW)
@@ -108,11 +109,24 @@ def test_the_same_chance_makes_the_same_pictures() -> None:
 def test_a_mix_is_of_different_pictures_of_all_there_are_in_all_views() -> None:
     made = mixes(mix_noise=0.0, mix_regions=1, mix_pictures=1)
     made.latents_VMZhw[:] = torch.arange(40.0).view(2, 20, 1, 1, 1)
-    assert made.draw(2000, rng=chance())[:, 0, 0, 0].unique().tolist() == list(range(40))
+    assert made.draw(2000, rng=chance())[1][:, 0, 0, 0].unique().tolist() == list(range(40))
     made = mixes(mix_noise=0.0)
     made.latents_VMZhw[:] = torch.arange(20.0).view(1, 20, 1, 1, 1)
-    two_NX = made.draw(500, rng=chance())[:, 0].flatten(1)
+    two_NX = made.draw(500, rng=chance())[1][:, 0].flatten(1)
     assert (two_NX.amin(1) < two_NX.amax(1)).all(), "never twice the same"
+
+
+def test_a_mosaic_of_the_pictures_themselves_is_arranged_as_the_mix_was() -> None:
+    made = mixes(mix_noise=0.0)
+    # A place of a latent says whose it is, and in which column of that picture: mirrored columns count backwards.
+    images_MCHW = 100 * torch.arange(20)[:, None, None, None] + torch.arange(8).expand(20, 1, 8, 8)
+    columns_M1hw = images_MCHW[..., ::4, ::4].float()
+    made.latents_VMZhw.copy_(torch.stack([columns_M1hw, images_MCHW.flip(-1)[..., ::4, ::4].float()]))
+    plan_NR, latents_NZhw = made.draw(200, rng=chance())
+    mosaics_NCHW = mosaic(plan_NR, images_MCHW)
+    assert mosaics_NCHW.shape == (200, 1, 8, 8)
+    assert torch.equal(mosaics_NCHW[:, 0, ::4, ::4], latents_NZhw[:, 0].long())
+    assert (plan_NR >= 20).any() and (plan_NR < 20).any(), "mirrored and not"
 
 
 def test_arguments_build_mixes_that_take_the_same_weights_and_latents() -> None:
