@@ -174,11 +174,13 @@ def predict(run_dir: str, images: str, batch_count: int) -> None:
     """
     _raise_on_sigterm()
     try:
-        from edge_agent.data import files_below
+        from edge_agent.data import FORMATS, files_below
         from edge_agent.predict import Predictor
 
         if images != "-" and not os.path.isdir(images):
             raise BadInput(f"--images: expected a folder of pictures or -, got {images!r}")
+        if images != "-" and next(files_below(Path(images)), None) is None:
+            raise BadInput(f"--images: expected pictures ({', '.join(FORMATS)}) in {images!r}, found no file")
         predictor = Predictor(Path(run_dir))
         if images == "-":
             lines = io.TextIOWrapper(sys.stdin.buffer, errors="surrogateescape")  # a path may be any bytes

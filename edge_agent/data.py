@@ -21,7 +21,7 @@ LEAST_PICTURES = 64
 """Fewer teach a generator nothing."""
 
 # What Pillow decodes by itself; for some others it starts programs.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -166,7 +166,7 @@ def decode(path: Path, channels: int, height: int, width: int) -> UInt8Array:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does no harm
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 # A large JPEG is decoded at a fraction of its size, yet twice as large as needed at least.
                 image.draft(None, (2 * max(height, width),) * 2)
                 return pixels_CHW(ImageOps.exif_transpose(image), channels, height, width)

@@ -33,7 +33,7 @@ class Predictor:
         run_dir: holds ``student.pt`` and ``memory.npz``; of ``run.toml``, where it is there, the section ``[adapt]``.
 
     Raises:
-        RunFolderProblem: one of the files is missing or damaged.
+        RunFolderProblem: one of the files is missing, damaged or not of this project.
         BadInput: the settings cannot be meant.
     """
 
@@ -98,6 +98,12 @@ def _student(run_dir: Path) -> LoadedModel:
         raise RunFolderProblem(str(error)) from None
     if not isinstance(loaded.module, Classifier):
         raise RunFolderProblem(f"{run_dir / 'student.pt'}: expected a checkpoint of this project, got another file")
+    facts = loaded.facts
+    if {*facts.mean, *facts.std} != {0.5}:  # what `normalise` does
+        raise RunFolderProblem(
+            f"{run_dir / 'student.pt'}: expected a student of pictures with mean 0.5 and std 0.5, got mean "
+            f"{[*facts.mean]} and std {[*facts.std]}; give the run folder that edge-agent run left"
+        )
     return loaded
 
 

@@ -92,6 +92,7 @@ class StreamNorm(nn.Module):
         self._count = 0.0
         self._moments_2C: Floats | None = None
         self._unexplained_P: Floats = np.zeros(0)
+        self._nearest_G: Floats | None = None
         self.shift = 0.0
         self.narrowness = 1.0
 
@@ -114,14 +115,15 @@ class StreamNorm(nn.Module):
         if self._moments_2C is not None:
             kept = min(self._count, WINDOW_COUNT)
             # Of a past further away than chance and classes have it little is kept: drift that ends is forgotten.
-            apart_P = self._mixtures.unexplained(batch_2C)[0] - self._unexplained_P
+            batch_P, self._nearest_G = self._mixtures.unexplained(batch_2C, self._nearest_G)
+            apart_P = batch_P - self._unexplained_P
             near = _CERTAIN * (self._most(count, 1.0) + self._most(kept, 1.0))
             kept *= min(1.0, near / max(float(apart_P @ apart_P), _LEAST_DISTANCE))
             total = count + kept
             mixed_2C = (count * batch_2C + kept * self._moments_2C) / total
         self._moments_2C, self._count = mixed_2C, total
-        self._unexplained_P, nearest_G = self._mixtures.unexplained(mixed_2C)
-        rest_P, expected_2C = self._mixtures.rest(mixed_2C, nearest_G, narrowness=self.narrowness)
+        self._unexplained_P, self._nearest_G = self._mixtures.unexplained(mixed_2C, self._nearest_G)
+        rest_P, expected_2C = self._mixtures.rest(mixed_2C, self._nearest_G, narrowness=self.narrowness)
         # Stein's estimator: of what is found, the part that cannot be usual is believed. What some mixture explains
         # is none of the camera's doing, however wide the stream was: another one may have begun.
         believed = 1.0 - self._most(total, self.narrowness) / max(float(rest_P @ rest_P), _LEAST_DISTANCE)
@@ -140,15 +142,18 @@ class Mixtures:
     """All mixtures of the kinds of pictures, as one layer sees them."""
 
     def __init__(self, moments_G2C: Floats, shares_G: Floats) -> None:
-        self._moments_G2C = moments_G2C
+        self._moments_GP = moments_G2C.reshape(len(shares_G), -1)
         self._shares_G = shares_G
         self._places_GP = place(moments_G2C)
         self._products_GG = self._places_GP @ self._places_GP.T
 
-    def unexplained(self, moments_2C: Floats) -> tuple[Floats, Floats]:
-        """Return what no mixture explains (P), and the shares (G) of the one that explains most."""
+    def unexplained(self, moments_2C: Floats, near_G: Floats | None = None) -> tuple[Floats, Floats]:
+        """Return what no mixture explains (P), and the shares (G) of the one that explains most.
+
+        `near_G` only saves time: shares of a mixture that may be near to that one.
+        """
         place_P = place(moments_2C)
-        shares_G = nearest_mixture(self._products_GG, self._places_GP @ place_P)
+        shares_G = nearest_mixture(self._products_GG, self._places_GP @ place_P, near_G)
         return place_P - place(self._mixed(shares_G)), shares_G
 
     def far_from_any(self, moments_2C: Floats) -> Floats:
@@ -182,12 +187,12 @@ class Mixtures:
                 rest_P = place_P - place(self._mixed(shares_G))
                 ridge = float(rest_P @ rest_P) / len(rest_P) / freedom
                 held_GG = self._products_GG + ridge * np.eye(len(shares_G))
-                shares_G = nearest_mixture(held_GG, towards_G + ridge * self._shares_G)
+                shares_G = nearest_mixture(held_GG, towards_G + ridge * self._shares_G, shares_G)
         expected_2C = self._mixed(shares_G)
         return place_P - place(expected_2C), expected_2C
 
     def _mixed(self, shares_G: Floats) -> Floats:
-        mixed_2C: Floats = np.tensordot(shares_G, self._moments_G2C, axes=1)
+        mixed_2C: Floats = (shares_G @ self._moments_GP).reshape(2, -1)
         return mixed_2C
 
 
@@ -233,53 +238,53 @@ def place(moments_X2C: Floats) -> Floats:
     return np.concatenate([moments_X2C[..., 0, :], np.log(variance(moments_X2C)) / np.sqrt(2.0)], axis=-1)
 
 
-def nearest_mixture(products_KK: Floats, towards_K: Floats) -> Floats:
+def nearest_mixture(products_KK: Floats, towards_K: Floats, near_K: Floats | None = None) -> Floats:
     """Return the shares (K, at least 0, in sum 1) of the point of a hull that is nearest to a given one.
 
     Args:
         products_KK: inner products of the hull's corners.
         towards_K: those of the corners and the point.
+        near_K: shares to begin at, which only saves time where they are near: but for corners that are nearly alike
+            the result does not depend on them. None: at the nearest corner.
 
     The active set of Lawson and Hanson's NNLS (1974), with the sum held at 1 throughout.
     """
     count = len(towards_K)
-    shares_K = np.zeros(count)
-    start = int(np.argmin(np.diagonal(products_KK) - 2.0 * towards_K))
-    shares_K[start] = 1.0
-    active = [start]
+    if near_K is None:
+        near_K = np.eye(count)[np.argmin(np.diagonal(products_KK) - 2.0 * towards_K)]
+    # Kinds that look alike would leave more than one answer.
+    products_KK = products_KK + 1e-9 * (1.0 + np.trace(products_KK)) * np.eye(count)
+    # The last row and column hold the sum.
+    system_XX = np.ones((count + 1, count + 1))
+    system_XX[:count, :count] = products_KK
+    system_XX[count, count] = 0.0
+    aims_X = np.append(towards_K, 1.0)
+    least_pull = 1e-9 * (1.0 + abs(products_KK).max())
+    shares_K = near_K.copy()
+    active_X = np.append(shares_K > 0, True)
+    active_K = active_X[:count]
     for _ in range(4 * count):
-        pull_K = towards_K - products_KK @ shares_K
-        pull_K -= pull_K[active].mean()
-        pull_K[active] = 0.0
-        entering = int(pull_K.argmax())
-        if pull_K[entering] <= 1e-9 * (1.0 + abs(products_KK).max()):
-            break
-        active.append(entering)
         while True:
-            wanted = _on_the_plane(products_KK[np.ix_(active, active)], towards_K[active])
-            if (wanted > 0).all():
-                shares_K[active] = wanted
-                break
-            now = shares_K[active]
-            # As far towards it as no share becomes negative; who is at 0 then leaves.
+            wanted = np.linalg.solve(system_XX[active_X][:, active_X], aims_X[active_X])[:-1]
             leaving = wanted <= 0
+            if not leaving.any():
+                shares_K[active_K] = wanted
+                break
+            # As far towards it as no share becomes negative; who is at 0 then leaves.
+            now = shares_K[active_K]
             step = (now[leaving] / np.maximum(now[leaving] - wanted[leaving], 1e-300)).min()
-            shares_K[active] = now + step * (wanted - now)
-            left = [k for k in active if shares_K[k] <= 1e-12]
-            shares_K[left] = 0.0
-            active = [k for k in active if k not in left]
+            shares_K[active_K] = now + step * (wanted - now)
+            active_K &= shares_K > 1e-12
+            shares_K[~active_K] = 0.0
+        pull_K = towards_K - products_KK @ shares_K
+        pull_K -= pull_K[active_K].mean()
+        pull_K[active_K] = 0.0
+        entering = pull_K.argmax()
+        if pull_K[entering] <= least_pull:
+            break
+        active_K[entering] = True
     found: Floats = shares_K / shares_K.sum()
     return found
-
-
-def _on_the_plane(products_AA: Floats, towards_A: Floats) -> Floats:
-    """Return the nearest point's shares when they need not be positive, only 1 in sum."""
-    count = len(towards_A)
-    system = np.zeros((count + 1, count + 1))
-    system[:count, :count] = products_AA + 1e-9 * (1.0 + np.trace(products_AA)) * np.eye(count)
-    system[count, :count] = system[:count, count] = 1.0
-    shares: Floats = np.linalg.solve(system, np.append(towards_A, 1.0))[:count]
-    return shares
 
 
 # --- made once, from local pictures ---

@@ -1,6 +1,7 @@
 """The benchmark of adaptation: a line for each cell, nothing measured twice, and a table of what the lines say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.corruptions import DEVELOPMENT, TEST
 from benchmarks.datasets import Labelled
 from benchmarks.streams import shuffled
 from networks import registry
-from networks.modelfile import ModelFacts, save_model
+from networks.modelfile import ModelFacts, load_model, save_model
 
 ROW = {"dataset": "mnist", "part": "test", "run": "r", "streams": "s", "pictures": 100, "batch": 16, "code": "c"}
 
@@ -96,6 +97,36 @@ def test_part_has_its_own_corruptions_only(run_dir: Path) -> None:
 def test_missing_student_is_one_line(tmp_path: Path) -> None:
     done = click.testing.CliRunner().invoke(adaptation.main, ["--run-dir", str(tmp_path)])
     assert done.exit_code == 1 and str(tmp_path) in str(done.output)
+
+
+def test_tent_is_left_out_for_a_student_without_batch_norm_and_the_others_go_on(run_dir: Path) -> None:
+    facts = replace(load_model(run_dir / "student.pt").facts, architecture="vgg11", height=32, width=32)
+    save_model(run_dir / "student.pt", registry.build("vgg11", class_count=10, channels=1).eval(), facts)
+    command = ["--run-dir", str(run_dir), "--order", "clean", "--batch", "16", "--pictures", "20", "--no-cost"]
+    methods = ["--method", "tent", "--method", "none", "--method", "batch-norm"]
+    done = click.testing.CliRunner().invoke(adaptation.main, [*command, "--part", "development", *methods])
+    assert done.exit_code == 0, done.output
+    assert "tent: not applicable, the student has no batch norm" in done.stderr
+    assert [line["method"] for line in adaptation.lines()] == ["none", "batch-norm"]
+
+
+@pytest.mark.parametrize(("dataset", "other"), [("mnist", "digits"), ("mnist-digits", "mnist")])
+def test_student_meets_the_same_classes_in_another_hand(
+    dataset: str, other: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = adaptation.METHODS["none"](run_dir)
+    images_NCHW = np.random.default_rng(1).integers(0, 256, (30, 1, 16, 16), np.uint8)
+    named_N = student.adapt(torch.from_numpy(images_NCHW)).probabilities_NK.argmax(dim=1).numpy()
+    shown = Labelled(images_NCHW, named_N)  # of these, unlike of the data set's own, the student names all rightly
+    monkeypatch.setattr(datasets, "pen_digits" if other == "digits" else "mnist", lambda *_: shown)
+    chosen = ["--dataset", dataset, "--corruption", other, "--order", "shuffled", "--order", "by class"]
+    rest = ["--run-dir", str(run_dir), "--method", "none", "--batch", "16", "--no-cost"]
+    done = click.testing.CliRunner().invoke(adaptation.main, [*chosen, *rest], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert [(line["order"], line["accuracy"]) for line in adaptation.lines()] == [
+        ("shuffled", {other: 1.0}),
+        ("by class", {other: 1.0}),
+    ]
 
 
 def test_accuracy_is_the_share_named_rightly_whatever_the_batch(run_dir: Path) -> None:

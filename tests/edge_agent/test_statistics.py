@@ -136,6 +136,30 @@ def test_nearest_mixture_of_many_kinds_leaves_no_kind_that_would_be_nearer() -> 
         assert uphill_K @ shares_K - uphill_K.min() < 1e-5
 
 
+def test_nearest_mixture_is_the_same_wherever_it_begins() -> None:
+    rng = np.random.default_rng(4)
+    for i in range(60):
+        corners_KD = rng.normal(size=(10, 24)) + 1.0
+        point_D = rng.dirichlet(np.full(10, 0.3)) @ corners_KD + (0.0, 0.3, 3.0)[i % 3] * rng.normal(size=24)
+        found_K = mixed(corners_KD, point_D)
+        for near_K in (rng.dirichlet(np.ones(10)), np.eye(10)[i % 10], found_K):
+            again_K = nearest_mixture(corners_KD @ corners_KD.T, corners_KD @ point_D, near_K)
+            np.testing.assert_allclose(again_K, found_K, atol=1e-6)
+
+
+def test_nearest_mixture_is_found_at_once_where_the_kinds_are_those_of_a_near_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solved, solve = [], np.linalg.solve
+    monkeypatch.setattr(np.linalg, "solve", lambda *given: solved.append(given) or solve(*given))
+    corners_KD = np.random.default_rng(5).normal(size=(10, 24)) + 1.0
+    point_D = np.full(10, 0.1) @ corners_KD
+    near_K = nearest_mixture(corners_KD @ corners_KD.T, corners_KD @ (1.01 * point_D))
+    cold = len(solved)
+    nearest_mixture(corners_KD @ corners_KD.T, corners_KD @ point_D, near_K)
+    assert cold >= 10 and len(solved) == cold + 1
+
+
 def test_nearest_mixture_of_a_corner_is_that_corner_and_of_a_point_within_its_own_shares() -> None:
     corners_KD = np.random.default_rng(2).normal(size=(5, 8))
     for k in range(5):
