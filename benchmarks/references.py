@@ -3,6 +3,7 @@
 Shape letters: N pictures, C channels, H and W height and width, K classes.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from benchmarks.services import ServiceError, create_account, serving, show_acco
 from edge_agent import augment
 from edge_agent.distill import Pool
 from edge_agent.pixels import normalise, quantise
+from networks.modelfile import load_model
 
 VIEWS = 5
 SHIFT_PX = {1: 2, 3: 4}
@@ -46,7 +48,8 @@ def views(
     asked_NCHW = torch.cat([_view(torch.from_numpy(images_NCHW), mirror=mirror, rng=rng) for _ in range(VIEWS)])
     if len(asked_NCHW) > budget:
         raise ValueError(f"budget: expected at least {len(asked_NCHW)}, got {budget}")
-    kept = folder / "answers.npy"
+    about = hashlib.sha256(asked_NCHW.numpy().tobytes() + load_model(teacher).digest.encode()).hexdigest()[:16]
+    kept = folder / f"answers-{about}.npy"
     ledger, key_file = f"sqlite:///{folder / 'ledger.db'}", folder / "key"
     if not kept.is_file():
         if not key_file.is_file():
@@ -54,8 +57,8 @@ def views(
             key_file.touch(mode=0o600)
             key_file.write_text(key)
         with serving(teacher, ledger, log=folder / "teacher-serve.log") as address:
-            answers_NK = _ask(address, key_file.read_text(), asked_NCHW.numpy(), name=f"views-{seed}")
-        beside = kept.with_name(".answers.npy")
+            answers_NK = _ask(address, key_file.read_text(), asked_NCHW.numpy(), name=f"views-{about}")
+        beside = kept.with_name(f".{kept.name}")
         np.save(beside, answers_NK)
         beside.rename(kept)
     posted = show_account(ledger, "benchmark")["posted"]

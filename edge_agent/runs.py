@@ -79,12 +79,17 @@ class RunFolder:
         """Whether a file is there."""
         return (self.path / name).is_file()
 
-    def write(self, name: str, content: bytes) -> None:
-        """Writes a whole file: a reader sees the old one or the new one, and a crash leaves one of them."""
+    def write(self, name: str, content: bytes, *, mode: int | None = None) -> None:
+        """Writes a whole file: a reader sees the old one or the new one, and a crash leaves one of them.
+
+        `mode` are its permissions from the first byte on; None: the user's usual ones.
+        """
         target = self.path / name
         beside = target.with_name(f".{name}.new")
         with disk_problems(str(target)):
             with beside.open("wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -104,10 +109,10 @@ class RunFolder:
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_tensors(self, name: str, content: dict[str, Any]) -> None:
-        """Writes tensors, numbers, text, lists and dicts."""
+        """Writes tensors, numbers, text, lists and dicts, for the owner alone: some are of local pictures."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self.write(name, buffer.getvalue())
+        self.write(name, buffer.getvalue(), mode=0o600)
 
     def read_tensors(self, name: str) -> dict[str, Any]:
         """What ``write_tensors`` wrote. Runs no code of the file. Raises RunFolderProblem."""

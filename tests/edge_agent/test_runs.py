@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,14 @@ def test_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
         )
         folder.write("a", b"content")
     assert order == ["sync", "rename", "sync"]  # the file, its name, the folder
+
+
+def test_generators_and_checkpoints_are_for_the_owners_eyes_from_the_first_byte(tmp_path, monkeypatch):
+    seen = []
+    with RunFolder(tmp_path) as folder:
+        monkeypatch.setattr(Path, "replace", lambda self, target: seen.append(self.stat().st_mode & 0o777))
+        folder.write_tensors("generator.pt", {"a": torch.ones(1)})
+    assert seen == [0o600]
 
 
 def test_tensors_read_back_and_a_damaged_file_is_one_line(tmp_path):
