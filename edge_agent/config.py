@@ -89,6 +89,8 @@ class DistillConfig:
     """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
     mosaic_fraction: float = 0.5
     """Of a pool of mixes: part of each batch that the student sees as mosaics of the local pictures themselves."""
+    attributed_weight: float = 1.0
+    """Of a pool of mixes: weight of the divergence on whole local pictures from their part of the answers; 0: off."""
     balance_answers: bool = False
     """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
     teacher that it calls most of them by few names, and local pictures of which no class is rare."""
@@ -97,7 +99,7 @@ class DistillConfig:
     local_start_fraction: float = 0.5
     """Part of all steps before local pictures take part: a student that knows little labels them wrongly for good."""
     local_batch_count: int = 64
-    """Local pictures a step."""
+    """Local pictures a step, of either weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,14 +260,14 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     Without those of a switch that is off, so that a student trained before there was such a switch is not trained
     again.
     """
-    used = asdict(config)
-    if not config.balance_answers:
-        del used["balance_answers"]
+    off = set() if config.balance_answers else {"balance_answers"}
     if not mixes:
-        del used["mosaic_fraction"]
+        off |= {"mosaic_fraction", "attributed_weight"}
     if config.local_weight == 0:
-        used = {name: value for name, value in used.items() if not name.startswith("local_")}
-    return used
+        off |= {"local_weight", "local_start_fraction"}
+        if not mixes or config.attributed_weight == 0:
+            off.add("local_batch_count")
+    return {name: value for name, value in asdict(config).items() if name not in off}
 
 
 def parse_setting(text: str) -> dict[str, Any]:
@@ -368,6 +370,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("distill.image_fraction", 0 <= distill.image_fraction <= 1, "0 to 1"),
         ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
         ("distill.mosaic_fraction", 0 <= distill.mosaic_fraction <= 1, "0 to 1"),
+        ("distill.attributed_weight", 0 <= distill.attributed_weight < math.inf, "0 or more"),
         ("distill.local_weight", 0 <= distill.local_weight < math.inf, "0 or more"),
         ("distill.local_start_fraction", 0 <= distill.local_start_fraction < 1, "0 to below 1"),
         ("distill.local_batch_count", distill.local_batch_count >= 2, "2 or more"),

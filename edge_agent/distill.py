@@ -17,7 +17,9 @@ All local pictures train, the privacy reference too: that is about what is sent,
 Where the pool's pictures are mixes, the device knows of which local ones. With `mosaic_fraction` above 0 the student
 sees part of each batch as a mosaic of those themselves, in the same regions: the teacher's answer was to a blurred
 copy, but what the student will be used on is not blurred. On CIFAR-10's development part half of each batch so gave
-72.4 % where mixes alone gave 69.6 (50,000 answers, 15 passes, one seed).
+72.4 % where mixes alone gave 69.6 (50,000 answers, 15 passes, one seed). With `attributed_weight` above 0 it sees the
+local pictures as a whole, too, each with its part of the answers to all its mixes (`responses.attributed`): 73.3 %
+after 10 passes with both. In place of that part, FreeMatch's labels gave 69.6 (one seed).
 """
 
 import math
@@ -128,8 +130,8 @@ def train_student(
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
     generator's pictures of both answers, which needs a generator, plus `local_weight` times the loss on local
     pictures, which needs those (uint8, of the pool's size). `mixed_MCHW` are the local pictures that the pool's are
-    mixes of, in the order of its plans; None where they are not. Raises ValueError where a weight is above 0 and what
-    it needs is missing.
+    mixes of, in the order of its plans, and seen as `mosaic_fraction` and `attributed_weight` say; None where there
+    are none. Raises ValueError where a weight is above 0 and what it needs is missing.
     """
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
@@ -144,6 +146,11 @@ def train_student(
         local_NCHW = local_NCHW.to(device)
     if mixed_MCHW is not None:
         mixed_MCHW = mixed_MCHW.to(device)
+        picture_NR = pool.latents_NL.long() % len(mixed_MCHW)
+        attributed_MK = responses.attributed(
+            picture_NR, pool.answers_as_probabilities(class_count), len(mixed_MCHW)
+        ).to(device)
+        in_mixes_X = picture_NR.unique()
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
@@ -191,6 +198,15 @@ def train_student(
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
             figures["image_loss"] = distance.item()
             loss = loss + config.image_weight * distance
+        if mixed_MCHW is not None and config.attributed_weight > 0:
+            drawn = torch.randint(len(in_mixes_X), (config.local_batch_count,), generator=rng)
+            chosen = in_mixes_X[drawn].to(device)
+            with training_precision(device):
+                logits_NK = student(_students_view(mixed_MCHW[chosen], config, rng)).float()
+            divergence_N = losses.kl_divergence(attributed_MK[chosen], logits_NK / config.temperature)
+            divergence = config.temperature**2 * divergence_N.mean()
+            figures["attributed_loss"] = divergence.item()
+            loss = loss + config.attributed_weight * divergence
         if local_NCHW is not None and training.done >= config.local_start_fraction * steps:
             chosen = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
             consistency = local_loss(student, averaged, local_NCHW[chosen], config, rng).mean()

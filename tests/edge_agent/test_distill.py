@@ -226,7 +226,9 @@ def test_the_student_sees_mosaics_of_the_pictures_that_the_mixes_are_of() -> Non
     images_NCHW, classes_N = two_kinds(200, seed=5)
 
     def right(fraction: float) -> float:
-        config = DistillConfig(passes=8, batch_count=16, shift_px=0, image_weight=0, mosaic_fraction=fraction)
+        config = DistillConfig(
+            passes=8, batch_count=16, shift_px=0, image_weight=0, mosaic_fraction=fraction, attributed_weight=0
+        )
         student = train(config, answers=answers, mixed_MCHW=mixed_MCHW).train()  # by the statistics of what it reads
         return float(student(normalise(images_NCHW)).argmax(1).eq(classes_N).float().mean())
 
@@ -234,8 +236,25 @@ def test_the_student_sees_mosaics_of_the_pictures_that_the_mixes_are_of() -> Non
     assert right(0.0) < 0.9
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_local_pictures_are_seen_whole_with_their_part_of_the_answers(weight: float) -> None:
+    mixed_MCHW, classes_M = two_kinds(40, seed=9)
+    plan_NR = torch.randint(39, (320, 2), generator=torch.Generator().manual_seed(6)).repeat(1, 2)
+    answers = Pool(  # of grey pictures; the last local picture is in none
+        images_NCHW=torch.full((320, 1, 8, 8), 128, dtype=torch.uint8),
+        latents_NL=plan_NR.float(),
+        probabilities_NK=nn.functional.one_hot(classes_M, 2).float()[plan_NR].mean(1),
+    )
+    config = DistillConfig(passes=8, batch_count=16, shift_px=0, image_weight=0, mosaic_fraction=0.0)
+    config = dataclasses.replace(config, attributed_weight=weight, local_batch_count=16)
+    student = train(config, answers=answers, mixed_MCHW=mixed_MCHW).train()
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+    right = student(normalise(images_NCHW)).argmax(1).eq(classes_N).float().mean()
+    assert (right > 0.95) == (weight > 0)
+
+
 def test_mosaics_change_no_bit_of_a_training_on_other_pictures() -> None:
-    expected = train(dataclasses.replace(SMALL, mosaic_fraction=0.0)).state_dict()
+    expected = train(dataclasses.replace(SMALL, mosaic_fraction=0.0, attributed_weight=0.0)).state_dict()
     assert all(value.equal(expected[name]) for name, value in train(SMALL).state_dict().items())
 
 
