@@ -108,7 +108,7 @@ def facts_of(row: Row, seed: int) -> dict[str, Any]:
     return {
         "row": row.name,
         "seed": seed,
-        "config_digest": hashlib.sha256(row.text.encode()).hexdigest()[:16],
+        "config_digest": row.digest,
         "config": row.text,
         **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,

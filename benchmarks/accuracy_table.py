@@ -31,7 +31,7 @@ of the row was measured before there was an attack by parts of pictures.
 
 def write() -> None:
     """Write both files; unfinished cells are listed with their commands."""
-    lines = latest(record.kept("accuracy"))
+    lines = present(record.kept("accuracy"))
     picture = curve(lines)
     parts = [_HEAD, table(lines), unfinished(lines)]
     if picture is not None:
@@ -40,9 +40,14 @@ def write() -> None:
     (HERE / "README.md").write_text("\n".join(part for part in parts if part))
 
 
-def latest(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The last line of each cell (row, seed) under the row's present settings or former ones."""
-    return {(line["row"], line["seed"]): line for line in lines if "row" in line}
+def present(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The last line of each cell (row, seed) under the row's present settings; lines of former ones are no cell's."""
+    digests = {name: rows.read(name).digest for name in rows.ORDER}
+    return {
+        (line["row"], line["seed"]): line
+        for line in lines
+        if line.get("row") in digests and line["config_digest"] == digests[line["row"]]
+    }
 
 
 def table(lines: dict[tuple[str, int], dict[str, Any]]) -> str:

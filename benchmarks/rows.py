@@ -9,6 +9,7 @@ A row is one of
   themselves sent to the teacher.
 """
 
+import hashlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -71,6 +72,11 @@ class Row:
     """Settings of edge-agent, as layers."""
     text: str = ""
     """The file, and that of the row it is `of`: what a result depends on."""
+
+    @property
+    def digest(self) -> str:
+        """Of the text; a result of another one is a result of former settings."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
 
 def read(name: str) -> Row:

@@ -22,7 +22,8 @@ from teacher_service.terms import Terms
 
 def line(row: str, seed: int, student: float, **more: Any) -> dict[str, Any]:
     figures = {"accuracy": {"teacher": 0.995, "student": student}, "share_kept": student / 0.995, "agreement": 0.99}
-    return {"row": row, "seed": seed, "queries": {"charged": 50_000}, "test_pictures": 10_000, **figures, **more}
+    facts = {"row": row, "seed": seed, "config_digest": rows.read(row).digest}
+    return facts | {"queries": {"charged": 50_000}, "test_pictures": 10_000, **figures, **more}
 
 
 def test_every_file_is_a_row_in_the_order_and_every_row_has_settings_that_the_agent_takes() -> None:
@@ -81,8 +82,14 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
         "privacy": {"membership_auc": 0.507, "membership_attacks": {"nearest": {}, "mean_of_parts": {}}},
         "bytes": {"sent": 9_000_000, "received": 2_000_000},
     }
-    lines = accuracy_table.latest(
-        [{"no": "row"}, line("mnist-soft", 0, 0.5), line("mnist-soft", 0, 0.99, **risk), line("mnist-soft", 2, 0.992)]
+    lines = accuracy_table.present(
+        [
+            {"no": "row"},
+            line("mnist-soft", 0, 0.5),
+            line("mnist-soft", 0, 0.99, **risk),
+            line("mnist-soft", 2, 0.992),
+            line("mnist-soft", 1, 0.5) | {"config_digest": "of former settings"},
+        ]
     )
     told = accuracy_table.table(lines)
     assert "| 2 of 3 | 50,000 | 99.50 | **99.10** (99.00 to 99.20) |" in told and "| 11.0 MB | 0.507 |" in told
@@ -92,7 +99,7 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
     assert "mnist-soft, seed 1: `python -m benchmarks.accuracy --row mnist-soft --seed 1`" in left
     assert "mnist-soft, seed 0" not in left
     assert accuracy_table.curve(lines) is None
-    more = accuracy_table.latest([*lines.values(), line("mnist-10k", 0, 0.98) | {"queries": {"charged": 10_000}}])
+    more = accuracy_table.present([*lines.values(), line("mnist-10k", 0, 0.98) | {"queries": {"charged": 10_000}}])
     picture = accuracy_table.curve(more)
     assert picture is not None and picture.count("<circle") == 3 and ">10K<" in picture
 
