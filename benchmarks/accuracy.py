@@ -30,7 +30,6 @@ from edge_agent import privacy
 from edge_agent.agent import choose_device
 from edge_agent.config import RunConfig, build_config
 from edge_agent.console import Console
-from edge_agent.data import load_local_images
 from edge_agent.distill import Pool, train_student
 from edge_agent.generators import from_content
 from edge_agent.runs import RunFolder, digest_of
@@ -205,7 +204,15 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         pool = pool.balanced()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
     facts = load_model(bought / "student.pt").facts
-    seconds = _train(row, config, trained, generator, facts, folder, _local_pictures(config, facts))
+    seconds = _train(
+        row,
+        config,
+        trained,
+        generator,
+        facts,
+        folder,
+        datasets.local_pictures(config, channels=facts.channels, side=facts.height),
+    )
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         "seconds": {"distill": seconds},
@@ -255,20 +262,6 @@ def _images(dataset: str) -> str:
     if dataset != "mnist-digits":
         return dataset
     return str(datasets.pen_digits_folder(RUNS.parent / "data" / "pen-digits"))
-
-
-def _local_pictures(config: RunConfig, facts: ModelFacts) -> Tensor:
-    """The device's pictures as the agent reads them."""
-    local = load_local_images(
-        config.images,
-        channels=facts.channels,
-        height=facts.height,
-        width=facts.width,
-        data_root=Path(config.data),
-        limit=config.local_pictures or None,
-        seed=config.seed,
-    )
-    return torch.from_numpy(local.images_NCHW)
 
 
 def _train(

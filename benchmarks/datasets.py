@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
 
-from edge_agent.data import digit_bytes, pixels_CHW
+from edge_agent.config import RunConfig
+from edge_agent.data import digit_bytes, load_local_images, pixels_CHW
 from edge_agent.splits import Part, digits_part, training_part
 
 DIGITS_SIDE = 16
@@ -100,6 +103,20 @@ def cifar10_root(root: Path, *, unpacked: Path) -> Path:
     if not (unpacked / "teachers").exists():
         (unpacked / "teachers").symlink_to((root / "teachers").resolve())
     return unpacked
+
+
+def local_pictures(config: RunConfig, *, channels: int, side: int) -> Tensor:
+    """A device's pictures (uint8, N C H W), without labels, as its agent reads them: all that its settings allow."""
+    local = load_local_images(
+        config.images,
+        channels=channels,
+        height=side,
+        width=side,
+        data_root=Path(config.data),
+        limit=config.local_pictures or None,
+        seed=config.seed,
+    )
+    return torch.from_numpy(local.images_NCHW)
 
 
 def pen_digits() -> Labelled:
