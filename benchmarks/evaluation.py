@@ -77,5 +77,9 @@ def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.nd
     student = load_model(run_dir / "student.pt").module
     assert isinstance(student, Classifier)
     adapter = Adapter(student, memory, adapt)
-    parts = torch.from_numpy(test.images_NCHW).split(BATCH_COUNT)
-    return np.concatenate([adapter.adapt(part).probabilities_NK.argmax(1).numpy() for part in parts])
+    # In an order of chance: data sets are often listed class by class, and a stream that is tells classes away.
+    order_N = torch.from_numpy(np.random.default_rng(0).permutation(len(test.images_NCHW)))
+    parts = torch.from_numpy(test.images_NCHW)[order_N].split(BATCH_COUNT)
+    classes_N = torch.empty_like(order_N)
+    classes_N[order_N] = torch.cat([adapter.adapt(part).probabilities_NK.argmax(1) for part in parts])
+    return classes_N.numpy()

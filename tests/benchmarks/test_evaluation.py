@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import evaluation
 from benchmarks.datasets import Labelled
 from benchmarks.evaluation import add_test_figures
 from edge_agent.adaptation.memory import Memory
+from edge_agent.adaptation.method import Adapted
 from edge_agent.agent import predict_classes
 from networks import registry
 from networks.modelfile import ModelFacts, save_model
@@ -51,3 +53,34 @@ def test_adapted_predictions_are_made_with_the_runs_own_settings(strength: float
     assert summary["accuracy"]["student"] == summary["agreement"] == 1.0
     assert (summary["accuracy"]["student_adapted"] == 1.0) == (strength == 0.0)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_data_set_listed_class_by_class_is_adapted_to_in_an_order_of_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams: list[list[int]] = []
+
+    class Reads:
+        """Says what is written in the first pixel."""
+
+        def __init__(self, *given: object) -> None:
+            streams.append([])
+
+        def adapt(self, images_NCHW: torch.Tensor) -> Adapted:
+            classes_N = images_NCHW[:, 0, 0, 0].long()
+            streams[-1] += classes_N.tolist()
+            return Adapted(probabilities_NK=torch.nn.functional.one_hot(classes_N, 3).float())
+
+    student = registry.build("resnet8", class_count=3, channels=1).eval()
+    save_model(tmp_path / "student.pt", student, FACTS)
+    (tmp_path / "run.toml").write_text('images = "a"\n')
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setattr(evaluation, "Adapter", Reads)
+    monkeypatch.setattr(evaluation.Memory, "from_arrays", lambda arrays: None)
+    np.savez(tmp_path / "memory.npz")
+    labels_N = np.repeat(np.arange(3), 100)
+    images_NCHW = np.broadcast_to(labels_N.astype(np.uint8)[:, None, None, None], (300, 1, 8, 8)).copy()
+    summary = add_test_figures(tmp_path, tmp_path / "student.pt", Labelled(images_NCHW, labels_N))
+    assert summary["accuracy"]["student_adapted"] == 1.0
+    ((*stream,),) = streams
+    assert sorted(stream) == labels_N.tolist() and set(stream[:20]) == {0, 1, 2}
