@@ -28,10 +28,11 @@ from benchmarks.teachers import train_teacher
 from edge_agent import pool as pools
 from edge_agent import privacy
 from edge_agent.agent import choose_device
-from edge_agent.config import RunConfig, build_config
+from edge_agent.config import RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
 from edge_agent.generators import from_content
+from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks import registry
@@ -277,10 +278,19 @@ def _train(
     answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
     assert answers is not None
     asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
-    inputs = digest_of({"row": row.text, "config": repr(config), "asked": asked})
     mixed_MCHW = None
-    if isinstance(generator, Mixes) and local_NCHW is not None:
-        mixed_MCHW = local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]]
+    if generator is not None and local_NCHW is not None:
+        mixed_MCHW = mixed_pictures(generator, local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]])
+    inputs = digest_of(
+        {
+            "row": row.text,
+            "settings": in_use(config.distill, mixes=mixed_MCHW is not None),
+            "student": config.student,
+            "seed": config.seed,
+            "asked": asked,
+            "latents": hashlib.sha256(pool.latents_NL.numpy().tobytes()).hexdigest(),
+        }
+    )
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
             device = choose_device(config.device)

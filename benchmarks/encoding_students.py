@@ -31,6 +31,7 @@ from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate
+from edge_agent.mixes import mixed_pictures
 from edge_agent.packing import Packing
 from networks import registry
 from networks.gan import Generator
@@ -129,11 +130,11 @@ def _pictures(generator: Generator | Mixes, count: int, *, seed: int) -> tuple[T
 
 def _mixed(generator: Generator | Mixes, config: RunConfig) -> Tensor | None:
     """The local pictures that mixes are of."""
-    if not isinstance(generator, Mixes):
+    if not isinstance(generator, Mixes):  # whose local pictures nobody asks for
         return None
     channels = int(generator.arguments["channels"])
     local_NCHW = datasets.local_pictures(config, channels=channels, side=generator.side)
-    return local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]]
+    return mixed_pictures(generator, local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]])
 
 
 def _student(

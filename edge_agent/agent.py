@@ -33,7 +33,7 @@ from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
 from edge_agent.generators import PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
-from edge_agent.mixes import train_mixes
+from edge_agent.mixes import mixed_pictures, train_mixes
 from edge_agent.packing import Packing
 from edge_agent.phase import Checkpoint, Progress
 from edge_agent.pixels import normalise
@@ -362,7 +362,7 @@ class Agent:
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
                 local_NCHW=torch.from_numpy(self._local.images_NCHW),
-                mixed_MCHW=self._split[0] if isinstance(generator, Mixes) else None,
+                mixed_MCHW=mixed_pictures(generator, self._split[0]),
             )
         if not all(value.isfinite().all() for value in student.state_dict().values()):
             raise BadInput(

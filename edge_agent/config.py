@@ -87,9 +87,9 @@ class DistillConfig:
     """Largest shift of the student's view, in pixels each way."""
     mirror: bool = False
     """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
-    mosaic_fraction: float = 0.5
-    """Of a pool of mixes: part of each batch that the student sees as mosaics of the local pictures themselves."""
-    attributed_weight: float = 1.0
+    mosaic_fraction: float = 0.0
+    """Of a pool of mixes: part of each batch that is seen as mosaics of the local pictures themselves. 0: none."""
+    attributed_weight: float = 0.0
     """Of a pool of mixes: weight of the divergence on whole local pictures from their part of the answers; 0: off."""
     balance_answers: bool = False
     """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
@@ -261,12 +261,13 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     again.
     """
     off = set() if config.balance_answers else {"balance_answers"}
-    if not mixes:
-        off |= {"mosaic_fraction", "attributed_weight"}
+    if not mixes or config.mosaic_fraction == 0:
+        off.add("mosaic_fraction")
+    attributes = mixes and config.attributed_weight > 0
+    if not attributes:
+        off.add("attributed_weight")
     if config.local_weight == 0:
-        off |= {"local_weight", "local_start_fraction"}
-        if not mixes or config.attributed_weight == 0:
-            off.add("local_batch_count")
+        off |= {"local_weight", "local_start_fraction"} | (set() if attributes else {"local_batch_count"})
     return {name: value for name, value in asdict(config).items() if name not in off}
 
 

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.deprivatize import ADVERSARIAL_LOSSES, adam
+from edge_agent.generators import PictureGenerator
 from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
@@ -91,7 +92,7 @@ def train_mixes(
             dealt_NR = deal(mixed_count, pictures=config.mix_pictures, regions=config.mix_regions, rng=rng)
             plan_NR = (torch.arange(mixed_count)[:, None] - dealt_NR) % len(latents_NZhw)
             # Mixes train the decoder alone: the encoder is there to describe pictures, not to hide seams.
-            mixed_NZhw = arrange(latents_NZhw.detach()[plan_NR.to(device)])
+            mixed_NZhw = arrange(latents_NZhw.detach()[plan_NR.to(device)], cells=latents_NZhw.shape[-1])
             mixed_NZhw = noisy(mixed_NZhw, noise=config.mix_noise, rng=rng)
             pictures_NCHW = decoder(torch.cat([own_NZhw, mixed_NZhw])).float()
         return pictures_NCHW[: len(real_NCHW)], pictures_NCHW[len(real_NCHW) :]
@@ -152,6 +153,21 @@ def train_mixes(
         progress(training.done, config.steps, **figures)
 
     return _with_latents(averaged_encoder.module, averaged_decoder.module, images_NCHW, config, rng)
+
+
+def mixed_pictures(generator: PictureGenerator, training_NCHW: Tensor) -> Tensor | None:
+    """Return the local pictures that a generator's are mixes of: those it was trained on; None where it makes none.
+
+    Raises ValueError where these cannot be the ones.
+    """
+    if not isinstance(generator, Mixes):
+        return None
+    if len(training_NCHW) != generator.arguments["picture_count"]:
+        raise ValueError(
+            f"expected the {generator.arguments['picture_count']} local pictures that the generator was trained on, "
+            f"got {len(training_NCHW)}"
+        )
+    return training_NCHW
 
 
 def feature_distance(got: list[Tensor], wanted: list[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
 from edge_agent.teacher import Answered, Description, Teacher
+from networks.mixes import Mixes
 from protos import codec
 from protos.errors import Reason
 from protos.mekd.v1 import teacher_inference_pb2 as wire
@@ -330,18 +331,17 @@ def load_pool(
         if not alike:
             continue
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
-        latents_X = np.frombuffer(batch.latents, dtype="<f4").copy()
-        if latents_X.size != batch.picture_count * generator.latent_count:
-            raise BadInput(
-                f"batch {batch.batch_id}: expected {generator.latent_count} latent numbers a picture, got "
-                f"{latents_X.size} for {batch.picture_count}; it was asked with another generator"
-            )
-        latents.append(torch.from_numpy(latents_X).view(batch.picture_count, generator.latent_count))
+        # Of mixes that were asked about before their plans were kept there is none; the answers are good without.
+        columns = 0 if isinstance(generator, Mixes) and not batch.latents else generator.latent_count
+        found_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(batch.picture_count, columns).copy()
+        latents.append(torch.from_numpy(found_NL))
         answers.append(answer)
         epsilon = responses.epsilon(codec.decimals_of(kept), class_count)
         epsilons.append(torch.full((batch.picture_count, 1), epsilon))
     if not images:
         raise BadInput("expected answers to train on, the journal has none; raise --budget")
+    fewest = min(latents_NL.shape[1] for latents_NL in latents)
+    latents = [latents_NL[:, :fewest] for latents_NL in latents]
     kinds = {answer.ndim for answer in answers}
     if kinds == {1}:
         indices_N = torch.from_numpy(np.concatenate(answers))

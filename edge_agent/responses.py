@@ -83,16 +83,19 @@ def attributed(picture_NR: Tensor, probabilities_NK: Tensor, picture_count: int)
     it has the next time (expectation maximisation, as for topics: Hofmann, UAI 1999). Each also gets a little of
     every class, so that one that is in no mix ends with the same of all.
     """
+    count, regions = picture_NR.shape
     class_count = probabilities_NK.shape[1]
+    of_NM = torch.sparse_coo_tensor(
+        torch.stack([torch.arange(count).repeat_interleave(regions), picture_NR.flatten()]),
+        torch.ones(count * regions),
+        (count, picture_count),
+        check_invariants=True,
+    ).coalesce()
+    of_MN = of_NM.t().coalesce()
     has_MK = torch.full((picture_count, class_count), 1.0 / class_count)
     for _ in range(_ATTRIBUTION_ROUNDS):
-        shared_NK = torch.zeros_like(probabilities_NK)  # region by region: with many classes, all would be too large
-        for picture_N in picture_NR.T:
-            shared_NK += has_MK[picture_N]
-        shared_NK = probabilities_NK / shared_NK
-        got_MK = torch.full_like(has_MK, _ATTRIBUTION_PRIOR / class_count)
-        for picture_N in picture_NR.T:
-            got_MK.index_add_(0, picture_N, shared_NK * has_MK[picture_N])
+        got_MK = has_MK * torch.sparse.mm(of_MN, probabilities_NK / torch.sparse.mm(of_NM, has_MK))
+        got_MK += _ATTRIBUTION_PRIOR / class_count
         has_MK = got_MK / got_MK.sum(dim=1, keepdim=True)
     return has_MK
 

@@ -81,7 +81,7 @@ class Mixes(nn.Module):
         dealt_NR = deal(count, pictures=self.mix_pictures, regions=self.mix_regions, rng=rng)
         plan_NR = (view_NP * pictures + chosen_NP).gather(1, dealt_NR)
         parts_NRZhw = self.latents_VMZhw.flatten(0, 1)[plan_NR.to(self.latents_VMZhw.device)].float()
-        return plan_NR, noisy(arrange(parts_NRZhw), noise=self.mix_noise, rng=rng)
+        return plan_NR, noisy(arrange(parts_NRZhw, cells=latent_side(self.side)), noise=self.mix_noise, rng=rng)
 
     def sample(self, count: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return plans (N, R), and pictures (N, C, H, W) in [-1, 1]."""
@@ -98,13 +98,17 @@ def deal(count: int, *, pictures: int, regions: int, rng: torch.Generator) -> Te
     return torch.rand(count, regions**2, generator=rng).argsort(dim=1) % pictures
 
 
-def arrange(parts_NRCHW: Tensor) -> Tensor:
-    """Return (N, C, H, W): its region r is that of part r. The regions are those of a square grid, row by row."""
+def arrange(parts_NRCHW: Tensor, *, cells: int) -> Tensor:
+    """Return (N, C, H, W): its region r is that of part r. The regions are those of a square grid, row by row.
+
+    They are cut along the places of a latent, of which there are `cells` along each side, each as large as the next.
+    """
     count, parts, channels, height, width = parts_NRCHW.shape
     regions = math.isqrt(parts)
     grid_11RR = torch.arange(parts, dtype=torch.float32).view(1, 1, regions, regions)
-    owner_HW = F.interpolate(grid_11RR, size=(height, width), mode="nearest")[0, 0].long().to(parts_NRCHW.device)
-    index_N1CHW = owner_HW.expand(count, 1, channels, height, width)
+    owner_hw = F.interpolate(grid_11RR, size=(cells, cells), mode="nearest")[0, 0].long()
+    owner_HW = owner_hw.repeat_interleave(height // cells, 0).repeat_interleave(width // cells, 1)
+    index_N1CHW = owner_HW.to(parts_NRCHW.device).expand(count, 1, channels, height, width)
     return parts_NRCHW.gather(1, index_N1CHW).squeeze(1)
 
 
@@ -118,4 +122,5 @@ def mosaic(plan_NR: Tensor, images_MCHW: Tensor) -> Tensor:
     plan_NR = plan_NR.to(images_MCHW.device)
     parts_NRCHW = images_MCHW[plan_NR % len(images_MCHW)]
     mirrored_NR111 = (plan_NR >= len(images_MCHW))[:, :, None, None, None]
-    return arrange(torch.where(mirrored_NR111, parts_NRCHW.flip(-1), parts_NRCHW))
+    parts_NRCHW = torch.where(mirrored_NR111, parts_NRCHW.flip(-1), parts_NRCHW)
+    return arrange(parts_NRCHW, cells=latent_side(images_MCHW.shape[-1]))

@@ -16,6 +16,7 @@ from edge_agent.console import Console
 from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped
 from edge_agent.failures import BadInput, RunFolderProblem
+from edge_agent.generators import to_content
 from edge_agent.journal import Batch
 from edge_agent.pixels import normalise
 from edge_agent.pool import resize
@@ -60,15 +61,23 @@ def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(t
         assert door.matches(wire.Batch(images=codec.encode_images(others_NCHW))) == 0
 
 
-def asked(folder: RunFolder, tmp_path: Path, pictures_NHW: np.ndarray, **settings: object) -> Agent:
+def asked(
+    folder: RunFolder,
+    tmp_path: Path,
+    pictures_NHW: np.ndarray,
+    generator: Generator | Mixes | None = None,
+    latents: bytes | None = None,
+    **settings: object,
+) -> Agent:
     """An agent whose whole budget of four is asked and answered by a label-only teacher: only training is left."""
     made = agent(folder, tmp_path, description(8, 8), budget=4, **settings)
-    generator = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
-    folder.write_tensors("generator.pt", {"arguments": generator.arguments, "state_dict": generator.state_dict()})
+    generator = generator or Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+    folder.write_tensors("generator.pt", to_content(generator))
     images_NCHW = pictures_NHW[:4, None] ^ 1
     folder.finish("deprivatize", made._generators_inputs())
     request = wire.Batch(batch_id="a", images=codec.encode_images(images_NCHW)).SerializeToString()
-    latents = np.zeros((4, 5), "<f4").tobytes()
+    if latents is None:
+        latents = np.zeros((4, generator.latent_count), "<f4").tobytes()
     folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=4, request=request, latents=latents))
     answer = wire.Answer(model_digest="m", charged_count=4, pixel_digest=codec.pixel_digest(images_NCHW))
     answer.class_indices.CopyFrom(codec.encode_class_indices(np.array([0, 1, 0, 1]), 2))
@@ -172,6 +181,34 @@ def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkey
         trained = {image.numpy().tobytes() for image in seen[0]}
         reference = {image.numpy().tobytes() for image in reference_NCHW}
         assert (len(trained), len(reference), trained & reference) == (56, 8, set())
+
+
+def mixes() -> Mixes:
+    shape = {"side": 8, "channels": 1, "width": 4, "latent_channels": 2, "view_count": 1}
+    return Mixes(**shape, picture_count=56, mix_pictures=2, mix_regions=2, mix_noise=0.3)
+
+
+def test_answers_to_mixes_that_were_paid_for_before_plans_were_kept_are_good_without(tmp_path, pictures_NHW):
+    settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0, "mosaic_fraction": 0.5}}
+    with RunFolder(tmp_path / "run") as folder:
+        asked(folder, tmp_path, pictures_NHW, mixes(), latents=b"", **settings).distill()
+        assert folder.has("student.pt")
+
+
+def test_the_student_is_given_the_pictures_that_the_mixes_are_of_in_their_order(tmp_path, pictures_NHW, monkeypatch):
+    seen, made = {}, mixes()
+
+    def noting(student, *parts, mixed_MCHW, **options):
+        seen["by the student"] = mixed_MCHW
+        return student.eval()
+
+    monkeypatch.setattr(agents, "train_mixes", lambda images_NCHW, **options: seen.update({"by mixes": images_NCHW}))
+    monkeypatch.setattr(agents, "train_student", noting)
+    settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
+    with RunFolder(tmp_path / "run") as folder:
+        agent(folder, tmp_path, description(8, 8), **settings)._train_generator(None, None)
+        asked(folder, tmp_path, pictures_NHW, made, **settings).distill()
+    assert torch.equal(seen["by the student"], seen["by mixes"])
 
 
 def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW):

@@ -1,7 +1,6 @@
 import json
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,12 +47,19 @@ def test_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     assert order == ["sync", "rename", "sync"]  # the file, its name, the folder
 
 
-def test_generators_and_checkpoints_are_for_the_owners_eyes_from_the_first_byte(tmp_path, monkeypatch):
+def test_generators_and_checkpoints_are_for_the_owners_eyes_before_anything_is_in_them(tmp_path, monkeypatch):
     seen = []
+    fchmod = os.fchmod
+
+    def noting(descriptor, mode):
+        seen.append((os.fstat(descriptor).st_size, mode))
+        fchmod(descriptor, mode)
+
+    monkeypatch.setattr(os, "fchmod", noting)
     with RunFolder(tmp_path) as folder:
-        monkeypatch.setattr(Path, "replace", lambda self, target: seen.append(self.stat().st_mode & 0o777))
         folder.write_tensors("generator.pt", {"a": torch.ones(1)})
-    assert seen == [0o600]
+    assert seen == [(0, 0o600)]
+    assert (tmp_path / "generator.pt").stat().st_mode & 0o777 == 0o600
 
 
 def test_tensors_read_back_and_a_damaged_file_is_one_line(tmp_path):

@@ -60,7 +60,7 @@ def test_every_layer_of_the_discriminator_has_spectral_norm_one() -> None:
 def dealt(*, pictures: int, regions: int, count: int = 500, side: int = 8) -> Tensor:
     """Mixed latents (N, Z, h, w) whose numbers say of which picture they are."""
     dealt_NR = deal(count, pictures=pictures, regions=regions, rng=chance())
-    return arrange(dealt_NR[:, :, None, None, None].float().expand(-1, -1, 2, side, side))
+    return arrange(dealt_NR[:, :, None, None, None].float().expand(-1, -1, 2, side, side), cells=side)
 
 
 @pytest.mark.parametrize(("pictures", "regions"), [(1, 1), (2, 2), (2, 4), (3, 2), (3, 8), (2, 1)])
@@ -116,16 +116,18 @@ def test_a_mix_is_of_different_pictures_of_all_there_are_in_all_views() -> None:
     assert (two_NX.amin(1) < two_NX.amax(1)).all(), "never twice the same"
 
 
-def test_a_mosaic_of_the_pictures_themselves_is_arranged_as_the_mix_was() -> None:
-    made = mixes(mix_noise=0.0)
-    # A place of a latent says whose it is, and in which column of that picture: mirrored columns count backwards.
-    images_MCHW = 100 * torch.arange(20)[:, None, None, None] + torch.arange(8).expand(20, 1, 8, 8)
-    columns_M1hw = images_MCHW[..., ::4, ::4].float()
-    made.latents_VMZhw.copy_(torch.stack([columns_M1hw, images_MCHW.flip(-1)[..., ::4, ::4].float()]))
+@pytest.mark.parametrize(("side", "regions"), [(8, 2), (12, 2), (28, 2), (28, 4), (32, 3)])
+def test_a_mosaic_of_the_pictures_themselves_is_cut_where_the_mix_was(side: int, regions: int) -> None:
+    made = mixes(side=side, mix_regions=regions, mix_noise=0.0)
+    # A pixel says whose it is, and in which patch of that picture: those of a mirrored one count backwards.
+    patches = torch.arange(latent_side(side)).repeat_interleave(side // latent_side(side))
+    images_MCHW = 100 * torch.arange(20)[:, None, None, None] + patches.expand(20, 1, side, side)
+    views = torch.stack([images_MCHW, images_MCHW.flip(-1)])
+    made.latents_VMZhw.copy_(views[..., :: side // latent_side(side), :: side // latent_side(side)])
     plan_NR, latents_NZhw = made.draw(200, rng=chance())
-    mosaics_NCHW = mosaic(plan_NR, images_MCHW)
-    assert mosaics_NCHW.shape == (200, 1, 8, 8)
-    assert torch.equal(mosaics_NCHW[:, 0, ::4, ::4], latents_NZhw[:, 0].long())
+    enlarged_NHW = latents_NZhw[:, 0].repeat_interleave(side // latent_side(side), 1)
+    enlarged_NHW = enlarged_NHW.repeat_interleave(side // latent_side(side), 2)
+    assert torch.equal(mosaic(plan_NR, images_MCHW)[:, 0], enlarged_NHW.long())
     assert (plan_NR >= 20).any() and (plan_NR < 20).any(), "mirrored and not"
 
 
