@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edge_agent.adaptation import graph
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import Memory, build_memory
 from edge_agent.config import AdaptConfig
@@ -357,6 +358,26 @@ def test_paid_answers_count_less_as_the_streams_own_pictures_become_many() -> No
 
 
 # --- memories of another student ---
+
+
+def test_neighbours_pull_harder_the_narrower_the_stream_is(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls: dict[str, list[float]] = {}
+    propagate = graph.propagate
+
+    def noting(*given: Tensor, strength: float, iterations: int) -> Tensor:
+        pulls[order].append(strength)
+        return propagate(*given, strength=strength, iterations=iterations)
+
+    monkeypatch.setattr(graph, "propagate", noting)
+    images_NCHW, labels_N = stream("shuffled", 1600)
+    for order, shown_NCHW in (("mixed", images_NCHW), ("one class", images_NCHW[labels_N == 0])):
+        pulls[order] = []
+        adapter.reset()
+        for batch_NCHW in shown_NCHW[:400].split(50):
+            adapter.adapt(batch_NCHW)
+    # The last batches: the paid answers have little to say any more, and all ears are open.
+    assert pulls["mixed"][-1] < 0.35 * CONFIG.strength
+    assert 0.85 * CONFIG.strength < pulls["one class"][-1] <= CONFIG.strength
 
 
 def test_a_memory_of_another_student_is_refused(student: Classifier, memory: Memory) -> None:
