@@ -1,5 +1,6 @@
 """The third phase on streams: a small student that knows four directions of stripes, well lit or not."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -360,7 +361,10 @@ def test_paid_answers_count_less_as_the_streams_own_pictures_become_many() -> No
 # --- memories of another student ---
 
 
-def test_neighbours_pull_harder_the_narrower_the_stream_is(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("confidence", "least"), [(0.5, 0.1), (0.99, 1.0)])
+def test_neighbours_of_a_student_that_is_seldom_sure_pull_harder_the_narrower_the_stream_is(
+    confidence: float, least: float, student: Classifier, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pulls: dict[str, list[float]] = {}
     propagate = graph.propagate
 
@@ -369,6 +373,8 @@ def test_neighbours_pull_harder_the_narrower_the_stream_is(adapter: Adapter, mon
         return propagate(*given, strength=strength, iterations=iterations)
 
     monkeypatch.setattr(graph, "propagate", noting)
+    usual = dataclasses.replace(memory, usual_confidence=np.array(confidence, np.float32))
+    adapter = Adapter(student, usual, CONFIG)
     images_NCHW, labels_N = stream("shuffled", 1600)
     for order, shown_NCHW in (("mixed", images_NCHW), ("one class", images_NCHW[labels_N == 0])):
         pulls[order] = []
@@ -376,7 +382,7 @@ def test_neighbours_pull_harder_the_narrower_the_stream_is(adapter: Adapter, mon
         for batch_NCHW in shown_NCHW[:400].split(50):
             adapter.adapt(batch_NCHW)
     # The last batches: the paid answers have little to say any more, and all ears are open.
-    assert pulls["mixed"][-1] < 0.35 * CONFIG.strength
+    assert 0.8 * least * CONFIG.strength < pulls["mixed"][-1] < (least + 0.25) * CONFIG.strength
     assert 0.85 * CONFIG.strength < pulls["one class"][-1] <= CONFIG.strength
 
 
