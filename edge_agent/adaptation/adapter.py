@@ -30,8 +30,8 @@ _LEAST_SHARE = 1e-4
 _YOUNG_COUNT = 16
 _LEAST_PAID_SHARE = 0.05
 _LEAST_PULL, _DOUBTFUL, _SURE = 0.1, 0.75, 0.95
-"""Of neighbours in the widest stream, where many are of other classes: this for a student whose usual confidence is at
-most the second, 1 from the third on. In a stream of a single class it is 1 for any.
+"""Of neighbours in the widest stream, where many are of other classes: this for a student whose usual confidence is
+at most the second, 1 from the third on. In a stream of a single class it is 1 for any.
 
 Were it always 1, a student of CIFAR-10 (73 % right, 77 % sure) would lose 4.4 points of undisturbed development
 pictures; one of MNIST (99 % right, 98 % sure) loses none, and 0.1 of disturbed ones where it is 0.1.
