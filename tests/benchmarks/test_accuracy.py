@@ -14,10 +14,11 @@ from benchmarks.evaluation import correct
 from edge_agent.config import build_config
 from edge_agent.distill import Pool
 from networks import registry
-from networks.modelfile import ModelFacts, save_model
+from networks.modelfile import save_model
 from protos import codec
 from teacher_service import policy
 from teacher_service.terms import Terms
+from tests.models import resnet8_facts
 
 
 def line(row: str, seed: int, student: float, **more: Any) -> dict[str, Any]:
@@ -144,17 +145,7 @@ def test_cifar10_is_read_by_class_and_name_and_the_device_has_none_of_the_test(t
 def test_real_views_are_bought_once_from_a_real_server_and_counted_by_its_ledger(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = registry.build("resnet8", class_count=3, channels=1).eval()
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=("a", "b", "c"),
-        channels=1,
-        height=16,
-        width=16,
-        mean=(0.5,),
-        std=(0.5,),
-        output="logits",
-    )
-    save_model(tmp_path / "teacher.pt", model, facts)
+    save_model(tmp_path / "teacher.pt", model, resnet8_facts(16))
     images_NCHW = np.random.default_rng(0).integers(0, 256, (24, 1, 16, 16), dtype=np.uint8)
     asked: dict[str, Any] = {"teacher": tmp_path / "teacher.pt", "mirror": False, "seed": 0, "folder": tmp_path}
     pool, queries = references.views(images_NCHW, budget=120, **asked)

@@ -15,7 +15,8 @@ from benchmarks.corruptions import DEVELOPMENT, TEST
 from benchmarks.datasets import Labelled
 from benchmarks.streams import shuffled
 from networks import registry
-from networks.modelfile import ModelFacts, load_model, save_model
+from networks.modelfile import load_model, save_model
+from tests.models import resnet8_facts
 
 ROW = {"dataset": "mnist", "part": "test", "run": "r", "streams": "s", "pictures": 100, "batch": 16, "code": "c"}
 
@@ -24,16 +25,7 @@ ROW = {"dataset": "mnist", "part": "test", "run": "r", "streams": "s", "pictures
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A student that was never trained, and 60 pictures instead of MNIST; results are kept beside."""
     torch.manual_seed(0)
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=tuple("0123456789"),
-        channels=1,
-        height=16,
-        width=16,
-        mean=(0.5,),
-        std=(0.5,),
-        output="logits",
-    )
+    facts = resnet8_facts(16, labels="0123456789")
     save_model(tmp_path / "student.pt", registry.build("resnet8", class_count=10, channels=1).eval(), facts)
     rng = np.random.default_rng(0)
     shown = Labelled(rng.integers(0, 256, (60, 1, 16, 16), np.uint8), rng.integers(0, 10, 60))

@@ -13,7 +13,8 @@ from benchmarks import datasets, encoding_students, record
 from edge_agent import generators
 from networks import registry
 from networks.gan import Generator
-from networks.modelfile import ModelFacts, save_model
+from networks.modelfile import save_model
+from tests.models import resnet8_facts
 
 
 @pytest.fixture
@@ -24,16 +25,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     generator = Generator(class_count=2, noise_count=3, side=8, channels=3, width=4)
     torch.save(generators.to_content(generator), tmp_path / "generator.pt")
     (tmp_path / "run.toml").write_text(tomli_w.dumps({"images": "unread", "distill": {"shift_px": 0}}))
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=("a", "b"),
-        channels=3,
-        height=8,
-        width=8,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        output="logits",
-    )
+    facts = resnet8_facts(8, channels=3, labels="ab")
     save_model(tmp_path / "teacher.pt", registry.build("resnet8", class_count=2, channels=3).eval(), facts)
     images_NCHW = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
     scored = datasets.Labelled(images_NCHW, np.arange(20) % 2)

@@ -14,18 +14,10 @@ from edge_agent.adaptation.memory import Memory
 from edge_agent.adaptation.method import Adapted
 from edge_agent.agent import predict_classes
 from networks import registry
-from networks.modelfile import ModelFacts, save_model
+from networks.modelfile import save_model
+from tests.models import resnet8_facts
 
-FACTS = ModelFacts(
-    architecture="resnet8",
-    labels=("a", "b", "c"),
-    channels=1,
-    height=8,
-    width=8,
-    mean=(0.5,),
-    std=(0.5,),
-    output="logits",
-)
+FACTS = resnet8_facts(8)
 
 
 @pytest.mark.parametrize("strength", [0.0, 20.0])

@@ -15,17 +15,9 @@ from edge_agent.adaptation.memory import Memory
 from edge_agent.cli import main
 from networks import registry
 from networks.modelfile import ModelFacts, save_model
+from tests.models import resnet8_facts
 
-FACTS = ModelFacts(
-    architecture="resnet8",
-    labels=("a", "b", "c"),
-    channels=1,
-    height=8,
-    width=8,
-    mean=(0.5,),
-    std=(0.5,),
-    output="logits",
-)
+FACTS = resnet8_facts(8)
 
 
 def finished(run_dir: Path, facts: ModelFacts = FACTS) -> Path:

@@ -19,9 +19,10 @@ import torch
 
 from benchmarks import triton
 from networks import registry
-from networks.modelfile import ModelFacts, load_model, save_model
+from networks.modelfile import load_model, save_model
 from tests.conftest import program
 from tests.edge_agent.kserve_parts import Model, serving
+from tests.models import resnet8_facts
 
 FAST = "[deprivatize]\nsteps = 2\n[distill]\npasses = 1\n"
 needs_triton = pytest.mark.skipif(bool(triton.missing()), reason=triton.missing() or "there is one")
@@ -298,17 +299,7 @@ TEACHER = 'scale = 1\nmean = [0.5]\nstd = [0.5]\noutput_kind = "logits"'
 def test_a_torch_model_on_a_real_triton_is_the_teacher(runs):
     torch.manual_seed(0)
     made = registry.build("resnet8", class_count=4, channels=1).eval()
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=("a", "b", "c", "d"),
-        channels=1,
-        height=8,
-        width=8,
-        mean=(0.5,),
-        std=(0.5,),
-        output="logits",
-    )
-    save_model(runs.folder / "teacher.pt", made, facts)
+    save_model(runs.folder / "teacher.pt", made, resnet8_facts(8, labels="abcd"))
     code = CODE.replace("FILE", f"__import__('pathlib').Path({str(runs.folder / 'teacher.pt')!r})")
     triton.write_model(runs.folder / "models", "tiny", CONFIG, code)
     with triton.serving(runs.folder / "models", log=runs.folder / "triton.log") as host_port:

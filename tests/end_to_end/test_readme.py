@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from networks import registry
-from networks.modelfile import ModelFacts, save_model
+from networks.modelfile import save_model
+from tests.models import resnet8_facts
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,17 +35,7 @@ def test_both_make_commands_are_targets():
 
 def test_ones_own_model_and_pictures(world, monkeypatch):
     model = registry.build("resnet8", class_count=3, channels=1)
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=("a", "b", "c"),
-        channels=1,
-        height=8,
-        width=8,
-        mean=(0.5,),
-        std=(0.5,),
-        output="logits",
-    )
-    save_model(world.folder / "teacher.pt", model, facts)
+    save_model(world.folder / "teacher.pt", model, resnet8_facts(8))
     # What a user would have in ./run.toml, here to be quick.
     (world.folder / "run.toml").write_text("[deprivatize]\nsteps = 2\n[distill]\npasses = 1\n")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")

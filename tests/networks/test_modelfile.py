@@ -18,19 +18,11 @@ from torch import Tensor, nn
 
 from networks.modelfile import LoadedModel, ModelFacts, ModelFileError, describe_model, load_model, save_model
 from networks.registry import build
+from tests.models import resnet8_facts
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GIVEN: dict[str, object] = {"height": 32, "width": 32, "mean": MEAN, "std": STD}
-FACTS = ModelFacts(
-    architecture="resnet8",
-    labels=tuple("abcd"),
-    channels=3,
-    height=32,
-    width=32,
-    mean=MEAN,
-    std=STD,
-    output="logits",
-)
+FACTS = resnet8_facts(32, channels=3, labels="abcd", mean=MEAN, std=STD)
 
 
 class Malice:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.modelfile import LoadedModel, ModelFacts, load_model
+from networks.modelfile import LoadedModel, load_model
 from networks.registry import CLASSIFIERS, build
 from teacher_service import torch_engine
 from teacher_service.engine import Engine, EngineError
@@ -25,6 +25,7 @@ from teacher_service.torch_engine import (
     _graph_sizes,
     threads_beside_the_network,
 )
+from tests.models import resnet8_facts
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.2, 0.3)
 
@@ -39,16 +40,7 @@ class Function(nn.Module):
 
 
 def loaded(module: nn.Module, output: Any = "logits") -> LoadedModel:
-    facts = ModelFacts(
-        architecture="resnet8",
-        labels=("a", "b", "c"),
-        channels=3,
-        height=8,
-        width=12,
-        mean=MEAN,
-        std=STD,
-        output=output,
-    )
+    facts = resnet8_facts(8, channels=3, width=12, mean=MEAN, std=STD, output=output)
     return LoadedModel(module, facts, "d" * 64)
 
 
