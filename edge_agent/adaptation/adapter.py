@@ -2,7 +2,7 @@
 
 Shape letters: N pictures of a batch, C channels, H and W height and width, D features, K classes, E neighbours.
 
-How much of what is decided by two figures of the recent stream, both from the student's own answers:
+How much of what is decided by two figures of the recent stream, both from the student's own answers (`answers`):
 
 - its narrowness, 0 for the usual mixture of classes, 1 for a single one. A narrow stream's statistics are compared
   with any mixture of classes, a wide one's with the usual (`statistics`); and in a narrow stream the classes that
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edge_agent.adaptation import graph
+from edge_agent.adaptation.answers import RecentAnswers
 from edge_agent.adaptation.memory import Memory
 from edge_agent.adaptation.method import Adapted
-from edge_agent.adaptation.statistics import WINDOW_COUNT, Floats, StreamNorm, batch_norms, narrowness_of
+from edge_agent.adaptation.statistics import StreamNorm, batch_norms
 from edge_agent.config import AdaptConfig
 from edge_agent.pixels import normalise
 from networks.classifiers import Classifier
@@ -69,6 +70,7 @@ class Adapter:
         self._usual_confidence = float(memory.usual_confidence)
         surety = (self._usual_confidence - _DOUBTFUL) / (_SURE - _DOUBTFUL)
         self._least_pull = min(1.0, max(_LEAST_PULL, surety))
+        self._answers = RecentAnswers(self._usual_K)
         self._config = config
         self.reset()
 
@@ -76,9 +78,7 @@ class Adapter:
         """Forget the stream: the next batch is the first."""
         for norm in self._norms:
             norm.reset()
-        self._named_K: Floats = np.zeros_like(self._usual_K)
-        self._confidence = 0.0
-        self._seen_count = 0.0
+        self._answers.reset()
         self._recent_MD, self._said_MK = self._paid_MD[:0], self._answers_MK[:0]
 
     @torch.inference_mode()
@@ -86,12 +86,16 @@ class Adapter:
         """Return what pictures (uint8) show, and learn from them. `shift` is between 0 and 1."""
         features_ND = self._student.features(normalise(images_NCHW.to(self._paid_MD.device)))
         log_p_NK = self._student.linear(features_ND).log_softmax(dim=1)
-        narrowness, ears = self._follow(log_p_NK.exp())
+        part = self._answers.take(log_p_NK.exp())
+        if part < 1.0:  # neighbours of other classes than those that come now would only mislead
+            left = int(part * len(self._recent_MD))
+            self._recent_MD, self._said_MK = self._recent_MD[:left], self._said_MK[:left]
+        narrowness, ears = self._answers.narrowness, self._ears()
         for norm in self._norms:  # for the next batch: what this one shows is known only now
             norm.narrowness = narrowness
         # As if as many pictures as there are classes had been seen too, of the usual mixture: a class that did not
         # come lately is rare, not impossible.
-        seen_K = self._named_K + len(self._usual_K) * self._usual_K
+        seen_K = self._answers.counts_K + len(self._usual_K) * self._usual_K
         likely_K = torch.from_numpy(seen_K / seen_K.sum() / self._usual_K)
         expected_NK = log_p_NK + ears * narrowness**0.5 * likely_K.log().to(log_p_NK)
         units_ND = F.normalize(features_ND, dim=1)
@@ -114,18 +118,10 @@ class Adapter:
         shift = float(np.mean([norm.shift for norm in self._norms])) if self._norms else 0.0
         return Adapted(probabilities_NK=z_NK.float().cpu(), shift=shift)
 
-    def _follow(self, p_NK: Tensor) -> tuple[float, float]:
-        """Take a batch's answers into the stream. Return its narrowness, and how far to listen to neighbours."""
-        surest_N, named_N = p_NK.max(dim=1)
-        kept = min(1.0, WINDOW_COUNT / max(self._seen_count, 1.0))
-        total = self._seen_count * kept + len(p_NK)
-        counts_K = np.bincount(named_N.cpu().numpy(), minlength=len(self._usual_K))
-        self._named_K = self._named_K * kept + counts_K
-        self._confidence = (self._confidence * self._seen_count * kept + float(surest_N.sum())) / total
-        self._seen_count = total
-        part = self._confidence / self._usual_confidence
-        ears = min(1.0, max(0.0, (part - _DEAF_BELOW) / (_ALL_EARS_ABOVE - _DEAF_BELOW)))
-        return narrowness_of(self._named_K, self._usual_K), ears
+    def _ears(self) -> float:
+        """How far to listen to neighbours, 0 to 1."""
+        part = self._answers.confidence / self._usual_confidence
+        return min(1.0, max(0.0, (part - _DEAF_BELOW) / (_ALL_EARS_ABOVE - _DEAF_BELOW)))
 
 
 def _replace(parent: nn.Module, by: dict[nn.BatchNorm2d, StreamNorm]) -> None:

@@ -196,16 +196,6 @@ class Mixtures:
         return mixed_2C
 
 
-def narrowness_of(counts_K: Floats, usual_K: Floats) -> float:
-    """Return how narrowly pictures are spread over classes: 1 for one class alone, 0 for the usual mixture.
-
-    The squared distance of the shares from the usual ones, as a part of what one class has on average.
-    """
-    shares_K = counts_K / counts_K.sum()
-    widest = 1.0 - float(usual_K @ usual_K)
-    return float(min(1.0, ((shares_K - usual_K) ** 2).sum() / max(widest, 1e-12)))
-
-
 def batch_moments(x_NCHW: Tensor, mean_C: Tensor, variance_C: Tensor) -> Floats:
     """Return mean and mean square (2, C) of each channel over a batch, in the layer's units."""
     # The kernel that batch norm trains with: several times faster than var_mean, and as exact.

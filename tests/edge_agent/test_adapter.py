@@ -210,10 +210,12 @@ def test_state_is_bounded_over_a_long_stream(adapter: Adapter) -> None:
     held = []
     for i in range(50):
         adapter.adapt(pictures(labels(16, i), i))
-        held.append(list(sizes(adapter)))
-    assert sum(held[5]) > sum(held[0])
-    assert held[49] == held[19]
-    assert len(adapter._recent_MD) == len(adapter._said_MK) == CONFIG.recent_count
+        held.append(sum(sizes(adapter)))
+    assert held[5] > held[0]
+    # How many pictures are remembered goes up and down, as the past ends or goes on.
+    a_picture = adapter._recent_MD.shape[1] + CLASSES
+    assert max(held) - held[0] <= a_picture * (CONFIG.recent_count + 16)
+    assert len(adapter._recent_MD) == len(adapter._said_MK) <= CONFIG.recent_count
 
 
 def test_no_more_than_the_recent_pictures_are_remembered(student: Classifier, memory: Memory) -> None:

@@ -17,7 +17,6 @@ from edge_agent.adaptation.statistics import (
     batch_norms,
     by_kind,
     kind_means,
-    narrowness_of,
     nearest_mixture,
     picture_moments,
     place,
@@ -217,17 +216,6 @@ def test_a_kind_that_no_picture_shows_looks_like_all_together() -> None:
 
 
 # --- narrowness, kinds, mixtures ---
-
-
-def test_narrowness_is_0_at_the_usual_mixture_and_1_at_one_class() -> None:
-    even_K, uneven_K = np.full(10, 0.1), np.array([0.7, 0.2, 0.1])
-    assert narrowness_of(7 * even_K, even_K) == pytest.approx(0.0, abs=1e-12)
-    assert narrowness_of(100 * uneven_K, uneven_K) == pytest.approx(0.0, abs=1e-12)
-    assert narrowness_of(30 * np.eye(10)[3], even_K) == pytest.approx(1.0, abs=1e-12)
-    # Of the usual mixture the widest are the common classes: the rare one alone is more than on average, so 1.
-    assert narrowness_of(np.eye(3)[2], uneven_K) == 1.0
-    assert narrowness_of(np.array([5.0, 5.0, *[0.0] * 8]), even_K) == pytest.approx(0.4 / 0.9, abs=1e-9)
-    assert narrowness_of(np.array([5.0, 0.0]), np.array([1.0, 0.0])) == 0.0
 
 
 def test_few_classes_are_kinds_and_a_hundred_make_32_of_classes_alike() -> None:
