@@ -192,7 +192,7 @@ def test_order_within_a_batch_does_not_matter(adapter: Adapter) -> None:
 
 
 def sizes(thing: object) -> Iterator[int]:
-    """Elements of every tensor and array that an object holds, in its attributes and theirs."""
+    """Bytes of tensors, and elements of arrays and lists, that an object holds, in its attributes and theirs."""
     if isinstance(thing, Tensor | np.ndarray):
         yield thing.untyped_storage().size() if isinstance(thing, Tensor) else thing.size
     elif isinstance(thing, list | tuple):
@@ -213,7 +213,7 @@ def test_state_is_bounded_over_a_long_stream(adapter: Adapter) -> None:
         held.append(sum(sizes(adapter)))
     assert held[5] > held[0]
     # How many pictures are remembered goes up and down, as the past ends or goes on.
-    a_picture = adapter._recent_MD.shape[1] + CLASSES
+    a_picture = 4 * (adapter._recent_MD.shape[1] + CLASSES)
     assert max(held) - held[0] <= a_picture * (CONFIG.recent_count + 16)
     assert len(adapter._recent_MD) == len(adapter._said_MK) <= CONFIG.recent_count
 
