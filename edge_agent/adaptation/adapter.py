@@ -4,9 +4,9 @@ Shape letters: N pictures of a batch, C channels, H and W height and width, D fe
 
 How much of what is decided by two figures of the recent stream, both from the student's own answers (`answers`):
 
-- its narrowness, 0 for the usual mixture of classes, 1 for a single one. A narrow stream's statistics are compared
-  with any mixture of classes, a wide one's with the usual (`statistics`); and in a narrow stream the classes that
-  were just seen are likelier (Saerens et al. 2002).
+- its narrowness, 0 for the usual mixture of classes, 1 for a single one or for classes by turns. A narrow stream's
+  statistics are compared with any mixture of classes, a wide one's with the usual (`statistics`); and in a narrow
+  stream the classes that were just seen are likelier (Saerens et al. 2002).
 - its confidence, against that on local pictures. Neighbours help a student that is mostly right and mislead one that
   is mostly wrong, so they are listened to no more as it becomes unsure.
 """
@@ -86,10 +86,9 @@ class Adapter:
         """Return what pictures (uint8) show, and learn from them. `shift` is between 0 and 1."""
         features_ND = self._student.features(normalise(images_NCHW.to(self._paid_MD.device)))
         log_p_NK = self._student.linear(features_ND).log_softmax(dim=1)
-        part = self._answers.take(log_p_NK.exp())
-        if part < 1.0:  # neighbours of other classes than those that come now would only mislead
-            left = int(part * len(self._recent_MD))
-            self._recent_MD, self._said_MK = self._recent_MD[:left], self._said_MK[:left]
+        # Where the past has ended, neighbours of its classes would only mislead.
+        left = int(self._answers.take(log_p_NK.exp()) * len(self._recent_MD))
+        self._recent_MD, self._said_MK = self._recent_MD[:left], self._said_MK[:left]
         narrowness, ears = self._answers.narrowness, self._ears()
         for norm in self._norms:  # for the next batch: what this one shows is known only now
             norm.narrowness = narrowness

@@ -4,8 +4,9 @@ Shape letters: N pictures of a batch, K classes.
 
 A narrow stream shows few classes at a time. That is seen in two ways. Where the student is mostly right, its recent
 answers are spread otherwise than usual. Where it is mostly wrong, it names many classes even if one alone comes; but
-in a stream that shows them by turns, the answers of late are spread otherwise than those before, by more than chance,
-and in a wide one they are not, however strange they are.
+in a stream that shows them by turns, the answers of late are spread otherwise than those before, by more than chance.
+In a wide one they are not, however strange they are, while the camera stays as it is. One that changes by so much
+that the answers do, too, looks the same for a while, until those before are as strange.
 """
 
 import numpy as np
@@ -18,13 +19,15 @@ LONG_RUN_COUNT = 1000
 """Answers of before the recent ones that count."""
 _COMPARED_COUNT = 16
 """Fewer answers than these say too little of how a stream is spread."""
+_NEAR = 2.0
+"""How far a batch may be from the recent answers, by chance 1 on average, before it ends them."""
 _BY_TURNS, _SURELY_BY_TURNS = 6.0, 18.0
-"""How far the recent answers may be from those before, by chance alone 1: a stream is held for one that shows its
-classes by turns from the first on, and fully from the second."""
+"""How far the recent answers may be from those before, by chance 1 on average: a stream is held for one that shows
+its classes by turns from the first on, and fully from the second. With ten classes chance hardly ever gets there."""
 
 
 class RecentAnswers:
-    """The answers of late, and those of before. What is far from both chance and the past ends the past."""
+    """The answers of late, and those of before. A batch that is further from the past than chance ends it."""
 
     def __init__(self, usual_K: Floats) -> None:
         self._usual_K = usual_K
@@ -39,21 +42,20 @@ class RecentAnswers:
         self.narrowness = 0.0
         """0 for the usual mixture of classes, 1 for a single one or for classes that surely come by turns."""
         self._before_K: Floats = np.zeros_like(self._usual_K)
-        self._seen_count = 0
+        self._seen_count = self._first_count = 0
 
     def take(self, p_NK: Tensor) -> float:
         """Take a batch's probabilities. Return what part of the past still counts: less than 1 where it has ended."""
         surest_N, named_N = p_NK.max(dim=1)
-        new_K = torch.bincount(named_N, minlength=len(self._usual_K)).double().cpu().numpy()
-        kept_K = self.counts_K * min(1.0, WINDOW_COUNT / max(self.counts_K.sum(), 1.0))
-        part = 1.0
+        new_K = torch.bincount(named_N, minlength=len(self._usual_K)).cpu().double().numpy()
+        kept_K, part = _at_most(WINDOW_COUNT, self.counts_K), 1.0
         if min(len(p_NK), kept_K.sum()) >= _COMPARED_COUNT:
-            part = 1.0 / max(1.0, apart(new_K, kept_K))
+            part = _NEAR / max(_NEAR, apart(new_K, kept_K))
             kept_K = part * kept_K
-        # What was answered before the statistics had followed the stream is no part of its long run.
-        if self._seen_count > max(WINDOW_COUNT, len(p_NK)):
-            left_K = self._before_K + self.counts_K - kept_K
-            self._before_K = left_K * min(1.0, LONG_RUN_COUNT / max(left_K.sum(), 1.0))
+        # Most of the first batch, answered before the statistics followed the stream, is no part of the long run.
+        self._first_count = self._first_count or len(p_NK)
+        if self._seen_count > max(WINDOW_COUNT, self._first_count):
+            self._before_K = _at_most(LONG_RUN_COUNT, self._before_K + self.counts_K - kept_K)
         kept = float(kept_K.sum())
         self.confidence = (kept * self.confidence + float(surest_N.sum())) / (kept + len(p_NK))
         self.counts_K = kept_K + new_K
@@ -66,6 +68,12 @@ class RecentAnswers:
             return 0.0
         far = apart(self.counts_K, self._before_K)
         return min(1.0, max(0.0, (far - _BY_TURNS) / (_SURELY_BY_TURNS - _BY_TURNS)))
+
+
+def _at_most(most: float, counts_K: Floats) -> Floats:
+    """Return counts with the same shares, in sum no more than that."""
+    scaled_K: Floats = counts_K * (most / max(most, counts_K.sum()))
+    return scaled_K
 
 
 def narrowness_of(counts_K: Floats, usual_K: Floats) -> float:
