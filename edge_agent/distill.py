@@ -23,9 +23,9 @@ after 10 of 15 passes, 69.6 after 15 and 73.5 after 40; half mosaics 72.4 after 
 40, where the test part said 73.0 as it does of mixes alone. In place of the parts of the answers, after 10 passes:
 FreeMatch's labels 69.6; a student's logits for both whole pictures in sum held against the answer to their mix 70.4;
 parts that start from what a trained student says 71.2, though 82 % of those agree with the teacher, not 72 %.
-What limits a ResNet8: one trained on mixes alone agrees with the teacher on 53 % of those mixes and on 53 % of others,
-on 75 % of the local pictures and on 75 % of other ones. Mixes are too hard for it, and it overfits nothing. One that
-was trained on the pictures themselves (cifar10-real-views, not private) agrees on 92 and 80 %.
+What limits a ResNet8: trained on mixes alone it agrees with the teacher on 53 % of those mixes and on 53 % of others,
+on 75 % of the local pictures and on 75 % of other ones. Mixes are too hard for it, and it overfits nothing. Trained
+on the pictures themselves (cifar10-real-views, not private) it agrees on 92 and 80 %.
 """
 
 import math
