@@ -23,10 +23,20 @@ def about(name: str, note: str = "") -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
-        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{name}", *map(_anywhere, sys.argv[1:])]),
         "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
         **({"note": note} if note else {}),
     }
+
+
+def _anywhere(argument: str) -> str:
+    """Say an argument as it would be on any machine: of a path from the root, what lies below here, or its name."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    said = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
+    return f"{option}{equals}{said}"
 
 
 def kept(name: str) -> list[dict[str, Any]]:
