@@ -28,6 +28,7 @@ from benchmarks.teachers import train_teacher
 from edge_agent import pool as pools
 from edge_agent import privacy
 from edge_agent.agent import choose_device
+from edge_agent.assistant import assistant_of
 from edge_agent.config import RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
@@ -281,14 +282,14 @@ def _train(
     mixed_MCHW = None
     if generator is not None and local_NCHW is not None:
         mixed_MCHW = mixed_pictures(generator, local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]])
+    learnt_from = {"asked": asked, "latents": hashlib.sha256(pool.latents_NL.numpy().tobytes()).hexdigest()}
     inputs = digest_of(
         {
             "row": row.text,
             "settings": in_use(config.distill, mixes=mixed_MCHW is not None),
             "student": config.student,
             "seed": config.seed,
-            "asked": asked,
-            "latents": hashlib.sha256(pool.latents_NL.numpy().tobytes()).hexdigest(),
+            **learnt_from,
         }
     )
     with RunFolder(folder) as own:
@@ -297,6 +298,18 @@ def _train(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 student = registry.build(config.student, class_count=len(facts.labels), channels=facts.channels)
+            with own.clock("distill"):
+                assistant = assistant_of(
+                    own,
+                    pool,
+                    facts,
+                    learnt_from=learnt_from,
+                    config=config.distill,
+                    seed=config.seed,
+                    device=device,
+                    console=Console(),
+                    mixed_MCHW=mixed_MCHW,
+                )
             with own.clock("distill"), Console().bar(folder.name, "steps") as tell:
                 student = train_student(
                     student.to(device),
@@ -310,8 +323,10 @@ def _train(
                     progress=tell,
                     local_NCHW=local_NCHW,
                     mixed_MCHW=mixed_MCHW,
+                    assistant=assistant,
                 )
-            own.write_student(student.cpu(), ModelFacts(**{**vars(facts), "architecture": config.student}))
+            student_facts = ModelFacts(**{**vars(facts), "architecture": config.student})
+            own.write_network("student.pt", student.cpu(), student_facts)
             own.finish("distill", inputs)
         return own.seconds("distill")
 

@@ -105,14 +105,13 @@ def _right(cell: dict[str, Any], who: str) -> np.ndarray[Any, np.dtype[np.float6
 
 
 def unfinished(lines: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """The cells that no line has yet, each with the command that measures it."""
-    missing = [(name, seed) for name in rows.ORDER for seed in rows.read(name).seeds if (name, seed) not in lines]
-    if not missing:
-        return ""
-    commands = [
-        f"- {name}, seed {seed}: `python -m benchmarks.accuracy --row {name} --seed {seed}`" for name, seed in missing
-    ]
-    return "\n".join(["## Unfinished", "", *commands, ""])
+    """The rows with cells that no line has yet, and the commands that measure those; empty if there are none."""
+    said = []
+    for name in rows.ORDER:
+        missing = [str(seed) for seed in rows.read(name).seeds if (name, seed) not in lines]
+        if missing:
+            said.append(f"| `python -m benchmarks.accuracy --row {name}` | {', '.join(missing)} |")
+    return "\n".join(["## Unfinished", "", "| command | seeds left |", "|---|---|", *said, ""]) if said else ""
 
 
 def curve(lines: dict[tuple[str, int], dict[str, Any]]) -> str | None:

@@ -77,7 +77,8 @@ def main(
             data = datasets.cifar10_root(data, unpacked=Path("runs/data"))
         scored = datasets.part(dataset, data, "development")
         layers = tomllib.loads((run_dir / "run.toml").read_text("utf-8"))
-        config = build_config(layers, {"data": str(data), "distill": layers["distill"] | {"passes": passes}})
+        own = {"passes": passes, "assistant": ""}  # which would teach every student the same
+        config = build_config(layers, {"data": str(data), "distill": layers["distill"] | own})
         kept = (run_dir / "generator.pt").read_bytes()
         generator = generators.from_content(torch.load(io.BytesIO(kept), weights_only=True))
         loaded = load_model(teacher)

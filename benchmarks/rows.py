@@ -34,7 +34,7 @@ ORDER = (
     "mnist-digits-plain",
     "cifar10-soft",
     "cifar10-hard",
-    "cifar10-mosaics",
+    "cifar10-assistant",
     "cifar10-gan",
     "cifar10-image-loss",
     "cifar10-local",

@@ -23,6 +23,7 @@ from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
+from edge_agent.assistant import assistant_of
 from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
@@ -100,6 +101,16 @@ class Agent:
         if self._config.student not in registry.CLASSIFIERS:
             raise BadInput(
                 f"--student: expected one of {', '.join(registry.CLASSIFIERS)}; got {self._config.student!r}"
+            )
+        if self._config.distill.assistant not in ("", *registry.CLASSIFIERS):
+            raise BadInput(
+                f"distill.assistant: expected one of {', '.join(registry.CLASSIFIERS)}, or nothing for none; "
+                f"got {self._config.distill.assistant!r}"
+            )
+        if self._config.distill.shift_px >= self._side:
+            raise BadInput(
+                f"distill.shift_px: expected less than the side of the pictures, {self._side}, "
+                f"got {self._config.distill.shift_px}"
             )
         settings = self._config.deprivatize
         most = latent_side(self._side)
@@ -332,14 +343,17 @@ class Agent:
         self._attack()
         paid = self._pool(generator)
         facts = self._student_facts()
+        learnt_from = {
+            "held out": self._config.held_out_fraction,
+            "generator": digest,
+            "answers": sorted(self._journal.charges()),
+        }
         inputs = digest_of(
             {
                 "settings": in_use(self._config.distill, mixes=isinstance(generator, Mixes)),
                 "student": self._config.student,
                 "seed": self._config.seed,
-                "held out": self._config.held_out_fraction,
-                "generator": digest,
-                "answers": sorted(self._journal.charges()),
+                **learnt_from,
             }
         )
         if self._folder.done("distill", inputs) and self._folder.has("student.pt"):
@@ -347,6 +361,18 @@ class Agent:
             return
         self._begin("distill", "adapt")
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
+        mixed_MCHW = mixed_pictures(generator, self._split[0])
+        assistant = assistant_of(
+            self._folder,
+            train,
+            facts,
+            learnt_from=learnt_from,
+            config=self._config.distill,
+            seed=self._config.seed,
+            device=self._device,
+            console=self._console,
+            mixed_MCHW=mixed_MCHW,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)
             student = registry.build(self._config.student, class_count=len(facts.labels), channels=facts.channels)
@@ -362,7 +388,8 @@ class Agent:
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
                 local_NCHW=torch.from_numpy(self._local.images_NCHW),
-                mixed_MCHW=mixed_pictures(generator, self._split[0]),
+                mixed_MCHW=mixed_MCHW,
+                assistant=assistant,
             )
         if not all(value.isfinite().all() for value in student.state_dict().values()):
             raise BadInput(
@@ -370,7 +397,7 @@ class Agent:
                 f"are kept; train again with --set distill.learning_rate={self._config.distill.learning_rate / 10:g}"
             )
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
-        self._folder.write_student(student.cpu(), facts)
+        self._folder.write_network("student.pt", student.cpu(), facts)
         self._journal.set_facts(agreement_synthetic=agreement)
         self._folder.finish("distill", inputs)
 
@@ -385,7 +412,7 @@ class Agent:
             self._console.say("adapt: done before")
             return
         self._begin("adapt")
-        student = self._folder.read_student()
+        student = self._folder.read_network("student.pt")
         local_NCHW = torch.from_numpy(self._local.images_NCHW)
         memory = build_memory(
             student,

@@ -9,15 +9,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def shift(images_NCHW: Tensor, *, largest_px: int, rng: torch.Generator) -> Tensor:
-    """Move each picture by whole pixels, up to `largest_px` each way; what comes in is background."""
+def shift(images_NCHW: Tensor, *, largest_px: int, rng: torch.Generator, reflect: bool = False) -> Tensor:
+    """Move each picture by whole pixels, up to `largest_px` each way; what comes in is background.
+
+    With `reflect` it is what the picture has on this side of its edge, the other way round; then `largest_px` must be
+    below height and width.
+    """
     count, _, height, width = images_NCHW.shape
     device = images_NCHW.device
     offsets_2N = torch.randint(0, 2 * largest_px + 1, (2, count), generator=rng).to(device)
     rows_NH = offsets_2N[0, :, None] + torch.arange(height, device=device)
     columns_NW = offsets_2N[1, :, None] + torch.arange(width, device=device)
     pictures_N = torch.arange(count, device=device)
-    padded_NCHW = F.pad(images_NCHW, [largest_px] * 4, value=-1.0)
+    padding = [largest_px] * 4
+    padded_NCHW = F.pad(images_NCHW, padding, "reflect") if reflect else F.pad(images_NCHW, padding, value=-1.0)
     # Index tensors around the channels' slice put their own axes first, hence the permutation.
     shifted_NHWC = padded_NCHW[pictures_N[:, None, None], :, rows_NH[:, :, None], columns_NW[:, None, :]]
     return shifted_NHWC.permute(0, 3, 1, 2).contiguous()
@@ -30,7 +35,7 @@ def mirror(images_NCHW: Tensor, *, rng: torch.Generator) -> Tensor:
 
 
 def warp(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:
-    """Turn, scale and slant square pictures about their centre; what comes in is background.
+    """Turn, scale and slant square pictures about their centre; what comes in is reflected at the edge.
 
     Each by up to `strength` either way: the angle in radians, the size as a factor less 1, the slant as the sideways
     move of a row for each row above the centre.
@@ -42,7 +47,7 @@ def warp(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tenso
     rows = [[cosine_N, slant_N - sine_N, nought_N], [sine_N, cosine_N, nought_N]]
     matrices_N23 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1).to(images_NCHW.device)
     grid_NHW2 = F.affine_grid(matrices_N23, list(images_NCHW.shape), align_corners=False)
-    return F.grid_sample(images_NCHW + 1.0, grid_NHW2, align_corners=False) - 1.0
+    return F.grid_sample(images_NCHW, grid_NHW2, padding_mode="reflection", align_corners=False)
 
 
 def recolour(images_NCHW: Tensor, *, strength: float, rng: torch.Generator) -> Tensor:

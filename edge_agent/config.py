@@ -89,8 +89,13 @@ class DistillConfig:
     """Whether the student also sees pictures mirrored: right for most photographs, wrong for digits and letters."""
     mosaic_fraction: float = 0.0
     """Of a pool of mixes: part of each batch that is seen as mosaics of the local pictures themselves. 0: none."""
-    attributed_weight: float = 0.0
-    """Of a pool of mixes: weight of the divergence on whole local pictures from their part of the answers; 0: off."""
+    assistant: str = ""
+    """A larger network that learns from the answers first, and then tells the student of local pictures, which stay
+    on the device, what it thinks the teacher would say; empty: none."""
+    assistant_passes: int = 15
+    """Times that the assistant goes through the pool."""
+    assistant_weight: float = 1.0
+    """Weight of the divergence from the assistant's answers beside that from the teacher's."""
     balance_answers: bool = False
     """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
     teacher that it calls most of them by few names, and local pictures of which no class is rare."""
@@ -263,11 +268,10 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     off = set() if config.balance_answers else {"balance_answers"}
     if not mixes or config.mosaic_fraction == 0:
         off.add("mosaic_fraction")
-    attributes = mixes and config.attributed_weight > 0
-    if not attributes:
-        off.add("attributed_weight")
+    if not config.assistant:
+        off |= {"assistant", "assistant_passes", "assistant_weight"}
     if config.local_weight == 0:
-        off |= {"local_weight", "local_start_fraction"} | (set() if attributes else {"local_batch_count"})
+        off |= {"local_weight", "local_start_fraction"} | (set() if config.assistant else {"local_batch_count"})
     return {name: value for name, value in asdict(config).items() if name not in off}
 
 
@@ -371,7 +375,8 @@ def _check_ranges(config: RunConfig) -> None:
         ("distill.image_fraction", 0 <= distill.image_fraction <= 1, "0 to 1"),
         ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
         ("distill.mosaic_fraction", 0 <= distill.mosaic_fraction <= 1, "0 to 1"),
-        ("distill.attributed_weight", 0 <= distill.attributed_weight < math.inf, "0 or more"),
+        ("distill.assistant_passes", distill.assistant_passes >= 1, "1 or more"),
+        ("distill.assistant_weight", 0 < distill.assistant_weight < math.inf, "above 0"),
         ("distill.local_weight", 0 <= distill.local_weight < math.inf, "0 or more"),
         ("distill.local_start_fraction", 0 <= distill.local_start_fraction < 1, "0 to below 1"),
         ("distill.local_batch_count", distill.local_batch_count >= 2, "2 or more"),

@@ -16,16 +16,11 @@ All local pictures train, the privacy reference too: that is about what is sent,
 
 Where the pool's pictures are mixes, the device knows of which local ones. With `mosaic_fraction` above 0 the student
 sees part of each batch as a mosaic of those themselves, in the same regions: the teacher's answer was to a blurred
-copy, but what the student will be used on is not blurred. With `attributed_weight` above 0 it sees the local pictures
-as a whole, too, each with its part of the answers to all its mixes (`responses.attributed`). Both are off: they make
-a short training better, not a long one. CIFAR-10's development part, 50,000 answers, one seed: mixes alone 68.9 %
-after 10 of 15 passes, 69.6 after 15 and 73.5 after 40; half mosaics 72.4 after 15; both 73.3 after 10 and 74.3 after
-40, where the test part said 73.0 as it does of mixes alone. In place of the parts of the answers, after 10 passes:
-FreeMatch's labels 69.6; a student's logits for both whole pictures in sum held against the answer to their mix 70.4;
-parts that start from what a trained student says 71.2, though 82 % of those agree with the teacher, not 72 %.
-What limits a ResNet8: trained on mixes alone it agrees with the teacher on 53 % of those mixes and on 53 % of others,
-on 75 % of the local pictures and on 75 % of other ones. Mixes are too hard for it, and it overfits nothing. Trained
-on the pictures themselves (cifar10-real-views, not private) it agrees on 92 and 80 %.
+copy, but what the student will be used on is not blurred.
+
+With `assistant` there is a larger network between teacher and student (Mirzadeh et al., AAAI 2020): `train_assistant`
+makes it learn from the answers, and the student learns from it, too, what to say of local pictures, view by view, as
+often as it likes. It stays on the device and costs no query.
 """
 
 import math
@@ -42,6 +37,7 @@ from edge_agent.config import DistillConfig
 from edge_agent.phase import Checkpoint, Progress, Resumable
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
+from networks import registry
 from networks.classifiers import Classifier
 from networks.gan import Generator
 from networks.mixes import mosaic
@@ -130,36 +126,38 @@ def train_student(
     progress: Progress,
     local_NCHW: Tensor | None = None,
     mixed_MCHW: Tensor | None = None,
+    assistant: Classifier | None = None,
 ) -> Classifier:
     """Train `student` (pictures on the scale -1..1 to logits) and return its average, in eval mode on `device`.
 
     Per step: the divergence to the teacher's answer, plus `image_weight` times the distance between the
     generator's pictures of both answers, which needs a generator, plus `local_weight` times the loss on local
-    pictures, which needs those (uint8, of the pool's size). `mixed_MCHW` are the local pictures that the pool's are
-    mixes of, in the order of its plans, and seen as `mosaic_fraction` and `attributed_weight` say; None where there
-    are none. Raises ValueError where `image_weight` or `local_weight` is above 0 and what it needs is missing.
+    pictures, which needs those (uint8, of the pool's size), plus, with an `assistant`, `assistant_weight` times the
+    divergence to its answers on local pictures. `mixed_MCHW` are the local pictures that the pool's are mixes of, in
+    the order of its plans, and seen as `mosaic_fraction` says; None where there are none. Raises ValueError where
+    `image_weight` or `local_weight` is above 0, or there is an assistant, and what it needs is missing.
     """
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
         generator.to(device).eval().requires_grad_(False)
     images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
     answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
-    if config.local_weight == 0:
+    if config.local_weight == 0 and assistant is None:
         local_NCHW = None
     elif local_NCHW is None:
-        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
+        raise ValueError(
+            f"local_weight: expected 0 without local pictures, got {config.local_weight}"
+            if assistant is None
+            else "expected local pictures for the assistant to answer, got none"
+        )
     else:
         local_NCHW = local_NCHW.to(device)
-    mosaic_fraction, attributed_weight = config.mosaic_fraction, config.attributed_weight
-    if mixed_MCHW is None or latents_NL.shape[1] == 0:  # no mixes, or some from before their plans were kept
-        mosaic_fraction = attributed_weight = 0.0
-    else:
+    if assistant is not None:
+        assistant.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    if latents_NL.shape[1] == 0 or config.mosaic_fraction == 0:  # mixes from before their plans were kept, or no use
+        mixed_MCHW = None
+    elif mixed_MCHW is not None:
         mixed_MCHW = mixed_MCHW.to(device)
-    if mixed_MCHW is not None and attributed_weight > 0:
-        picture_NR = pool.latents_NL.long() % len(mixed_MCHW)
-        answers = pool.answers_as_probabilities(class_count)
-        attributed_MK = responses.attributed(picture_NR, answers, len(mixed_MCHW)).to(device)
-        in_mixes_X = picture_NR.unique()
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
@@ -177,6 +175,7 @@ def train_student(
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
     steps_a_pass = max(1, len(images_NCHW) // config.batch_count)
     steps = config.passes * steps_a_pass
+    local_start = config.local_start_fraction * steps
     image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
     if image_count > 0 and generator is None:
         raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
@@ -192,8 +191,8 @@ def train_student(
         )
 
         seen_NCHW = images_NCHW[chosen]
-        if mixed_MCHW is not None and mosaic_fraction > 0:
-            mosaic_count = round(mosaic_fraction * len(chosen))
+        if mixed_MCHW is not None:
+            mosaic_count = round(config.mosaic_fraction * len(chosen))
             plan_NR = latents_NL[chosen[:mosaic_count]].long()
             seen_NCHW = torch.cat([mosaic(plan_NR, mixed_MCHW), seen_NCHW[mosaic_count:]])
         with training_precision(device):
@@ -206,17 +205,12 @@ def train_student(
             distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
             figures["image_loss"] = distance.item()
             loss = loss + config.image_weight * distance
-        if mixed_MCHW is not None and attributed_weight > 0:
-            drawn = torch.randint(len(in_mixes_X), (config.local_batch_count,), generator=rng)
-            whole = in_mixes_X[drawn].to(device)
-            with training_precision(device):
-                logits_NK = student(_students_view(mixed_MCHW[whole], config, rng)).float()
-            # Not softened as answers are: what is left of other pictures in a part makes it flat enough.
-            divergence_N = losses.kl_divergence(attributed_MK[whole], logits_NK / config.temperature)
-            divergence = config.temperature**2 * divergence_N.mean()
-            figures["attributed_loss"] = divergence.item()
-            loss = loss + attributed_weight * divergence
-        if local_NCHW is not None and training.done >= config.local_start_fraction * steps:
+        if local_NCHW is not None and assistant is not None:
+            local = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
+            divergence = assisted_loss(student, assistant, local_NCHW[local], config, rng).mean()
+            figures["assisted_loss"] = divergence.item()
+            loss = loss + config.assistant_weight * divergence
+        if local_NCHW is not None and config.local_weight > 0 and training.done >= local_start:
             local = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
             consistency = local_loss(student, averaged, local_NCHW[local], config, rng).mean()
             figures["local_loss"] = consistency.item()
@@ -231,17 +225,57 @@ def train_student(
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # was trained to read local pictures by their own statistics, those are what it is used with.
-    learnt_local = local_NCHW is not None and steps - 1 >= config.local_start_fraction * steps
+    learnt_local = assistant is not None or steps - 1 >= local_start
     update_bn(_batches(local_NCHW if local_NCHW is not None and learnt_local else images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
 
 
+def train_assistant(
+    pool: Pool,
+    *,
+    class_count: int,
+    config: DistillConfig,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    mixed_MCHW: Tensor | None = None,
+) -> Classifier:
+    """Train the network that `config.assistant` names on the answers alone (`assistants_own`), as `train_student`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = registry.build(config.assistant, class_count=class_count, channels=pool.images_NCHW.shape[1])
+    return train_student(
+        network,
+        None,
+        pool,
+        class_count=class_count,
+        config=assistants_own(config),
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+        mixed_MCHW=mixed_MCHW,
+    )
+
+
+def assistants_own(config: DistillConfig) -> DistillConfig:
+    """The settings of the assistant's training: the student's, but for what only the student learns from."""
+    return replace(config, passes=config.assistant_passes, assistant="", image_weight=0.0, local_weight=0.0)
+
+
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:
-    """Bytes to what the student sees: another view each time."""
+    """Bytes to what the student sees: another view each time.
+
+    Nothing comes in at the edges that no picture has: a dark border on most views is a bias in every channel, and
+    the statistics of pictures without one, which are what the student is used with, are then those of another kind
+    of picture. On CIFAR-10's development part that had cost 6 of 78 points after 10 passes over real views, and 11
+    of a student that an assistant taught (one seed each).
+    """
     view_NCHW = normalise(images_NCHW)
     if config.mirror:
         view_NCHW = augment.mirror(view_NCHW, rng=rng)
-    return augment.shift(view_NCHW, largest_px=config.shift_px, rng=rng)
+    return augment.shift(view_NCHW, largest_px=config.shift_px, rng=rng, reflect=True)
 
 
 def local_loss(
@@ -262,6 +296,18 @@ def local_loss(
             labels_NK = averaged(easy_NCHW).float().softmax(dim=1)
         logits_NK = student(hard_NCHW).float()
     return losses.pseudo_label_loss(labels_NK, logits_NK)
+
+
+def assisted_loss(
+    student: Classifier, assistant: Classifier, images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator
+) -> Tensor:
+    """The divergence from what the assistant says of the same view of local pictures (uint8). Returns (N,)."""
+    view_NCHW = _students_view(images_NCHW, config, rng)
+    with training_precision(images_NCHW.device):
+        with torch.no_grad():
+            answers_NK = (assistant(view_NCHW).float() / config.temperature).softmax(dim=1)
+        logits_NK = student(view_NCHW).float()
+    return config.temperature**2 * losses.kl_divergence(answers_NK, logits_NK / config.temperature)
 
 
 def _take_statistics_of_the_batch(model: nn.Module) -> None:

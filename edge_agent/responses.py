@@ -1,7 +1,6 @@
 """A black box's answer, made into something a loss or the generator can take.
 
-Shape letters: N pictures, K classes, E free noise numbers, L = K + E latent numbers; of mixes, R regions and M local
-pictures.
+Shape letters: N pictures, K classes, E free noise numbers, L = K + E latent numbers.
 
 A service sells probabilities, or only the index of the likeliest class. Both go through one path: an
 index is the probability vector with a single one. The student's own probabilities take the same path, so
@@ -21,8 +20,6 @@ from protos import codec
 # Smallest probability a logarithm is taken of: about what float32 can still tell from 0 beside a 1.
 EPSILON = 1e-7
 _BALANCE_ROUNDS = 200
-_ATTRIBUTION_ROUNDS = 50
-_ATTRIBUTION_PRIOR = 0.3
 
 
 def epsilon(decimals: int | None, class_count: int) -> float:
@@ -68,36 +65,6 @@ def balanced(probabilities_NK: Tensor, epsilon: float | Tensor = EPSILON) -> Ten
         mean_K = torch.softmax(log_p_NK, dim=1).mean(dim=0)
         log_p_NK = log_p_NK - (class_count * mean_K).log()
     return torch.softmax(log_p_NK, dim=1).to(probabilities_NK.dtype)
-
-
-def attributed(picture_NR: Tensor, probabilities_NK: Tensor, picture_count: int) -> Tensor:
-    """Return what answers to mixes say of each picture (M, K): its part of the answers, each row in sum 1.
-
-    Args:
-        picture_NR: of which picture, 0 to M - 1, each region of each mix is.
-        probabilities_NK: the answers.
-        picture_count: M.
-
-    An answer is taken for the mean of what each region by itself would have got, and each class of it is divided
-    among the regions in proportion to what their pictures have of it; what a picture gets from all its mixes is what
-    it has the next time (expectation maximisation, as for topics: Hofmann, UAI 1999). Each also gets a little of
-    every class, so that one that is in no mix ends with the same of all.
-    """
-    count, regions = picture_NR.shape
-    class_count = probabilities_NK.shape[1]
-    of_NM = torch.sparse_coo_tensor(
-        torch.stack([torch.arange(count).repeat_interleave(regions), picture_NR.flatten()]),
-        torch.ones(count * regions),
-        (count, picture_count),
-        check_invariants=True,
-    ).coalesce()
-    of_MN = of_NM.t().coalesce()
-    has_MK = torch.full((picture_count, class_count), 1.0 / class_count)
-    for _ in range(_ATTRIBUTION_ROUNDS):
-        got_MK = has_MK * torch.sparse.mm(of_MN, probabilities_NK / torch.sparse.mm(of_NM, has_MK))
-        got_MK += _ATTRIBUTION_PRIOR / class_count
-        has_MK = got_MK / got_MK.sum(dim=1, keepdim=True)
-    return has_MK
 
 
 def one_hot(class_indices_N: Tensor, class_count: int) -> Tensor:

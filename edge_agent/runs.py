@@ -3,6 +3,7 @@
 run.toml       the resolved configuration
 generator.pt   phase 1's result; of mixes it holds the local pictures' latents, so it's as private as they are
 journal.db     outbox and paid answers (``journal``)
+assistant.pt   of phase 2, where there is one: the larger network that the student also learns from
 student.pt     phase 2's result, a checkpoint that ``teacher-serve`` could serve
 memory.npz     phase 3's result
 metrics.jsonl  one line a figure
@@ -135,22 +136,20 @@ class RunFolder:
             raise ValueError(f"{name}: expected at most {MEMORY_LIMIT_BYTES} bytes, got {buffer.tell()}")
         self.write(name, buffer.getvalue())
 
-    def write_student(self, student: nn.Module, facts: ModelFacts) -> None:
-        """Writes ``student.pt``."""
-        with disk_problems(str(self.path / "student.pt")):
-            save_model(self.path / "student.pt", student, facts)
+    def write_network(self, name: str, network: nn.Module, facts: ModelFacts) -> None:
+        """Writes a student or its assistant."""
+        with disk_problems(str(self.path / name)):
+            save_model(self.path / name, network, facts)
 
-    def read_student(self) -> Classifier:
-        """The network in ``student.pt``, in eval mode. Raises RunFolderProblem."""
+    def read_network(self, name: str) -> Classifier:
+        """What ``write_network`` wrote, in eval mode. Raises RunFolderProblem."""
         try:
-            student = load_model(self.path / "student.pt").module
+            network = load_model(self.path / name).module
         except ModelFileError as error:
             raise RunFolderProblem(str(error)) from None
-        if not isinstance(student, Classifier):
-            raise RunFolderProblem(
-                f"{self.path / 'student.pt'}: expected a checkpoint of this project, got another file"
-            )
-        return student
+        if not isinstance(network, Classifier):
+            raise RunFolderProblem(f"{self.path / name}: expected a checkpoint of this project, got another file")
+        return network
 
     def digest(self, name: str) -> str:
         """SHA-256 of a file, hex."""

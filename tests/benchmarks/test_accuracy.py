@@ -97,8 +97,8 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
     del risk["privacy"]["membership_attacks"]["mean_of_parts"]  # a former version's line
     assert "| 0.507 whole |" in accuracy_table.table(lines)
     left = accuracy_table.unfinished(lines)
-    assert "mnist-soft, seed 1: `python -m benchmarks.accuracy --row mnist-soft --seed 1`" in left
-    assert "mnist-soft, seed 0" not in left
+    assert "| `python -m benchmarks.accuracy --row mnist-soft` | 1 |" in left
+    assert "| `python -m benchmarks.accuracy --row mnist-10k` | 0, 1, 2 |" in left
     assert accuracy_table.curve(lines) is None
     more = accuracy_table.present([*lines.values(), line("mnist-10k", 0, 0.98) | {"queries": {"charged": 10_000}}])
     picture = accuracy_table.curve(more)

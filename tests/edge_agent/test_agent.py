@@ -24,6 +24,7 @@ from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks.gan import Generator
 from networks.mixes import Mixes
+from networks.modelfile import load_model
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
@@ -117,6 +118,46 @@ def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_
         agent(folder, tmp_path, description(8, 8), budget=4, distill={"local_weight": 1.0}).distill()
     assert [weight for weight, _ in seen] == [0.0, 1.0]
     assert np.array_equal(seen[1][1], pictures_NHW[:, None])
+
+
+def test_the_assistant_is_trained_once_for_the_same_answers_and_given_to_every_student(
+    tmp_path, pictures_NHW, monkeypatch
+):
+    seen = []
+
+    def noting(student, *parts, assistant, local_NCHW, **options):
+        seen.append((len(local_NCHW), assistant and assistant.state_dict()["linear.weight"]))
+        return student.eval()
+
+    monkeypatch.setattr(agents, "train_student", noting)
+    settings = {"assistant": "resnet14", "assistant_passes": 2, "image_weight": 0}
+    with RunFolder(tmp_path / "run") as folder:
+        asked(folder, tmp_path, pictures_NHW, distill=settings).distill()
+        facts = load_model(folder.path / "assistant.pt").facts
+        assert (facts.architecture, facts.labels) == ("resnet14", ("a", "b"))
+        agent(folder, tmp_path, description(8, 8), budget=4, distill=settings, student="resnet14").distill()
+        agent(folder, tmp_path, description(8, 8), budget=4, distill={"image_weight": 0}).distill()
+        again = settings | {"assistant_passes": 3}
+        agent(folder, tmp_path, description(8, 8), budget=4, distill=again).distill()
+    assert [count for count, _ in seen] == [len(pictures_NHW)] * 4
+    first, other_student, without, other = (weight for _, weight in seen)
+    assert first.equal(other_student) and without is None and not first.equal(other)
+
+
+def test_a_shift_as_large_as_the_pictures_is_refused(tmp_path, pictures_NHW):
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(8, 8), distill={"shift_px": 8})
+        with pytest.raises(
+            BadInput, match=r"distill\.shift_px: expected less than the side of the pictures, 8, got 8"
+        ):
+            made.prepare()
+
+
+def test_an_assistant_of_no_known_architecture_is_refused(tmp_path, pictures_NHW):
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(8, 8), distill={"assistant": "resnet21"})
+        with pytest.raises(BadInput, match=r"distill\.assistant: expected one of .*resnet20.*got 'resnet21'"):
+            made.prepare()
 
 
 def test_answers_are_balanced_where_the_settings_say_so_and_nowhere_else(tmp_path, pictures_NHW, monkeypatch):

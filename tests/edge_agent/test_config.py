@@ -133,12 +133,12 @@ def test_setting_without_a_value_is_refused(text):
 
 def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
     plain = in_use(DistillConfig(), mixes=False)
-    others = DistillConfig(local_batch_count=7, mosaic_fraction=0.25, attributed_weight=2.0)
+    others = DistillConfig(local_batch_count=7, mosaic_fraction=0.25, assistant_passes=3, assistant_weight=2.0)
     assert in_use(others, mixes=False) == plain
     assert plain["passes"] == DistillConfig().passes and "balance_answers" not in plain
-    of_mixes = {"mosaic_fraction": 0.25, "attributed_weight": 2.0, "local_batch_count": 7}
-    assert in_use(others, mixes=True) == plain | of_mixes
-    assert in_use(DistillConfig(local_batch_count=7), mixes=True) == plain
+    assert in_use(others, mixes=True) == plain | {"mosaic_fraction": 0.25}
+    assisted = {"assistant": "resnet20", "assistant_passes": 3, "assistant_weight": 2.0, "local_batch_count": 7}
+    assert in_use(DistillConfig(**assisted), mixes=False) == plain | assisted
     assert in_use(DistillConfig(balance_answers=True), mixes=False) == plain | {"balance_answers": True}
     used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7), mixes=False)
     assert used == plain | {"local_weight": 2.0, "local_start_fraction": 0.5, "local_batch_count": 7}

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from tests.edge_agent.phase_parts import Keep, silent
 
 CPU = torch.device("cpu")
 SMALL = DistillConfig(passes=4, batch_count=16)
-MOSAICS = dataclasses.replace(SMALL, mosaic_fraction=0.5, attributed_weight=1.0)
+MOSAICS = dataclasses.replace(SMALL, mosaic_fraction=0.5)
 WITH_LOCAL = dataclasses.replace(SMALL, local_weight=1.0, local_batch_count=8)
 
 
@@ -81,6 +82,7 @@ def train(
     answers: Pool | None = None,
     local_NCHW: Tensor | None = None,
     mixed_MCHW: Tensor | None = None,
+    assistant: Classifier | None = None,
 ) -> Classifier:
     return train_student(
         student or tiny_student(),
@@ -94,6 +96,7 @@ def train(
         progress=silent,
         local_NCHW=local_NCHW,
         mixed_MCHW=mixed_MCHW,
+        assistant=assistant,
     )
 
 
@@ -147,6 +150,15 @@ def test_batch_norm_statistics_are_those_of_the_pool_under_the_averaged_weights(
     student = cast(Tiny, train())
     mean_C = student.conv1(normalise(pool().images_NCHW)).mean(dim=(0, 2, 3))
     torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
+
+
+def test_the_students_views_have_the_statistics_of_the_pictures() -> None:
+    """Or batch norm, which learns on views and is used on pictures, would be used on another kind of picture."""
+    bright_NCHW = (200 + 20 * torch.randn(400, 1, 16, 16, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    config = DistillConfig(shift_px=4)
+    view_NCHW = distill._students_view(bright_NCHW, config, torch.Generator().manual_seed(1))
+    seen, used = view_NCHW, normalise(bright_NCHW)
+    assert abs(seen.mean() - used.mean()) < 0.01 and abs(seen.std() / used.std() - 1) < 0.02
 
 
 def test_batch_norm_statistics_are_those_of_local_pictures_where_these_took_part() -> None:
@@ -235,21 +247,56 @@ def test_the_student_sees_mosaics_of_the_pictures_that_the_mixes_are_of() -> Non
     assert right(0.0) < 0.9
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_local_pictures_are_seen_whole_with_their_part_of_the_answers(weight: float) -> None:
-    mixed_MCHW, classes_M = two_kinds(40, seed=9)
-    plan_NR = torch.randint(39, (320, 2), generator=torch.Generator().manual_seed(6)).repeat(1, 2)
-    answers = Pool(  # of grey pictures; the last local picture is in none
-        images_NCHW=torch.full((320, 1, 8, 8), 128, dtype=torch.uint8),
-        latents_NL=plan_NR.float(),
-        probabilities_NK=nn.functional.one_hot(classes_M, 2).float()[plan_NR].mean(1),
-    )
-    config = DistillConfig(passes=8, batch_count=16, shift_px=0, image_weight=0)
-    config = dataclasses.replace(config, attributed_weight=weight, local_batch_count=16)
-    student = train(config, answers=answers, mixed_MCHW=mixed_MCHW).train()
+class Sure(Tiny):
+    """Says of a picture that is bright on the left 0.9 to 0.1, and the other way round of the others."""
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        brighter_N = images_NCHW[..., :4].mean((1, 2, 3)) - images_NCHW[..., 4:].mean((1, 2, 3))
+        return torch.stack([brighter_N.sign(), -brighter_N.sign()], dim=1) * 0.5 * math.log(9)
+
+
+def test_what_the_assistant_says_of_local_pictures_is_learnt_and_as_surely() -> None:
+    grey_NCHW = torch.full((72, 1, 8, 8), 128, dtype=torch.uint8)  # nothing to learn from what was asked
+    answers = dataclasses.replace(pool(), images_NCHW=grey_NCHW)
+    config = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, image_weight=0, local_batch_count=16)
+    assistant = Sure()
+    student = train(config, answers=answers, local_NCHW=local(), assistant=assistant)
     images_NCHW, classes_N = two_kinds(200, seed=5)
-    right = student(normalise(images_NCHW)).argmax(1).eq(classes_N).float().mean()
-    assert (right > 0.95) == (weight > 0)
+    probabilities_NK = student(normalise(images_NCHW)).softmax(dim=1)  # by the statistics of local pictures
+    assert probabilities_NK.argmax(dim=1).equal(classes_N)
+    assert probabilities_NK.amax(dim=1).mean().item() == pytest.approx(0.9, abs=0.03)
+    assert assistant.norm.num_batches_tracked == 0  # it is asked, it does not learn
+
+
+def test_an_assistant_needs_local_pictures() -> None:
+    with pytest.raises(ValueError, match="expected local pictures for the assistant to answer, got none"):
+        train(assistant=Sure())
+
+
+def test_the_assistant_learns_from_the_answers_alone_and_from_its_seed() -> None:
+    config = dataclasses.replace(
+        SMALL, assistant="resnet8", assistant_passes=2, local_weight=1.0, image_weight=1.0, passes=7
+    )
+    keep = Keep()
+    trained = [
+        distill.train_assistant(
+            pool(), class_count=2, config=config, seed=seed, device=CPU, checkpoint=checkpoint, progress=silent
+        ).state_dict()
+        for seed, checkpoint in ((0, keep), (0, Keep()), (1, Keep()))
+    ]
+    assert keep.saved == 2 * 4  # its own passes
+    assert all(value.equal(trained[1][name]) for name, value in trained[0].items())
+    assert not trained[0]["linear.weight"].equal(trained[2]["linear.weight"])
+
+
+def test_interrupted_training_with_an_assistant_gives_the_same_bits() -> None:
+    config = dataclasses.replace(SMALL, image_weight=0.0, local_batch_count=8)
+    expected = train(config, local_NCHW=local(), assistant=Sure()).state_dict()
+    keep = Keep(7)
+    with pytest.raises(InterruptedError):
+        train(config, local_NCHW=local(), assistant=Sure(), checkpoint=keep)
+    resumed = train(config, student=Tiny(), local_NCHW=local(), assistant=Sure(), checkpoint=keep).state_dict()
+    assert all(resumed[name].equal(expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("stop_after", [3, 20, 41])

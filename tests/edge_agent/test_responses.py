@@ -121,16 +121,3 @@ def test_generator_input_keeps_the_noise_beside_the_axes() -> None:
     assert latents_NL.shape == (2, 8)
     assert latents_NL[:, 3:].equal(noise_NE)
     torch.testing.assert_close(latents_NL[:, :3].sum(dim=1), torch.zeros(2), atol=1e-6, rtol=0)
-
-
-def test_each_picture_gets_its_part_of_the_answers_to_its_mixes():
-    rng = torch.Generator().manual_seed(0)
-    class_M = torch.arange(60) % 3
-    picture_NR = torch.randint(59, (600, 2), generator=rng).repeat(1, 2)  # the last is in none
-    answers_NK = responses.one_hot(class_M, 3)[picture_NR].mean(1)
-    found_MK = responses.attributed(picture_NR, answers_NK, 60)
-    assert torch.allclose(found_MK.sum(1), torch.ones(60), atol=1e-5)
-    assert found_MK[:59].argmax(1).equal(class_M[:59])
-    # The mean of a picture's answers has the other pictures in it, a third of a half; its part has not.
-    assert found_MK[torch.arange(59), class_M[:59]].mean() > 0.95
-    assert torch.allclose(found_MK[59], torch.full((3,), 1 / 3), atol=1e-5)

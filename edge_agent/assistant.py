@@ -1,0 +1,63 @@
+"""The assistant of a run: trained once for the answers at hand, kept in the run folder, whatever becomes its student.
+
+What it is good for is in `distill`; here is only where it comes from.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edge_agent.config import DistillConfig, in_use
+from edge_agent.console import Console
+from edge_agent.distill import Pool, assistants_own, train_assistant
+from edge_agent.runs import RunFolder, digest_of
+from networks.classifiers import Classifier
+from networks.modelfile import ModelFacts
+
+FILE = "assistant.pt"
+
+
+def assistant_of(
+    folder: RunFolder,
+    pool: Pool,
+    facts: ModelFacts,
+    *,
+    learnt_from: dict[str, Any],
+    config: DistillConfig,
+    seed: int,
+    device: torch.device,
+    console: Console,
+    mixed_MCHW: Tensor | None,
+) -> Classifier | None:
+    """Return the assistant that `config` asks for, from the folder where it lies there; None if it asks for none.
+
+    Args:
+        folder: keeps it, and its training while that is under way.
+        pool: what it learns from.
+        facts: of the student; the assistant's differ by the architecture.
+        learnt_from: plain values that name the pool: the assistant is trained again where they are others.
+        config, seed, device: of phase 2.
+        console: is shown the progress.
+        mixed_MCHW: as for `train_student`.
+    """
+    if not config.assistant:
+        return None
+    settings = in_use(assistants_own(config), mixes=mixed_MCHW is not None)
+    inputs = digest_of({"settings": settings, "assistant": config.assistant, "seed": seed, **learnt_from})
+    if folder.done("assistant", inputs) and folder.has(FILE):
+        return folder.read_network(FILE)
+    with console.bar("distill: assistant", "steps") as tell:
+        assistant = train_assistant(
+            pool,
+            class_count=len(facts.labels),
+            config=config,
+            seed=seed,
+            device=device,
+            checkpoint=folder.checkpoint("assistant", inputs),
+            progress=tell,
+            mixed_MCHW=mixed_MCHW,
+        ).cpu()
+    folder.write_network(FILE, assistant, ModelFacts(**{**vars(facts), "architecture": config.assistant}))
+    folder.finish("assistant", inputs)
+    return assistant
