@@ -10,6 +10,7 @@ under way are kept in runs/accuracy. Test pictures and labels are read once a ce
 import hashlib
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +33,7 @@ from edge_agent.assistant import assistant_of
 from edge_agent.config import RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
+from edge_agent.failures import Failure
 from edge_agent.generators import from_content
 from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
@@ -98,7 +100,7 @@ def main(
             if not done(row, number):
                 begun = record.about("accuracy")
                 record.keep("accuracy", begun | facts_of(row, number) | measure(row, number, data))
-    except (OSError, ValueError, ServiceError) as error:
+    except (OSError, ValueError, ServiceError, Failure) as error:
         sys.exit(f"error: {error}")
     except _OutOfTime:
         sys.exit(f"unfinished after {max_minutes} minutes; the same command goes on where {RUNS} stands")
@@ -279,6 +281,8 @@ def _train(
     answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
     assert answers is not None
     asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
+    if config.distill.assistant and local_NCHW is None:
+        raise ValueError(f"{row.name}: expected no assistant in a reference, got {config.distill.assistant}")
     mixed_MCHW = None
     if generator is not None and local_NCHW is not None:
         mixed_MCHW = mixed_pictures(generator, local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]])
@@ -310,23 +314,22 @@ def _train(
                     console=Console(),
                     mixed_MCHW=mixed_MCHW,
                 )
-            with own.clock("distill"), Console().bar(folder.name, "steps") as tell:
-                student = train_student(
-                    student.to(device),
-                    generator if isinstance(generator, Generator) else None,
-                    pool,
-                    class_count=len(facts.labels),
-                    config=config.distill,
-                    seed=config.seed,
-                    device=device,
-                    checkpoint=own.checkpoint("distill", inputs),
-                    progress=tell,
-                    local_NCHW=local_NCHW,
-                    mixed_MCHW=mixed_MCHW,
-                    assistant=assistant,
-                )
-            student_facts = ModelFacts(**{**vars(facts), "architecture": config.student})
-            own.write_network("student.pt", student.cpu(), student_facts)
+                with Console().bar(folder.name, "steps") as tell:
+                    student = train_student(
+                        student.to(device),
+                        generator if isinstance(generator, Generator) else None,
+                        pool,
+                        class_count=len(facts.labels),
+                        config=config.distill,
+                        seed=config.seed,
+                        device=device,
+                        checkpoint=own.checkpoint("distill", inputs),
+                        progress=tell,
+                        local_NCHW=local_NCHW,
+                        mixed_MCHW=mixed_MCHW,
+                        assistant=assistant,
+                    )
+            own.write_network("student.pt", student.cpu(), replace(facts, architecture=config.student))
             own.finish("distill", inputs)
         return own.seconds("distill")
 

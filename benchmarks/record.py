@@ -31,12 +31,17 @@ def about(name: str, note: str = "") -> dict[str, Any]:
 
 def _anywhere(argument: str) -> str:
     """Say an argument as it would be on any machine: of a path from the root, what lies below here, or its name."""
-    option, equals, value = argument.rpartition("=")
+    option, value = ("", argument) if argument.startswith("/") else _before_the_root(argument)
     path = Path(value)
     if not path.is_absolute():
         return argument
-    said = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
-    return f"{option}{equals}{said}"
+    return option + str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name)
+
+
+def _before_the_root(argument: str) -> tuple[str, str]:
+    """Cut an argument before the path from the root that follows a ``=`` or a ``://``; nothing if there is none."""
+    cuts = [place + len(mark) for mark in ("=", "://") if (place := argument.find(f"{mark}/")) >= 0]
+    return (argument[: min(cuts)], argument[min(cuts) :]) if cuts else (argument, "")
 
 
 def kept(name: str) -> list[dict[str, Any]]:

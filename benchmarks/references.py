@@ -101,7 +101,7 @@ def _view(images_NCHW: Tensor, *, mirror: bool, rng: torch.Generator) -> Tensor:
     view_NCHW = normalise(images_NCHW)
     if mirror:
         view_NCHW = augment.mirror(view_NCHW, rng=rng)
-    return quantise(augment.shift(view_NCHW, largest_px=SHIFT_PX[images_NCHW.shape[1]], rng=rng))
+    return quantise(augment.shift(view_NCHW, largest_px=SHIFT_PX[images_NCHW.shape[1]], rng=rng, reflect=True))
 
 
 def _none(count: int) -> Tensor:

@@ -23,7 +23,7 @@ from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
-from edge_agent.assistant import assistant_of
+from edge_agent.assistant import assistant_of, refuse_runaway
 from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
@@ -391,11 +391,7 @@ class Agent:
                 mixed_MCHW=mixed_MCHW,
                 assistant=assistant,
             )
-        if not all(value.isfinite().all() for value in student.state_dict().values()):
-            raise BadInput(
-                f"the training of {self._config.student} ran away: its weights are no longer numbers. The answers "
-                f"are kept; train again with --set distill.learning_rate={self._config.distill.learning_rate / 10:g}"
-            )
+        refuse_runaway(student, self._config.student, self._config.distill)
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
         self._folder.write_network("student.pt", student.cpu(), facts)
         self._journal.set_facts(agreement_synthetic=agreement)

@@ -3,6 +3,7 @@
 What it is good for is in `distill`; here is only where it comes from.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from edge_agent.config import DistillConfig, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, assistants_own, train_assistant
+from edge_agent.failures import BadInput
 from edge_agent.runs import RunFolder, digest_of
 from networks.classifiers import Classifier
 from networks.modelfile import ModelFacts
@@ -40,6 +42,8 @@ def assistant_of(
         config, seed, device: of phase 2.
         console: is shown the progress.
         mixed_MCHW: as for `train_student`.
+
+    Raises BadInput where its training ran away.
     """
     if not config.assistant:
         return None
@@ -47,6 +51,7 @@ def assistant_of(
     inputs = digest_of({"settings": settings, "assistant": config.assistant, "seed": seed, **learnt_from})
     if folder.done("assistant", inputs) and folder.has(FILE):
         return folder.read_network(FILE)
+    folder.journal.set_facts(**{"done.assistant": None})  # its file will be another's before it is said to be done
     with console.bar("distill: assistant", "steps") as tell:
         assistant = train_assistant(
             pool,
@@ -58,6 +63,16 @@ def assistant_of(
             progress=tell,
             mixed_MCHW=mixed_MCHW,
         ).cpu()
-    folder.write_network(FILE, assistant, ModelFacts(**{**vars(facts), "architecture": config.assistant}))
+    refuse_runaway(assistant, config.assistant, config)
+    folder.write_network(FILE, assistant, replace(facts, architecture=config.assistant))
     folder.finish("assistant", inputs)
     return assistant
+
+
+def refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:
+    """Raise BadInput for a network, student or assistant, whose training ended in weights that are no numbers."""
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise BadInput(
+            f"the training of {name} ran away: its weights are no longer numbers. The answers are kept; train again "
+            f"with --set distill.learning_rate={config.learning_rate / 10:g}"
+        )

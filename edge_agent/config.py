@@ -210,6 +210,8 @@ class ConfigError(Exception):
 
 
 IMAGE_ENCODINGS = ("auto", "raw", "png", "jpeg", "webp")
+REMOVED = {"distill": {"attributed_weight": 0.0}}
+"""Settings of former versions, and what switched them off: a run.toml of those says so, and is still good."""
 SECTIONS: dict[str, type] = {"deprivatize": DeprivatizeConfig, "distill": DistillConfig, "adapt": AdaptConfig}
 
 
@@ -231,7 +233,8 @@ def build_config(*layers: Mapping[str, Any]) -> RunConfig:
             elif name in SECTIONS:
                 if not isinstance(value, Mapping):
                     raise ConfigError(f"{name}: expected a section [{name}], got {value!r}")
-                sections[name].update(value)
+                former = REMOVED.get(name, {})
+                sections[name].update({key: entry for key, entry in value.items() if former.get(key) != entry})
             else:
                 top[name] = value
     if not top.get("images"):

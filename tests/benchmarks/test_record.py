@@ -12,7 +12,9 @@ def test_a_command_names_no_folder_of_the_machine_it_ran_on(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     below, beside = tmp_path / "runs" / "mnist", tmp_path.parent / "elsewhere"
     monkeypatch.setattr(
-        sys, "argv", ["x", "--run-dir", str(below), f"--data={beside}", "--set", "a=1", "--part", "test"]
+        sys, "argv", ["x", "--run-dir", str(below), f"--data={beside}", "--set", "a=1", f"sqlite:///{beside}/b=c.db"]
     )
     command = record.about("adaptation")["command"]
-    assert command == "python -m benchmarks.adaptation --run-dir runs/mnist --data=elsewhere --set a=1 --part test"
+    assert (
+        command == "python -m benchmarks.adaptation --run-dir runs/mnist --data=elsewhere --set a=1 sqlite://b=c.db"
+    )

@@ -24,7 +24,6 @@ from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks.gan import Generator
 from networks.mixes import Mixes
-from networks.modelfile import load_model
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
@@ -120,28 +119,30 @@ def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_
     assert np.array_equal(seen[1][1], pictures_NHW[:, None])
 
 
-def test_the_assistant_is_trained_once_for_the_same_answers_and_given_to_every_student(
+def test_the_student_is_given_the_assistant_of_its_answers_and_what_that_learnt_from_is_what_it_learns_from(
     tmp_path, pictures_NHW, monkeypatch
 ):
-    seen = []
+    seen, made, assistant = {}, mixes(), object()
 
-    def noting(student, *parts, assistant, local_NCHW, **options):
-        seen.append((len(local_NCHW), assistant and assistant.state_dict()["linear.weight"]))
+    def asking(folder, pool, facts, *, learnt_from, config, mixed_MCHW, **options):
+        seen.update(folder=folder, pool=pool, facts=facts, mixed=mixed_MCHW, learnt_from=learnt_from)
+        return assistant
+
+    def noting(student, generator, pool, *, assistant, mixed_MCHW, local_NCHW, **options):
+        seen.update(given=assistant, students_pool=pool, students_mixed=mixed_MCHW, local=local_NCHW)
         return student.eval()
 
+    monkeypatch.setattr(agents, "assistant_of", asking)
     monkeypatch.setattr(agents, "train_student", noting)
-    settings = {"assistant": "resnet14", "assistant_passes": 2, "image_weight": 0}
+    settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0, "assistant": "resnet14"}}
     with RunFolder(tmp_path / "run") as folder:
-        asked(folder, tmp_path, pictures_NHW, distill=settings).distill()
-        facts = load_model(folder.path / "assistant.pt").facts
-        assert (facts.architecture, facts.labels) == ("resnet14", ("a", "b"))
-        agent(folder, tmp_path, description(8, 8), budget=4, distill=settings, student="resnet14").distill()
-        agent(folder, tmp_path, description(8, 8), budget=4, distill={"image_weight": 0}).distill()
-        again = settings | {"assistant_passes": 3}
-        agent(folder, tmp_path, description(8, 8), budget=4, distill=again).distill()
-    assert [count for count, _ in seen] == [len(pictures_NHW)] * 4
-    first, other_student, without, other = (weight for _, weight in seen)
-    assert first.equal(other_student) and without is None and not first.equal(other)
+        asked(folder, tmp_path, pictures_NHW, made, **settings, held_out_fraction=0.25).distill()
+        assert seen["learnt_from"].keys() == {"held out", "generator", "answers"}
+        assert seen["learnt_from"]["generator"] == folder.digest("generator.pt")
+    assert seen["given"] is assistant and seen["folder"] is folder
+    assert seen["pool"] is seen["students_pool"] and len(seen["pool"]) == 3  # one is held out
+    assert seen["mixed"] is seen["students_mixed"] and len(seen["mixed"]) == 56
+    assert len(seen["local"]) == COUNT
 
 
 def test_a_shift_as_large_as_the_pictures_is_refused(tmp_path, pictures_NHW):

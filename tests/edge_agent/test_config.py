@@ -131,6 +131,13 @@ def test_setting_without_a_value_is_refused(text):
         parse_setting(text)
 
 
+def test_a_setting_of_a_former_version_is_read_where_it_was_off():
+    former = {"images": "digits", "distill": {"attributed_weight": 0.0, "passes": 3}}
+    assert build_config(former) == build_config({"images": "digits", "distill": {"passes": 3}})
+    with pytest.raises(ConfigError, match=r"distill\.attributed_weight: expected one of"):
+        build_config({"images": "digits", "distill": {"attributed_weight": 1.0}})
+
+
 def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
     plain = in_use(DistillConfig(), mixes=False)
     others = DistillConfig(local_batch_count=7, mosaic_fraction=0.25, assistant_passes=3, assistant_weight=2.0)

@@ -255,17 +255,53 @@ class Sure(Tiny):
         return torch.stack([brighter_N.sign(), -brighter_N.sign()], dim=1) * 0.5 * math.log(9)
 
 
-def test_what_the_assistant_says_of_local_pictures_is_learnt_and_as_surely() -> None:
+ASSISTED = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, image_weight=0, local_batch_count=16)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_the_assistant_says_of_local_pictures_is_learnt_and_as_surely(temperature: float) -> None:
     grey_NCHW = torch.full((72, 1, 8, 8), 128, dtype=torch.uint8)  # nothing to learn from what was asked
     answers = dataclasses.replace(pool(), images_NCHW=grey_NCHW)
-    config = DistillConfig(passes=20, batch_count=16, shift_px=0, ema_decay=0.9, image_weight=0, local_batch_count=16)
-    assistant = Sure()
-    student = train(config, answers=answers, local_NCHW=local(), assistant=assistant)
+    config = dataclasses.replace(ASSISTED, temperature=temperature)
+    student = train(config, answers=answers, local_NCHW=local(), assistant=Sure())
     images_NCHW, classes_N = two_kinds(200, seed=5)
     probabilities_NK = student(normalise(images_NCHW)).softmax(dim=1)  # by the statistics of local pictures
     assert probabilities_NK.argmax(dim=1).equal(classes_N)
     assert probabilities_NK.amax(dim=1).mean().item() == pytest.approx(0.9, abs=0.03)
-    assert assistant.norm.num_batches_tracked == 0  # it is asked, it does not learn
+
+
+def test_the_assistants_weight_counts() -> None:
+    """The teacher's answers say the opposite: who is believed is a matter of the weight."""
+    opposite_NK = cast(Tensor, pool().probabilities_NK).flip(1)
+    answers = dataclasses.replace(pool(), probabilities_NK=opposite_NK)
+    images_NCHW, classes_N = two_kinds(200, seed=5)
+    for weight in (5.0, 0.2):
+        config = dataclasses.replace(ASSISTED, assistant_weight=weight, learning_rate=0.02)
+        student = train(config, answers=answers, local_NCHW=local(), assistant=Sure())
+        right = student(normalise(images_NCHW)).argmax(1).eq(classes_N).float().mean()
+        assert right > 0.8 if weight > 1 else right < 0.2
+
+
+def test_the_assistant_is_asked_about_what_the_student_sees_and_learns_nothing_by_it() -> None:
+    seen: dict[nn.Module, Tensor] = {}
+
+    class Noting(Tiny):
+        def forward(self, images_NCHW: Tensor) -> Tensor:
+            seen[self] = images_NCHW
+            return cast(Tensor, super().forward(images_NCHW))
+
+    student, assistant = Noting().train(), Noting()
+    before = {name: value.clone() for name, value in assistant.state_dict().items()}
+    train(student=student, local_NCHW=local(), assistant=assistant.train(), config=ASSISTED)
+    assert all(value.equal(before[name]) for name, value in assistant.state_dict().items())
+    config = dataclasses.replace(ASSISTED, shift_px=2)
+    loss_N = distill.assisted_loss(student, assistant, local(), config, torch.Generator().manual_seed(0))
+    assert seen[student] is seen[assistant] and loss_N.shape == (40,) and loss_N.requires_grad
+
+
+def test_a_shift_as_large_as_the_pictures_is_refused() -> None:
+    with pytest.raises(ValueError, match="shift_px: expected less than the side of the pictures, got 8"):
+        train(dataclasses.replace(SMALL, shift_px=8))
 
 
 def test_an_assistant_needs_local_pictures() -> None:
