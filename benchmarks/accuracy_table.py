@@ -27,9 +27,9 @@ checkpoint sees a test label; the last average of a fixed schedule is the studen
 `membership AUC` is that of the strongest [attack](../docs/privacy.md#the-attacks) on what was sent; "whole": a line
 of the row was measured before there was an attack by parts of pictures.
 
-Lines from before 2026-11-21, 20:00 UTC, and those of `mnist-*` with seed 2, are of students whose views had dark
-borders (`_students_view` in [distill.py](../edge_agent/distill.py) says what that did to photographs; MNIST's pictures
-have dark borders themselves).
+Lines of before 2026-11-21, 19:57 UTC, and those of `mnist-*` with seed 2, are of students whose views had dark
+borders. `_students_view` in [distill.py](../edge_agent/distill.py) says what that did to photographs; MNIST's own
+borders are dark.
 """
 
 
