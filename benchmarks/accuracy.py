@@ -34,13 +34,12 @@ from edge_agent.config import RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
 from edge_agent.failures import Failure
-from edge_agent.generators import from_content
+from edge_agent.generators import AnyGenerator, from_content
 from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from networks import registry
 from networks.gan import Generator
-from networks.mixes import Mixes
 from networks.modelfile import ModelFacts, load_model, save_model
 
 RUNS = Path("runs/accuracy")
@@ -272,7 +271,7 @@ def _train(
     row: Row,
     config: RunConfig,
     pool: Pool,
-    generator: Generator | Mixes | None,
+    generator: AnyGenerator | None,
     facts: ModelFacts,
     folder: Path,
     local_NCHW: Tensor | None = None,

@@ -31,6 +31,7 @@ from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate
+from edge_agent.generators import AnyGenerator
 from edge_agent.mixes import mixed_pictures
 from edge_agent.packing import Packing
 from networks import registry
@@ -120,7 +121,7 @@ def main(
             record.keep("encodings", begun | facts | {"encoding": encoding, "seed": seed} | figures)
 
 
-def _pictures(generator: Generator | Mixes, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def _pictures(generator: AnyGenerator, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     """Latents (N, L) and pictures (N, C, H, W) uint8, as the slots of phase 2 make them."""
     channels = int(generator.arguments["channels"])
     nothing_local = CopyGate(torch.zeros((0, channels, generator.side, generator.side), dtype=torch.uint8), 0.0)
@@ -129,7 +130,7 @@ def _pictures(generator: Generator | Mixes, count: int, *, seed: int) -> tuple[T
     return torch.cat([slot[0] for slot in slots]).float(), torch.cat([slot[1] for slot in slots])
 
 
-def _mixed(generator: Generator | Mixes, config: RunConfig) -> Tensor | None:
+def _mixed(generator: AnyGenerator, config: RunConfig) -> Tensor | None:
     """The local pictures that mixes are of."""
     if not isinstance(generator, Mixes):  # whose local pictures nobody asks for
         return None
@@ -139,7 +140,7 @@ def _mixed(generator: Generator | Mixes, config: RunConfig) -> Tensor | None:
 
 
 def _student(
-    pool: Pool, generator: Generator | Mixes, mixed_MCHW: Tensor | None, config: RunConfig, seed: int, *, classes: int
+    pool: Pool, generator: AnyGenerator, mixed_MCHW: Tensor | None, config: RunConfig, seed: int, *, classes: int
 ) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

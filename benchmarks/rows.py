@@ -36,6 +36,7 @@ ORDER = (
     "cifar10-hard",
     "cifar10-assistant",
     "cifar10-hard-assistant",
+    "cifar10-diffusion",
     "cifar10-gan",
     "cifar10-image-loss",
     "cifar10-local",

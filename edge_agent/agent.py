@@ -24,14 +24,15 @@ from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.assistant import assistant_of, refuse_runaway
-from edge_agent.config import MIXES_SETTINGS, RunConfig, as_layers, given_settings, in_use
+from edge_agent.config import GENERATORS_OWN, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
+from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool, train_student
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
-from edge_agent.generators import PictureGenerator
+from edge_agent.generators import AnyGenerator, PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
 from edge_agent.mixes import mixed_pictures, train_mixes
@@ -467,7 +468,7 @@ class Agent:
 
     # --- parts of phases ---
 
-    def _train_generator(self, checkpoint: Checkpoint, progress: Progress) -> Generator | Mixes:
+    def _train_generator(self, checkpoint: Checkpoint, progress: Progress) -> AnyGenerator:
         """Trains the kind of generator that was asked for, on all local pictures but the reference."""
         config = self._config.deprivatize
         training_NCHW, _ = self._split
@@ -480,16 +481,18 @@ class Agent:
         }
         if config.generator == "mixes":
             return train_mixes(training_NCHW, **shared)
+        if config.generator == "diffusion":
+            return train_diffusion(training_NCHW, **shared)
         guide = self._guide() if config.im_queries > 0 else None
         return train_generator(training_NCHW, class_count=len(self._description.labels), guide=guide, **shared)
 
     def _generators_settings(self) -> dict[str, Any]:
-        """The settings that decide what phase 1 makes: without those of the other kind, which a GAN never had."""
-        settings = asdict(self._config.deprivatize)
-        if self._config.deprivatize.generator == "gan":
-            for name in MIXES_SETTINGS:
-                del settings[name]
-        return settings
+        """The settings that decide what phase 1 makes: without those that only other kinds have, and came later."""
+        kind = self._config.deprivatize.generator
+        others = {name for other, own in GENERATORS_OWN.items() if other != kind for name in own}
+        if kind == "gan":  # was what it is before there was another
+            others.add("generator")
+        return {name: value for name, value in asdict(self._config.deprivatize).items() if name not in others}
 
     def _begin(self, *phases: str) -> None:
         """Takes back that phases are done: their results are of other inputs from here on."""
@@ -503,10 +506,10 @@ class Agent:
             identity = {name: value for name, value in identity.items() if name not in CORRECTABLE}
         return digest_of({"identity": identity, "classes": len(self._description.labels)})
 
-    def _generator(self) -> Generator | Mixes:
+    def _generator(self) -> AnyGenerator:
         if not self._folder.has("generator.pt"):
             raise RunFolderProblem(f"{self._folder.path}: expected generator.pt; run --phase deprivatize first")
-        return generators.from_content(self._folder.read_tensors("generator.pt"))
+        return generators.from_content(self._folder.read_tensors("generator.pt")).to(self._device)
 
     def _gate(self, generator: PictureGenerator, digest: str) -> CopyGate:
         """The gate before the door, with all it has seen. Raises CopiesStopped, first of all for a failed probe."""

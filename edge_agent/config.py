@@ -12,13 +12,14 @@ class DeprivatizeConfig:
     """Phase 1: learn to make pictures like the local ones. Asks the teacher nothing, but for `im_queries`."""
 
     generator: str = "gan"
-    """gan, or mixes: an autoencoder's latents of local pictures, mixed (`networks.mixes`)."""
+    """gan, diffusion (`networks.diffusion`), or mixes: an autoencoder's latents of local pictures, mixed
+    (`networks.mixes`)."""
     steps: int = 1500
     """Optimiser steps of the generator; the discriminator takes as many, that of mixes two thirds of them."""
     batch_count: int = 64
     """Real pictures a step, and as many synthetic ones."""
     generator_width: int = 32
-    """Channels of the generator's last layer; the layers before have twice as many."""
+    """Channels of the generator's last layer, of diffusion the first too; the others have twice as many."""
     discriminator_width: int = 32
     """Channels of the discriminator's first layers; the deepest have four times as many."""
     noise_count: int = 54
@@ -51,10 +52,16 @@ class DeprivatizeConfig:
     """Of mixes: regions along each side; each is of one local picture."""
     mix_noise: float = 0.3
     """Of mixes: noise on the latents, in standard deviations."""
+    drawing_steps: int = 12
+    """Of diffusion: passes through the network a picture."""
 
 
-MIXES_SETTINGS = ("generator", "latent_channels", "mix_pictures", "mix_regions", "mix_noise")
-"""Settings of `DeprivatizeConfig` that came with mixes: a GAN was what it is before there were any."""
+GENERATORS_OWN: dict[str, tuple[str, ...]] = {
+    "gan": (),
+    "diffusion": ("drawing_steps",),
+    "mixes": ("latent_channels", "mix_pictures", "mix_regions", "mix_noise"),
+}
+"""Kind of generator -> the settings of `DeprivatizeConfig` that came with it, and are no matter for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,8 +332,10 @@ def _as_kept(value: Any, wanted: Any) -> Any:
 def _check_ranges(config: RunConfig) -> None:
     first, distill, adapt = config.deprivatize, config.distill, config.adapt
     _check_kserve(config)
-    mixes = first.generator == "mixes"
-    by_mixes = "deprivatize.generator = mixes, which makes no picture of an answer; give that, or generator = gan"
+    gan = first.generator == "gan"
+    without = (
+        f"0 with generator = {first.generator}, which makes no picture of an answer; give that, or generator = gan"
+    )
     for name, fine, expected in (
         ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
@@ -340,13 +349,14 @@ def _check_ranges(config: RunConfig) -> None:
         ("tls_cert", bool(config.tls_cert) == bool(config.tls_key), "it and tls_key, or neither"),
         ("tls_cert", not config.tls_cert or bool(config.tls_ca), "tls_ca with it"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
-        ("deprivatize.generator", first.generator in ("gan", "mixes"), "gan or mixes"),
+        ("deprivatize.generator", first.generator in GENERATORS_OWN, " or ".join(GENERATORS_OWN)),
         ("deprivatize.latent_channels", first.latent_channels >= 1, "1 or more"),
         ("deprivatize.mix_pictures", 2 <= first.mix_pictures <= 64, "2 to 64"),
         ("deprivatize.mix_regions", 2 <= first.mix_regions <= 32, "2 to 32"),
         ("deprivatize.mix_noise", 0 <= first.mix_noise < math.inf, "0 or more"),
-        ("distill.image_weight", not mixes or distill.image_weight == 0, f"0 with {by_mixes}"),
-        ("deprivatize.im_queries", not mixes or first.im_queries == 0, f"0 with {by_mixes}"),
+        ("deprivatize.drawing_steps", 2 <= first.drawing_steps <= 1000, "2 to 1000"),
+        ("distill.image_weight", gan or distill.image_weight == 0, without),
+        ("deprivatize.im_queries", gan or first.im_queries == 0, without),
         ("deprivatize.steps", first.steps >= 1, "1 or more"),
         ("deprivatize.batch_count", first.batch_count >= 2, "2 or more"),
         ("deprivatize.generator_width", first.generator_width >= 1, "1 or more"),

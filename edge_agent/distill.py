@@ -43,7 +43,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edge_agent import augment, losses, responses
 from edge_agent.config import DistillConfig
-from edge_agent.phase import Checkpoint, Progress, Resumable
+from edge_agent.phase import Checkpoint, Progress, Resumable, rise_and_fall
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks import registry
@@ -361,13 +361,6 @@ def image_loss(generator: Generator, answers_NK: Tensor, logits_NK: Tensor, nois
             wanted_NCHW = generator(responses.generator_input(answers_NK, noise_NE))
         got_NCHW = generator(responses.generator_input(logits_NK.softmax(dim=1), noise_NE))
     return losses.image_distance(got_NCHW.float(), wanted_NCHW.float())
-
-
-def rise_and_fall(part_done: float, warmup_fraction: float) -> float:
-    """Factor of the step size: a straight rise to 1, then half a cosine to 0."""
-    if part_done < warmup_fraction:
-        return part_done / warmup_fraction
-    return 0.5 * (1.0 + math.cos(math.pi * (part_done - warmup_fraction) / (1.0 - warmup_fraction)))
 
 
 def _batches(images_NCHW: Tensor) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """What a phase needs from the room it runs in: somewhere to keep its state and someone to tell."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -65,3 +66,10 @@ class Resumable:
     def _state(self) -> dict[str, Any]:
         own = {"rng": self._rng.get_state(), "done": self.done, "order": self.order}
         return {name: part.state_dict() for name, part in self._parts.items()} | own
+
+
+def rise_and_fall(part_done: float, warmup_fraction: float) -> float:
+    """Factor of the step size: a straight rise to 1, then half a cosine to 0."""
+    if part_done < warmup_fraction:
+        return part_done / warmup_fraction
+    return 0.5 * (1.0 + math.cos(math.pi * (part_done - warmup_fraction) / (1.0 - warmup_fraction)))

@@ -7,6 +7,7 @@ and asked about once. Each slot's latents come from a random stream of its own, 
 replace dropped ones, so a resumed run plans what it would have.
 """
 
+import contextlib
 import hashlib
 import time
 import uuid
@@ -25,7 +26,9 @@ from edge_agent.generators import PictureGenerator
 from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
+from edge_agent.precision import training_precision
 from edge_agent.teacher import Answered, Description, Teacher
+from networks.diffusion import Diffusion
 from networks.mixes import Mixes
 from protos import codec
 from protos.errors import Reason
@@ -235,9 +238,16 @@ def _stream(name: str) -> torch.Generator:
 
 def _draw(generator: PictureGenerator, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Latents (N, L) and their pictures (N, C, H, W) uint8, both on the CPU."""
-    with torch.inference_mode():
+    with torch.inference_mode(), _precision(generator):
         latents_NL, images_NCHW = generator.sample(count, rng=rng)
         return latents_NL, quantise(images_NCHW).cpu()
+
+
+def _precision(generator: PictureGenerator) -> contextlib.AbstractContextManager[object]:
+    """So many passes as diffusion takes are worth less precision: each corrects what the one before was wrong by."""
+    if not isinstance(generator, Diffusion):
+        return contextlib.nullcontext()
+    return training_precision(next(generator.parameters()).device)
 
 
 def fill_pool(

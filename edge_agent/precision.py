@@ -1,4 +1,4 @@
-"""How exactly a network computes while it trains."""
+"""How exactly a network computes while it trains, or draws in many passes."""
 
 import torch
 

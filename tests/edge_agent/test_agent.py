@@ -205,7 +205,7 @@ def test_another_reference_than_the_paid_answers_were_bought_with_is_refused(
             agent(folder, tmp_path, description(8, 8)).prepare()
 
 
-@pytest.mark.parametrize("kind", ["gan", "mixes"])
+@pytest.mark.parametrize("kind", ["gan", "diffusion", "mixes"])
 def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkeypatch, kind):
     seen = []
 
@@ -213,7 +213,8 @@ def test_the_reference_never_trains_the_generator(tmp_path, pictures_NHW, monkey
         seen.append(images_NCHW)
         return Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
 
-    monkeypatch.setattr(agents, {"gan": "train_generator", "mixes": "train_mixes"}[kind], noting)
+    trains = {"gan": "train_generator", "diffusion": "train_diffusion", "mixes": "train_mixes"}
+    monkeypatch.setattr(agents, trains[kind], noting)
     with RunFolder(tmp_path / "run") as folder:
         settings = {"deprivatize": {"generator": kind}, "distill": {"image_weight": 0}}
         made = agent(folder, tmp_path, description(8, 8), **settings)
@@ -251,6 +252,15 @@ def test_the_student_is_given_the_pictures_that_the_mixes_are_of_in_their_order(
         agent(folder, tmp_path, description(8, 8), **settings)._train_generator(None, None)
         asked(folder, tmp_path, pictures_NHW, made, **settings).distill()
     assert torch.equal(seen["by the student"], seen["by mixes"])
+
+
+def test_settings_of_other_generators_are_no_part_of_the_identity_of_mixes(tmp_path, pictures_NHW):
+    """A folder that was begun before there was diffusion goes on."""
+    with RunFolder(tmp_path / "run") as folder:
+        settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
+        agent(folder, tmp_path, description(8, 8), **settings).prepare()
+        identity = folder.journal.fact("identity")
+        assert "deprivatize.mix_noise" in identity and "deprivatize.drawing_steps" not in identity
 
 
 def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW):

@@ -51,8 +51,16 @@ def test_resolved_config_reads_back_as_itself():
         ),
         ({"images": "a", "distill": {"local_batch_count": 1}}, r"distill\.local_batch_count: expected 2 or more"),
         ({"images": "a", "deprivatize": {"noise_count": -1}}, r"deprivatize\.noise_count: expected 0 or more"),
-        ({"images": "a", "deprivatize": {"generator": "vae"}}, r"deprivatize\.generator: expected gan or mixes"),
+        (
+            {"images": "a", "deprivatize": {"generator": "vae"}},
+            r"deprivatize\.generator: expected gan or diffusion or mixes",
+        ),
         ({"images": "a", "deprivatize": {"mix_regions": 0}}, r"deprivatize\.mix_regions: expected 2 to 32"),
+        ({"images": "a", "deprivatize": {"drawing_steps": 1}}, r"deprivatize\.drawing_steps: expected 2 to 1000"),
+        (
+            {"images": "a", "deprivatize": {"generator": "diffusion"}},
+            r"distill\.image_weight: expected 0 with .*diffusion, .*give that, or generator = gan, got 1\.0",
+        ),
         ({"images": "a", "deprivatize": {"mix_noise": -0.1}}, r"deprivatize\.mix_noise: expected 0 or more"),
         (
             {"images": "a", "deprivatize": {"generator": "mixes"}},

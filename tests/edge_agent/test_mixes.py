@@ -11,6 +11,7 @@ from edge_agent.egress import CopiesStopped, CopyGate
 from edge_agent.mixes import feature_distance, train_mixes
 from edge_agent.pixels import normalise
 from edge_agent.pool import probe, synthetic
+from networks.diffusion import Diffusion
 from networks.gan import Generator
 from networks.mixes import Mixes
 from tests.edge_agent.phase_parts import Keep, silent
@@ -161,12 +162,16 @@ def test_a_slot_is_always_made_the_same_and_another_differently() -> None:
     assert not torch.equal(first[1], synthetic(mixes, free, seed=0)(4, 8)[1])
 
 
-@pytest.mark.parametrize("kind", ["gan", "mixes"])
+@pytest.mark.parametrize("kind", ["gan", "diffusion", "mixes"])
 def test_a_generator_is_kept_without_code_and_read_back_as_it_was(kind: str) -> None:
     torch.manual_seed(0)
-    made = train() if kind == "mixes" else Generator(class_count=2, noise_count=3, side=8, channels=1, width=4).eval()
+    made = {
+        "gan": Generator(class_count=2, noise_count=3, side=8, channels=1, width=4).eval(),
+        "diffusion": Diffusion(side=8, channels=1, width=4, drawing_steps=3).eval(),
+        "mixes": train(),
+    }[kind]
     content = generators.to_content(made)
-    assert kind == "mixes" or content.keys() == {"arguments", "state_dict"}
+    assert kind != "gan" or content.keys() == {"arguments", "state_dict"}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)

@@ -52,10 +52,14 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
     assert (world.run_dir / "student.pt").read_bytes() == student
 
 
-def test_mixes_make_a_whole_run_and_a_kill_pays_for_none_twice(world):
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("diffusion", {"drawing_steps": 3}), ("mixes", {"discriminator_width": 4, "latent_channels": 2})],
+)
+def test_every_other_generator_makes_a_whole_run_and_a_kill_pays_for_none_twice(world, kind, own):
     world.account(1000)
     world.start_server()
-    settings = {"generator": "mixes", "generator_width": 4, "discriminator_width": 4, "latent_channels": 2}
+    settings = {"generator": kind, "generator_width": 4, **own}
     flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
     refused = world.agent(*flags)
     assert refused.returncode == 2 and "distill.image_weight: expected 0" in refused.stderr
@@ -72,7 +76,8 @@ def test_mixes_make_a_whole_run_and_a_kill_pays_for_none_twice(world):
     assert summary["privacy"]["membership_auc"] is not None and summary["privacy"]["dropped_share"] <= 0.01
     assert summary["phases_done"] == ["deprivatize", "distill", "adapt"]
     content = torch.load(world.run_dir / "generator.pt", weights_only=True)
-    assert content["kind"] == "mixes" and content["state_dict"]["latents_VMZhw"].dtype == torch.float16
+    assert content["kind"] == kind
+    assert kind != "mixes" or content["state_dict"]["latents_VMZhw"].dtype == torch.float16
     assert_books_agree(world)
 
 
