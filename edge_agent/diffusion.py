@@ -5,6 +5,11 @@ Shape letters: N pictures, C channels, H and W height and width.
 A GAN of an hour on a small CPU does not get beyond textures. To tell a picture from the noise on it is plain
 regression, which needs no balance of two networks and does not forget what is rare; and unlike mixes nothing that is
 drawn begins with a local picture.
+
+CIFAR-10's development part, 12,000 answers, a ResNet8 after 15 passes in batches of 32, one seed, an hour of one core
+for 8,400 steps of width 64: 55.3 %. With mixes 69.9, with GANs and latent models of as long about 31 at most. Of the
+12,000 pictures no attack told training pictures from others: AUC 0.49 to 0.50, by quarters too (mixes: 0.999). What
+helped, by eye: noise up to 40 in place of 8, and second-order steps, of which 12 draw what 40 do.
 """
 
 from typing import cast
