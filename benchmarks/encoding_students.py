@@ -82,6 +82,7 @@ def main(
         config = build_config(layers, {"data": str(data), "distill": layers["distill"] | own})
         kept = (run_dir / "generator.pt").read_bytes()
         generator = generators.from_content(torch.load(io.BytesIO(kept), weights_only=True))
+        generator.to(choose_device(config.device))
         loaded = load_model(teacher)
     except (OSError, ValueError, ConfigError, ModelFileError) as error:
         sys.exit(f"error: {error}")

@@ -24,7 +24,7 @@ from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.assistant import assistant_of, refuse_runaway
-from edge_agent.config import GENERATORS_OWN, RunConfig, as_layers, given_settings, in_use
+from edge_agent.config import NO_MATTER, RunConfig, as_layers, given_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
@@ -487,12 +487,9 @@ class Agent:
         return train_generator(training_NCHW, class_count=len(self._description.labels), guide=guide, **shared)
 
     def _generators_settings(self) -> dict[str, Any]:
-        """The settings that decide what phase 1 makes: without those that only other kinds have, and came later."""
-        kind = self._config.deprivatize.generator
-        others = {name for other, own in GENERATORS_OWN.items() if other != kind for name in own}
-        if kind == "gan":  # was what it is before there was another
-            others.add("generator")
-        return {name: value for name, value in asdict(self._config.deprivatize).items() if name not in others}
+        """The settings that decide what phase 1 makes."""
+        config = self._config.deprivatize
+        return {name: value for name, value in asdict(config).items() if name not in NO_MATTER[config.generator]}
 
     def _begin(self, *phases: str) -> None:
         """Takes back that phases are done: their results are of other inputs from here on."""

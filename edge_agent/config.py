@@ -15,17 +15,17 @@ class DeprivatizeConfig:
     """gan, diffusion (`networks.diffusion`), or mixes: an autoencoder's latents of local pictures, mixed
     (`networks.mixes`)."""
     steps: int = 1500
-    """Optimiser steps of the generator; the discriminator takes as many, that of mixes two thirds of them."""
+    """Optimiser steps of the generator; a GAN's discriminator takes as many, that of mixes two thirds of them."""
     batch_count: int = 64
-    """Real pictures a step, and as many synthetic ones."""
+    """Real pictures a step, of a GAN as many synthetic ones."""
     generator_width: int = 32
-    """Channels of the generator's last layer, of diffusion the first too; the others have twice as many."""
+    """Channels of the generator's layers at the full side of the picture; the others have twice as many."""
     discriminator_width: int = 32
     """Channels of the discriminator's first layers; the deepest have four times as many."""
     noise_count: int = 54
     """Free numbers of a latent, beside one a class. 0 is the paper's generator."""
     generator_learning_rate: float = 4e-4
-    """Step size of Adam for the generator; it falls to 0 along a half cosine."""
+    """Step size of Adam for the generator; it falls to 0 along a half cosine, of diffusion after a short rise."""
     discriminator_learning_rate: float = 4e-4
     """Step size of Adam for the discriminator; it falls to 0 along a half cosine."""
     ema_decay: float = 0.995
@@ -56,12 +56,25 @@ class DeprivatizeConfig:
     """Of diffusion: passes through the network a picture."""
 
 
-GENERATORS_OWN: dict[str, tuple[str, ...]] = {
-    "gan": (),
-    "diffusion": ("drawing_steps",),
-    "mixes": ("latent_channels", "mix_pictures", "mix_regions", "mix_noise"),
+_MIXES_OWN = ("latent_channels", "mix_pictures", "mix_regions", "mix_noise")
+_ADVERSARIAL = (
+    "discriminator_width",
+    "noise_count",
+    "discriminator_learning_rate",
+    "recolour_strength",
+    "shift_fraction",
+    "cutout_fraction",
+    "loss",
+    "im_queries",
+    "im_weight",
+)
+NO_MATTER: dict[str, tuple[str, ...]] = {
+    "gan": ("generator", "drawing_steps", *_MIXES_OWN),  # it was what it is before there was another
+    "diffusion": (*_ADVERSARIAL, *_MIXES_OWN),
+    "mixes": ("drawing_steps",),
 }
-"""Kind of generator -> the settings of `DeprivatizeConfig` that came with it, and are no matter for the others."""
+"""Kind of generator -> settings of `DeprivatizeConfig` that its pictures do not depend on. Of a GAN and of mixes not
+all: folders of former versions name the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +347,7 @@ def _check_ranges(config: RunConfig) -> None:
     _check_kserve(config)
     gan = first.generator == "gan"
     without = (
-        f"0 with generator = {first.generator}, which makes no picture of an answer; give that, or generator = gan"
+        f"0 with deprivatize.generator = {first.generator}, which makes no picture of an answer; give that, or gan"
     )
     for name, fine, expected in (
         ("run_dir", config.run_dir != "", "a folder"),
@@ -349,7 +362,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("tls_cert", bool(config.tls_cert) == bool(config.tls_key), "it and tls_key, or neither"),
         ("tls_cert", not config.tls_cert or bool(config.tls_ca), "tls_ca with it"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
-        ("deprivatize.generator", first.generator in GENERATORS_OWN, " or ".join(GENERATORS_OWN)),
+        ("deprivatize.generator", first.generator in NO_MATTER, " or ".join(NO_MATTER)),
         ("deprivatize.latent_channels", first.latent_channels >= 1, "1 or more"),
         ("deprivatize.mix_pictures", 2 <= first.mix_pictures <= 64, "2 to 64"),
         ("deprivatize.mix_regions", 2 <= first.mix_regions <= 32, "2 to 32"),

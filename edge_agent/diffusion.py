@@ -7,9 +7,12 @@ regression, which needs no balance of two networks and does not forget what is r
 drawn begins with a local picture.
 
 CIFAR-10's development part, 12,000 answers, a ResNet8 after 15 passes in batches of 32, one seed, an hour of one core
-for 8,400 steps of width 64: 55.3 %. With mixes 69.9, with GANs and latent models of as long about 31 at most. Of the
-12,000 pictures no attack told training pictures from others: AUC 0.49 to 0.50, by quarters too (mixes: 0.999). What
-helped, by eye: noise up to 40 in place of 8, and second-order steps, of which 12 draw what 40 do.
+for 8,400 steps of width 64: 55.3 %. With mixes 69.9, with GANs and latent models of as long about 31 at most. A
+ResNet20 60.3, and a ResNet8 that has it as its assistant 61.4; trained on local pictures with labels of its own 57.8.
+Of the 12,000 pictures no attack told training pictures from others: AUC 0.49 to 0.50, by quarters too (mixes: 0.999).
+What helped, by eye: noise up to 40 in place of 8, and second-order steps, of which 12 draw what 40 do. Begun with
+local pictures under noise of 4 or 2 in place of noise alone, the pictures keep more of their objects, and the attack
+on the whole finds members: AUC 0.61 and 0.88 (2,000 pictures, six times each).
 """
 
 from typing import cast
@@ -26,10 +29,12 @@ from edge_agent.precision import training_precision
 from networks.diffusion import DATA_DEVIATION, Diffusion
 
 # Levels are log-normal. EDM's (-1.2, 1.2) spends more on finest details, which a teacher of photographs of 32 x 32
-# hardly looks at.
+# hardly looks at. Hardly any is as high as the first that drawing begins with: under so much noise the network is
+# right with what is always so.
 _LOG_LEVEL_MEAN = -0.6
 _LOG_LEVEL_DEVIATION = 1.1
 _WARMUP_FRACTION = 0.05
+_WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0
 
 
@@ -61,7 +66,9 @@ def train_diffusion(
     ).to(device)
     diffusion.to(memory_format=torch.channels_last)
     averaged = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    optimizer = torch.optim.AdamW(diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY
+    )
     images_NCHW = images_NCHW.to(device)
 
     training = Resumable(checkpoint, rng, diffusion=diffusion, averaged=averaged, optimizer=optimizer)
@@ -80,7 +87,7 @@ def train_diffusion(
         with training_precision(device):
             expected_NCHW = diffusion(real_NCHW + level_N111 * noise_NCHW, level_N111.flatten())
         weight_N111 = (level_N111.square() + DATA_DEVIATION**2) / (level_N111 * DATA_DEVIATION).square()
-        loss = (weight_N111 * (expected_NCHW.float() - real_NCHW).square()).mean()
+        loss = (weight_N111 * (expected_NCHW - real_NCHW).square()).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), _LARGEST_GRADIENT)

@@ -31,7 +31,7 @@ class PictureGenerator(Protocol):
 
 
 AnyGenerator: TypeAlias = Generator | Diffusion | Mixes
-_KINDS: dict[str, type[Generator] | type[Diffusion] | type[Mixes]] = {
+_KINDS: dict[str, type[AnyGenerator]] = {
     "gan": Generator,
     "diffusion": Diffusion,
     "mixes": Mixes,

@@ -1,4 +1,4 @@
-"""Phase 1, the other kind: an autoencoder of the local pictures, whose latents are mixed (`networks.mixes`).
+"""Phase 1, another kind: an autoencoder of the local pictures, whose latents are mixed (`networks.mixes`).
 
 Shape letters: N pictures, C channels, H and W height and width, Z latent channels, h and w height and width of a
 latent, V views of a picture (as it is, and perhaps mirrored), M local pictures, P pictures in a mix.

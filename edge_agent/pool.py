@@ -4,7 +4,7 @@ Shape letters: N pictures, C channels, H and W height and width, K classes, L la
 
 A picture is quantised, measured and hashed against the local ones before it is planned, planned before it is sent,
 and asked about once. Each slot's latents come from a random stream of its own, which goes on for the pictures that
-replace dropped ones, so a resumed run plans what it would have.
+replace dropped ones, so a resumed run plans what it would have, on the same kind of device to the bit.
 """
 
 import contextlib

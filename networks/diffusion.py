@@ -1,6 +1,7 @@
 """A diffusion model of small pictures: noise becomes a picture while it is taken away bit by bit.
 
-Shape letters: N pictures, C channels, H and W height and width (both `side`), F features, E embedding features.
+Shape letters: N pictures, C channels, H and W height and width (both `side`), F features, E embedding features,
+Q frequencies, A heads of attention, D features of a head, P places (P = HW).
 
 Noise levels are standard deviations on the scale of pictures, -1..1. Preconditioning and levels are those of EDM
 (Karras et al., NeurIPS 2022), the way from level to level that of DPM-Solver++(2M) (Lu et al., 2022).
@@ -35,7 +36,9 @@ class Diffusion(nn.Module):
     Args:
         side: of the pictures, as `networks.gan` takes it.
         width: features at the finest level; the coarser have twice as many.
-        drawing_steps: passes through the network a drawn picture.
+        drawing_steps: passes through the network a drawn picture, 2 or more.
+
+    Raises ValueError for a side that `networks.gan` refuses.
     """
 
     def __init__(self, *, side: int, channels: int, width: int, drawing_steps: int) -> None:
@@ -82,14 +85,14 @@ def drawing_levels(count: int) -> list[float]:
 class UNet(nn.Module):
     """Pictures (N, C, H, W) and a number each (N,), its noise level, to as many pictures of the same size."""
 
-    frequencies_F: Tensor
+    frequencies_Q: Tensor
 
     def __init__(self, *, side: int, channels: int, width: int) -> None:
         super().__init__()
         halvings(side)  # refuses what the other networks do
         # Large pictures come in as patches of 2 x 2: convolutions at their full side would cost more than all others.
         self.patch = 2 if side >= 24 else 1
-        self.register_buffer("frequencies_F", torch.linspace(0.0, 2.0, _FREQUENCIES), persistent=False)
+        self.register_buffer("frequencies_Q", torch.linspace(0.0, 2.0, _FREQUENCIES), persistent=False)
         self.embedding = nn.Sequential(
             nn.Linear(2 * _FREQUENCIES, _EMBEDDING), nn.SiLU(), nn.Linear(_EMBEDDING, _EMBEDDING), nn.SiLU()
         )
@@ -113,8 +116,8 @@ class UNet(nn.Module):
 
     def forward(self, images_NCHW: Tensor, level_N: Tensor) -> Tensor:
         """Return pictures (N, C, H, W)."""
-        angle_NF = 2 * math.pi * level_N[:, None] * self.frequencies_F
-        level_NE = self.embedding(torch.cat([angle_NF.sin(), angle_NF.cos()], dim=1))
+        angle_NQ = 2 * math.pi * level_N[:, None] * self.frequencies_Q
+        level_NE = self.embedding(torch.cat([angle_NQ.sin(), angle_NQ.cos()], dim=1))
         # Without this, convolutions on a CPU take twice as long.
         patches_NCHW = F.pixel_unshuffle(images_NCHW, self.patch).contiguous(memory_format=torch.channels_last)
         fine_NFHW = self.fine_down(self.conv_in(patches_NCHW), level_NE)
@@ -149,25 +152,26 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     """Every place asks all others (Vaswani et al., NeurIPS 2017)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
-        self.norm = _norm(width)
-        self.ask = nn.Conv2d(width, 3 * width, 1)
-        self.answer = nn.Conv2d(width, width, 1)
+        self.norm = _norm(features)
+        self.ask = nn.Conv2d(features, 3 * features, 1)
+        self.answer = nn.Conv2d(features, features, 1)
         nn.init.zeros_(self.answer.weight)
 
     def forward(self, x_NFHW: Tensor) -> Tensor:
-        count, width, height, across = x_NFHW.shape
-        heads = math.gcd(_HEADS, width)
-        asked = self.ask(self.norm(x_NFHW)).reshape(count, 3, heads, width // heads, height * across)
-        query, key, value = asked.transpose(-1, -2).unbind(1)
-        heard = F.scaled_dot_product_attention(query, key, value).transpose(-1, -2)
-        found_NFHW: Tensor = x_NFHW + self.answer(heard.reshape(x_NFHW.shape))
+        count, features, height, width = x_NFHW.shape
+        heads = math.gcd(_HEADS, features)
+        asked_N3ADP = self.ask(self.norm(x_NFHW)).reshape(count, 3, heads, features // heads, height * width)
+        # Fused attention wants the features of a place next to each other.
+        query_NAPD, key_NAPD, value_NAPD = asked_N3ADP.transpose(-1, -2).contiguous().unbind(1)
+        heard_NAPD = F.scaled_dot_product_attention(query_NAPD, key_NAPD, value_NAPD)
+        found_NFHW: Tensor = x_NFHW + self.answer(heard_NAPD.transpose(-1, -2).reshape(x_NFHW.shape))
         return found_NFHW
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, width), width)
+def _norm(features: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, features), features)
 
 
 def _enlarged(x_NFHW: Tensor, like_NFHW: Tensor) -> Tensor:

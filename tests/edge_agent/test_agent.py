@@ -254,13 +254,19 @@ def test_the_student_is_given_the_pictures_that_the_mixes_are_of_in_their_order(
     assert torch.equal(seen["by the student"], seen["by mixes"])
 
 
-def test_settings_of_other_generators_are_no_part_of_the_identity_of_mixes(tmp_path, pictures_NHW):
-    """A folder that was begun before there was diffusion goes on."""
+@pytest.mark.parametrize(
+    ("kind", "named", "unnamed"),
+    [  # a folder that was begun before there was diffusion goes on
+        ("mixes", {"mix_noise", "noise_count"}, {"drawing_steps"}),
+        ("diffusion", {"drawing_steps", "steps"}, {"mix_noise", "noise_count", "discriminator_width"}),
+    ],
+)
+def test_settings_of_other_generators_are_no_part_of_an_identity(tmp_path, pictures_NHW, kind, named, unnamed):
     with RunFolder(tmp_path / "run") as folder:
-        settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
+        settings = {"deprivatize": {"generator": kind}, "distill": {"image_weight": 0}}
         agent(folder, tmp_path, description(8, 8), **settings).prepare()
-        identity = folder.journal.fact("identity")
-        assert "deprivatize.mix_noise" in identity and "deprivatize.drawing_steps" not in identity
+        said = {name.removeprefix("deprivatize.") for name in folder.journal.fact("identity")}
+        assert named | {"generator"} <= said and not unnamed & said
 
 
 def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW):
@@ -268,7 +274,7 @@ def test_settings_of_mixes_are_no_part_of_a_gans_identity(tmp_path, pictures_NHW
     with RunFolder(tmp_path / "run") as folder:
         agent(folder, tmp_path, description(8, 8)).prepare()
         identity = folder.journal.fact("identity")
-        assert not {"deprivatize.generator", "deprivatize.mix_noise"} & identity.keys()
+        assert not {"deprivatize.generator", "deprivatize.mix_noise", "deprivatize.drawing_steps"} & identity.keys()
         other = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
         folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
         with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with 'gan', now it is 'mixes'"):

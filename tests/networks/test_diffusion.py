@@ -10,10 +10,11 @@ from networks.diffusion import DATA_DEVIATION, HIGHEST_LEVEL, LOWEST_LEVEL, Diff
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_have_the_asked_shape_and_scale(side: int, channels: int) -> None:
     diffusion = Diffusion(side=side, channels=channels, width=4, drawing_steps=2).eval()
+    torch.nn.init.normal_(diffusion.network.conv_out.weight, std=100.0)
     latents_NL, images_NCHW = diffusion.sample(3, rng=torch.Generator().manual_seed(0))
     assert latents_NL.shape == (3, diffusion.latent_count) == (3, 0)
     assert images_NCHW.shape == (3, channels, side, side)
-    assert images_NCHW.abs().max() <= 1.0
+    assert images_NCHW.abs().max() == 1.0
 
 
 @pytest.mark.parametrize("side", [4, 30, 132])
@@ -57,6 +58,14 @@ def test_an_exact_denoiser_draws_from_its_distribution_and_more_steps_come_neare
 
     errors = [furthest(steps) for steps in (12, 24, 48)]
     assert errors[0] < 0.15 and errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2
+
+
+def test_a_picture_takes_as_many_passes_as_it_says() -> None:
+    levels: list[float] = []
+    diffusion = fresh(5)
+    diffusion.register_forward_pre_hook(lambda _, given: levels.append(float(given[1][0])))
+    diffusion.sample(1, rng=torch.Generator().manual_seed(0))
+    assert levels == pytest.approx(drawing_levels(5))
 
 
 def test_noise_of_another_stream_is_another_picture_and_of_the_same_the_same() -> None:
