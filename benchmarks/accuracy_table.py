@@ -29,7 +29,8 @@ of the row was measured before there was an attack by parts of pictures.
 
 Lines of before 2026-11-21, 19:57 UTC, and those of `mnist-*` with seed 2, are of students whose views had dark
 borders. `_students_view` in [distill.py](../edge_agent/distill.py) says what that did to photographs; MNIST's own
-borders are dark.
+borders are dark. Lines of `*-assistant` of before 2026-11-22, 00:30 UTC, are of students with the batch-norm
+statistics of local pictures; since, they have those of the pool's (`train_student`).
 """
 
 

@@ -167,6 +167,13 @@ def test_batch_norm_statistics_are_those_of_local_pictures_where_these_took_part
     torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
 
 
+def test_batch_norm_statistics_are_those_of_the_pool_where_only_an_assistant_spoke_of_local_pictures() -> None:
+    config = dataclasses.replace(SMALL, image_weight=0.0, local_batch_count=8)
+    student = cast(Tiny, train(config, local_NCHW=local() // 2, assistant=Sure()))
+    mean_C = student.conv1(normalise(pool().images_NCHW)).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(student.norm.running_mean, mean_C, atol=1e-5, rtol=0)
+
+
 def test_local_pictures_that_are_switched_off_change_no_bit() -> None:
     expected, given = train().state_dict(), train(local_NCHW=local()).state_dict()
     assert all(given[name].equal(expected[name]) for name in expected)
@@ -263,9 +270,9 @@ def test_what_the_assistant_says_of_local_pictures_is_learnt_and_as_surely(tempe
     grey_NCHW = torch.full((72, 1, 8, 8), 128, dtype=torch.uint8)  # nothing to learn from what was asked
     answers = dataclasses.replace(pool(), images_NCHW=grey_NCHW)
     config = dataclasses.replace(ASSISTED, temperature=temperature)
-    student = train(config, answers=answers, local_NCHW=local(), assistant=Sure())
+    student = train(config, answers=answers, local_NCHW=local(), assistant=Sure()).train()
     images_NCHW, classes_N = two_kinds(200, seed=5)
-    probabilities_NK = student(normalise(images_NCHW)).softmax(dim=1)  # by the statistics of local pictures
+    probabilities_NK = student(normalise(images_NCHW)).softmax(dim=1)  # by their own statistics; the pool's are grey
     assert probabilities_NK.argmax(dim=1).equal(classes_N)
     assert probabilities_NK.amax(dim=1).mean().item() == pytest.approx(0.9, abs=0.03)
 
