@@ -233,8 +233,8 @@ def train_student(
         progress(training.done, steps, **figures)
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
-    # has labelled local pictures by their own statistics, those are what it is used with. Not with an assistant alone:
-    # what the teacher said, it said of the pool, and by the pool's statistics such students were right more often
+    # has labelled local pictures by their own statistics, those are what it is used with. With an assistant alone,
+    # the pool's are: what the teacher said, it said of the pool, and such students were right more often by them
     # (CIFAR-10's development part, one seed each: mixes 80.8 and 80.5 %, diffusion 63.2 and 61.4).
     learnt_local = config.local_weight > 0 and steps - 1 >= local_start
     update_bn(_batches(local_NCHW if local_NCHW is not None and learnt_local else images_NCHW), averaged)
