@@ -28,9 +28,9 @@ from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.diffusion import DATA_DEVIATION, Diffusion
 
-# Levels are log-normal, a little higher than EDM's (-1.2, 1.2): objects are decided there, finest details below. Not
-# compared with others. Hardly any is as high as the first that drawing begins with: under so much noise the network is
-# right with what is always so.
+# Levels are log-normal, a little higher than EDM's (-1.2, 1.2): objects are decided there, finest details below. This
+# was not compared with others. Hardly any level is as high as the first that drawing begins with: under so much noise
+# the network is right with what is always so.
 _LOG_LEVEL_MEAN = -0.6
 _LOG_LEVEL_DEVIATION = 1.1
 _WARMUP_FRACTION = 0.05
