@@ -97,3 +97,19 @@ def test_depth_is_the_named_one(name: str, convolutions: int) -> None:
     with torch.device("meta"):
         net = build(name, class_count=10, channels=3)
     assert sum(isinstance(layer, nn.Conv2d) for layer in net.modules()) == convolutions
+
+
+def test_mobilenets_strided_depthwise_convolutions_alone_keep_float32_in_low_precision() -> None:
+    net = build("mobilenet", class_count=10, channels=3).eval()
+    kinds: dict[tuple[int, ...], set[torch.dtype]] = {(1, 1): set(), (2, 2): set()}
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            layer.register_forward_hook(
+                lambda layer, _, found_NCHW: kinds[layer.stride].add(found_NCHW.dtype)  # type: ignore[index]
+            )
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low_NK = net(images).float()
+    assert kinds == {(1, 1): {torch.bfloat16}, (2, 2): {torch.float32}}
+    with torch.no_grad():
+        torch.testing.assert_close(low_NK, net(images), rtol=0.1, atol=0.1)
