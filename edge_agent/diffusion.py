@@ -64,7 +64,6 @@ def train_diffusion(
     diffusion = Diffusion(
         side=side, channels=channels, width=config.generator_width, drawing_steps=config.drawing_steps
     ).to(device)
-    diffusion.to(memory_format=torch.channels_last)
     averaged = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.AdamW(
         diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY

@@ -47,6 +47,8 @@ class Diffusion(nn.Module):
         self.side = side
         self.latent_count = 0  # a picture's noise has as many numbers as the picture
         self.network = UNet(side=side, channels=channels, width=width)
+        # Here and not in training alone: with weights of another layout what is drawn rounds otherwise.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, noisy_NCHW: Tensor, level_N: Tensor) -> Tensor:
         """Return the expected pictures (N, C, H, W), float32, under noisy ones; EDM's D(x; sigma)."""
@@ -109,7 +111,7 @@ class UNet(nn.Module):
         self.middle_attention = _Attention(inner)
         self.narrow = nn.Conv2d(inner, width, 3, padding=1)
         self.fine_up = _Block(2 * width, width)
-        self.norm_out = _norm(width)
+        self.norm_out = _Norm(width)
         self.conv_out = nn.Conv2d(width, patched, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]  # it has one
@@ -135,8 +137,8 @@ class _Block(nn.Module):
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(before), nn.Conv2d(before, after, 3, padding=1)
-        self.norm2, self.conv2 = _norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.norm1, self.conv1 = _Norm(before), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = _Norm(after), nn.Conv2d(after, after, 3, padding=1)
         self.level = nn.Linear(_EMBEDDING, 2 * after)
         self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
         nn.init.zeros_(self.conv2.weight)
@@ -154,7 +156,7 @@ class _Attention(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.norm = _norm(features)
+        self.norm = _Norm(features)
         self.ask = nn.Conv2d(features, 3 * features, 1)
         self.answer = nn.Conv2d(features, features, 1)
         nn.init.zeros_(self.answer.weight)
@@ -163,15 +165,22 @@ class _Attention(nn.Module):
         count, features, height, width = x_NFHW.shape
         heads = math.gcd(_HEADS, features)
         asked_N3ADP = self.ask(self.norm(x_NFHW)).reshape(count, 3, heads, features // heads, height * width)
-        # Fused attention wants the features of a place next to each other.
-        query_NAPD, key_NAPD, value_NAPD = asked_N3ADP.transpose(-1, -2).contiguous().unbind(1)
-        heard_NAPD = F.scaled_dot_product_attention(query_NAPD, key_NAPD, value_NAPD)
+        query_NAPD, key_NAPD, value_NAPD = asked_N3ADP.transpose(-1, -2).unbind(1)
+        # Written out: of so few places torch's fused one takes nine times as long, gradients included, on a CPU.
+        alike_NAPP = query_NAPD @ key_NAPD.transpose(-1, -2) / math.sqrt(features // heads)
+        heard_NAPD = alike_NAPP.softmax(dim=-1).to(value_NAPD.dtype) @ value_NAPD
         found_NFHW: Tensor = x_NFHW + self.answer(heard_NAPD.transpose(-1, -2).reshape(x_NFHW.shape))
         return found_NFHW
 
 
-def _norm(features: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, features), features)
+class _Norm(nn.GroupNorm):
+    """In float32: in bfloat16, with few features a group next to each other, torch takes eight times as long."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(math.gcd(8, features), features)
+
+    def forward(self, x_NFHW: Tensor) -> Tensor:
+        return super().forward(x_NFHW.float())
 
 
 def _enlarged(x_NFHW: Tensor, like_NFHW: Tensor) -> Tensor:
