@@ -15,11 +15,12 @@ local pictures under noise of 4 or 2 in place of noise alone, the pictures keep 
 on the whole finds members: AUC 0.61 and 0.88 (2,000 pictures, six times each).
 """
 
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from edge_agent import augment
 from edge_agent.config import DeprivatizeConfig
@@ -64,7 +65,7 @@ def train_diffusion(
     diffusion = Diffusion(
         side=side, channels=channels, width=config.generator_width, drawing_steps=config.drawing_steps
     ).to(device)
-    averaged = AveragedModel(diffusion, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    averaged = AveragedModel(diffusion, avg_fn=partial(_average, decay=config.ema_decay))
     optimizer = torch.optim.AdamW(
         diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY
     )
@@ -97,3 +98,13 @@ def train_diffusion(
         progress(training.done, config.steps, denoising_loss=loss.item())
 
     return cast(Diffusion, averaged.module).eval().requires_grad_(False)
+
+
+def _average(average: Tensor, weights: Tensor, count: Tensor | int, *, decay: float) -> Tensor:
+    """One step of an average that remembers less while it is young.
+
+    By a constant decay of 0.9995 the untrained weights are still 1.4 % of it after 8,500 steps, and pictures duller
+    for it. Without those, of 2,000 pictures each, the teacher's classes were told apart a little better (inception
+    score 4.83 for 4.74, CIFAR-10, one seed).
+    """
+    return average.lerp(weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))

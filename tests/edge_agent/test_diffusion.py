@@ -16,7 +16,7 @@ def test_it_draws_both_kinds_of_pictures_and_none_between() -> None:
             batch_count=32,
             generator_width=8,
             generator_learning_rate=1e-2,
-            ema_decay=0.95,
+            ema_decay=0.9999,  # as long as this, yet it is to forget the untrained weights
         ),
         seed=0,
         device=torch.device("cpu"),
