@@ -37,6 +37,7 @@ ORDER = (
     "cifar10-assistant",
     "cifar10-hard-assistant",
     "cifar10-diffusion",
+    "cifar10-diffusion-balanced",
     "cifar10-diffusion-assistant",
     "cifar10-gan",
     "cifar10-image-loss",

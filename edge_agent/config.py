@@ -119,6 +119,9 @@ class DistillConfig:
     balance_answers: bool = False
     """Whether probabilities are shifted so that the pool names all classes alike: for pictures so strange to the
     teacher that it calls most of them by few names, and local pictures of which no class is rare."""
+    balance_pictures: bool = False
+    """Whether pictures are seen the more often the fewer are called as they are: for a generator that seldom makes
+    some classes, and local pictures of which none is rare."""
     local_weight: float = 0.0
     """Weight of the loss on local pictures beside the divergence; they stay on the device. 0: off."""
     local_start_fraction: float = 0.5
@@ -288,7 +291,7 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     Without those of a switch that is off, so that a student trained before there was such a switch is not trained
     again.
     """
-    off = set() if config.balance_answers else {"balance_answers"}
+    off = {name for name in ("balance_answers", "balance_pictures") if not getattr(config, name)}
     if not mixes or config.mosaic_fraction == 0:
         off.add("mosaic_fraction")
     if not config.assistant:

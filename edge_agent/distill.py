@@ -171,6 +171,7 @@ def train_student(
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
         )
+    weight_N = responses.balancing_weights(answers_NK).cpu() if config.balance_pictures else None
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -193,7 +194,7 @@ def train_student(
     while training.done < steps:
         place = training.done % steps_a_pass
         if place == 0:
-            training.order = torch.randperm(len(images_NCHW), generator=rng)
+            training.order = _order(len(images_NCHW), weight_N, rng)
         chosen = training.order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(
             training.done / steps, config.warmup_fraction
@@ -280,6 +281,13 @@ def assistants_own(config: DistillConfig) -> DistillConfig:
         image_fraction=0.0,
         local_weight=0.0,
     )
+
+
+def _order(count: int, weight_N: Tensor | None, rng: torch.Generator) -> Tensor:
+    """Which pictures a pass goes through: each once, or as many by chance, each as often as it weighs."""
+    if weight_N is None:
+        return torch.randperm(count, generator=rng)
+    return torch.multinomial(weight_N, count, replacement=True, generator=rng)
 
 
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:

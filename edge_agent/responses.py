@@ -19,6 +19,8 @@ from protos import codec
 
 # Smallest probability a logarithm is taken of: about what float32 can still tell from 0 beside a 1.
 EPSILON = 1e-7
+LARGEST_WEIGHT = 10.0
+"""Of a picture beside the mean one, however seldom its classes are named."""
 _BALANCE_ROUNDS = 200
 
 
@@ -65,6 +67,24 @@ def balanced(probabilities_NK: Tensor, epsilon: float | Tensor = EPSILON) -> Ten
         mean_K = torch.softmax(log_p_NK, dim=1).mean(dim=0)
         log_p_NK = log_p_NK - (class_count * mean_K).log()
     return torch.softmax(log_p_NK, dim=1).to(probabilities_NK.dtype)
+
+
+def balancing_weights(probabilities_NK: Tensor) -> Tensor:
+    """Return how often to see each picture (N,), float32, 1 on average, for all classes to be named alike.
+
+    The answers stay what they are. A generator that seldom makes some classes teaches the student that they are
+    seldom; with their pictures seen so much more often it does not. A weight is the sum over the classes of probability
+    times one number a class, found by fixed-point steps, all even but where that would take more than about
+    LARGEST_WEIGHT: a class that next to no answer names is not had by looking at a few pictures all the time.
+    """
+    p_NK = probabilities_NK.double()
+    scale_K = torch.ones_like(p_NK[0])
+    for _ in range(_BALANCE_ROUNDS):
+        weight_N = p_NK @ scale_K
+        named_K = weight_N @ p_NK / weight_N.sum()  # 0 for a class that is in no answer: its number is the largest
+        scale_K = (scale_K / weight_N.mean() / (len(scale_K) * named_K).sqrt()).clamp(max=LARGEST_WEIGHT)
+    weight_N = p_NK @ scale_K
+    return (weight_N / weight_N.mean()).float()
 
 
 def one_hot(class_indices_N: Tensor, class_count: int) -> Tensor:

@@ -150,11 +150,12 @@ def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
     plain = in_use(DistillConfig(), mixes=False)
     others = DistillConfig(local_batch_count=7, mosaic_fraction=0.25, assistant_passes=3, assistant_weight=2.0)
     assert in_use(others, mixes=False) == plain
-    assert plain["passes"] == DistillConfig().passes and "balance_answers" not in plain
+    assert plain["passes"] == DistillConfig().passes and not {"balance_answers", "balance_pictures"} & plain.keys()
     assert in_use(others, mixes=True) == plain | {"mosaic_fraction": 0.25}
     assisted = {"assistant": "resnet20", "assistant_passes": 3, "assistant_weight": 2.0, "local_batch_count": 7}
     assert in_use(DistillConfig(**assisted), mixes=False) == plain | assisted
-    assert in_use(DistillConfig(balance_answers=True), mixes=False) == plain | {"balance_answers": True}
+    for name in ("balance_answers", "balance_pictures"):
+        assert in_use(DistillConfig(**{name: True}), mixes=False) == plain | {name: True}
     used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7), mixes=False)
     assert used == plain | {"local_weight": 2.0, "local_start_fraction": 0.5, "local_batch_count": 7}
 

@@ -19,6 +19,7 @@ from tests.edge_agent.phase_parts import Keep, silent
 CPU = torch.device("cpu")
 SMALL = DistillConfig(passes=4, batch_count=16)
 MOSAICS = dataclasses.replace(SMALL, mosaic_fraction=0.5)
+BALANCED = dataclasses.replace(SMALL, balance_pictures=True)
 WITH_LOCAL = dataclasses.replace(SMALL, local_weight=1.0, local_batch_count=8)
 
 
@@ -114,7 +115,8 @@ def test_student_learns_the_answers(hard: bool) -> None:
 
 # Within a pass and at its end; before the first step with local pictures, at it, and after it.
 @pytest.mark.parametrize(
-    ("config", "stop_after"), [(SMALL, 3), (SMALL, 4), (WITH_LOCAL, 5), (WITH_LOCAL, 8), (WITH_LOCAL, 11)]
+    ("config", "stop_after"),
+    [(SMALL, 3), (SMALL, 4), (WITH_LOCAL, 5), (WITH_LOCAL, 8), (WITH_LOCAL, 11), (BALANCED, 3)],
 )
 def test_interrupted_and_resumed_training_gives_the_same_bits(config: DistillConfig, stop_after: int) -> None:
     expected = train(config, local_NCHW=local()).state_dict()
@@ -379,6 +381,34 @@ def test_balanced_answers_train_the_student_in_place_of_the_plain_ones() -> None
     assert not plain(normalise(images_NCHW)).argmax(dim=1).any()  # all of the first class, as the teacher says
     balanced = train(config, answers=one_sided.balanced())
     assert balanced(normalise(images_NCHW)).argmax(dim=1).equal(classes_N)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_balanced_pictures_are_seen_until_both_kinds_are_seen_as_often(
+    hard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images_NCHW, classes_N = two_kinds(72, seed=0)
+    few = torch.cat([torch.nonzero(classes_N == 0).flatten(), torch.nonzero(classes_N == 1).flatten()[:6]])
+    both = {"images_NCHW": images_NCHW[few], "latents_NL": torch.zeros(len(few), 5)}
+    indices_N = classes_N[few]
+    one_sided = (
+        Pool(**both, class_indices_N=indices_N)
+        if hard
+        else Pool(**both, probabilities_NK=responses.one_hot(indices_N, 2))
+    )
+    seen: list[Tensor] = []
+
+    def watched(pool: Pool, answers_NK: Tensor, *others: Any) -> Tensor:
+        seen.append(answers_NK)
+        return answer_loss(pool, answers_NK, *others)
+
+    answer_loss = distill.answer_loss
+    monkeypatch.setattr(distill, "answer_loss", watched)
+    config = DistillConfig(passes=25, batch_count=16, image_weight=0.0)
+    for balance, share in ((False, 6 / 42), (True, 0.5)):
+        seen.clear()
+        train(dataclasses.replace(config, balance_pictures=balance), answers=one_sided)
+        assert torch.cat(seen)[:, 1].mean().item() == pytest.approx(share, abs=0.05)  # of 800 seen
 
 
 def test_local_loss_without_local_pictures_and_balancing_without_probabilities_are_refused() -> None:

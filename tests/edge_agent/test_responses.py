@@ -40,6 +40,30 @@ def test_balancing_finds_what_a_one_sided_teacher_left_in_its_small_probabilitie
     torch.testing.assert_close(balanced_NK, torch.tensor([[0.75, 0.25], [0.25, 0.75]]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_weighed_pictures_name_all_classes_alike(hard: bool) -> None:
+    torch.manual_seed(0)
+    answers_NK = (4.0 * torch.randn(2000, 4) + torch.tensor([4.0, 0.0, -2.0, 0.0])).softmax(dim=1)
+    if hard:
+        answers_NK = responses.one_hot(answers_NK.argmax(dim=1), 4)
+    weight_N = responses.balancing_weights(answers_NK)
+    assert answers_NK.mean(dim=0).min() < 0.12
+    torch.testing.assert_close(
+        (weight_N[:, None] * answers_NK).mean(dim=0), torch.full((4,), 0.25), atol=1e-4, rtol=0
+    )
+    assert weight_N.dtype == torch.float32 and weight_N.min() > 0 and weight_N.mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_a_class_that_next_to_no_answer_names_does_not_make_a_few_pictures_all_that_is_seen(named: int) -> None:
+    indices_N = torch.arange(600) % 3
+    indices_N[:named] = 3
+    weight_N = responses.balancing_weights(responses.one_hot(indices_N, 4))
+    assert weight_N[named:].min() > 0.9
+    assert weight_N.max() < 1.2 * responses.LARGEST_WEIGHT
+    assert named == 0 or weight_N[:named].min() > 0.9 * responses.LARGEST_WEIGHT
+
+
 def test_smallest_probability_follows_the_rounding_and_is_shared_by_the_classes() -> None:
     assert responses.epsilon(None, 10) == responses.EPSILON
     assert responses.epsilon(2, 10) == pytest.approx(0.0005)
