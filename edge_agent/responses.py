@@ -73,9 +73,9 @@ def balancing_weights(probabilities_NK: Tensor) -> Tensor:
     """Return how often to see each picture (N,), float32, 1 on average, for all classes to be named alike.
 
     The answers stay what they are. A generator that seldom makes some classes teaches the student that they are
-    seldom; with their pictures seen so much more often it does not. A weight is the sum over the classes of probability
-    times one number a class, found by fixed-point steps, all even but where that would take more than about
-    LARGEST_WEIGHT: a class that next to no answer names is not had by looking at a few pictures all the time.
+    seldom; with their pictures seen so much more often it does not. A weight is the sum over the classes of
+    probability times one number a class, found by fixed-point steps, all even but where that would take more than
+    about LARGEST_WEIGHT: a class that next to no answer names is not had by looking at a few pictures all the time.
     """
     p_NK = probabilities_NK.double()
     scale_K = torch.ones_like(p_NK[0])
