@@ -29,7 +29,8 @@ class DeprivatizeConfig:
     discriminator_learning_rate: float = 4e-4
     """Step size of Adam for the discriminator; it falls to 0 along a half cosine."""
     ema_decay: float = 0.995
-    """Share of the averaged generator that survives a step; about 1 / (1 - decay) steps are averaged."""
+    """Share of the averaged generator that survives a step; about 1 / (1 - decay) steps are averaged, of diffusion a
+    ninth of all so far at most."""
     recolour_strength: float = 0.2
     """Largest change of brightness and contrast that the discriminator sees; 1 is half the range."""
     shift_fraction: float = 0.125

@@ -23,7 +23,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edge_agent import augment
 from edge_agent.config import DeprivatizeConfig
@@ -68,7 +68,7 @@ def train_diffusion(
     diffusion = Diffusion(
         side=side, channels=channels, width=config.generator_width, drawing_steps=config.drawing_steps
     ).to(device)
-    averaged = AveragedModel(diffusion, avg_fn=partial(_average, decay=config.ema_decay))
+    averaged = AveragedModel(diffusion, multi_avg_fn=partial(_average, decay=config.ema_decay))
     optimizer = torch.optim.AdamW(
         diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY
     )
@@ -103,11 +103,12 @@ def train_diffusion(
     return cast(Diffusion, averaged.module).eval().requires_grad_(False)
 
 
-def _average(average: Tensor, weights: Tensor, count: Tensor | int, *, decay: float) -> Tensor:
-    """One step of an average that remembers less while it is young.
+def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int, *, decay: float) -> None:
+    """One step of an average that remembers less while it is young: no more than a ninth of the steps so far.
 
     By a constant decay of 0.9995 the untrained weights are still 1.4 % of it after 8,500 steps, and pictures duller
-    for it. Without those, of 2,000 pictures each, the teacher's classes were told apart a little better (inception
-    score 4.83 for 4.74, CIFAR-10, one seed).
+    for it: inception score by the teacher 4.74, and 4.83 with just those taken off (2,000 pictures of CIFAR-10 each,
+    one seed).
     """
-    return average.lerp(weights, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+    young = (1 + int(count)) / (10 + int(count))
+    get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)

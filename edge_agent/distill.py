@@ -237,8 +237,11 @@ def train_student(
     # has labelled local pictures by their own statistics, those are what it is used with. With an assistant alone,
     # the pool's are: what the teacher said, it said of the pool, and such students were right more often by them
     # (CIFAR-10's development part, one seed each: mixes 80.8 and 80.5 %, diffusion 63.2 and 61.4).
-    learnt_local = config.local_weight > 0 and steps - 1 >= local_start
-    update_bn(_batches(local_NCHW if local_NCHW is not None and learnt_local else images_NCHW), averaged)
+    if local_NCHW is not None and config.local_weight > 0 and steps - 1 >= local_start:
+        images_NCHW = local_NCHW
+    elif weight_N is not None:  # as it saw them: 59.8 % for 58.7 with each once (diffusion, 12,000 answers)
+        images_NCHW = images_NCHW[_order(len(images_NCHW), weight_N, rng).to(device)]
+    update_bn(_batches(images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
 
 
@@ -284,10 +287,15 @@ def assistants_own(config: DistillConfig) -> DistillConfig:
 
 
 def _order(count: int, weight_N: Tensor | None, rng: torch.Generator) -> Tensor:
-    """Which pictures a pass goes through: each once, or as many by chance, each as often as it weighs."""
+    """Which pictures a pass goes through: each once, or each as often as it weighs, rounded up or down by chance."""
+    order_N = torch.randperm(count, generator=rng)
     if weight_N is None:
-        return torch.randperm(count, generator=rng)
-    return torch.multinomial(weight_N, count, replacement=True, generator=rng)
+        return order_N
+    upto_N = weight_N.double().cumsum(0)
+    upto_N = upto_N * (count / upto_N[-1]) + torch.rand((), generator=rng, dtype=torch.float64)
+    upto_N[-1] = count  # whatever rounding made of it
+    times_N = upto_N.long().diff(prepend=torch.zeros(1, dtype=torch.int64))
+    return torch.repeat_interleave(times_N, output_size=count)[order_N]
 
 
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ EPSILON = 1e-7
 LARGEST_WEIGHT = 10.0
 """Of a picture beside the mean one, however seldom its classes are named."""
 _BALANCE_ROUNDS = 200
+_LIMIT_ROUNDS = 30
 
 
 def epsilon(decimals: int | None, class_count: int) -> float:
@@ -74,17 +75,20 @@ def balancing_weights(probabilities_NK: Tensor) -> Tensor:
 
     The answers stay what they are. A generator that seldom makes some classes teaches the student that they are
     seldom; with their pictures seen so much more often it does not. A weight is the sum over the classes of
-    probability times one number a class, found by fixed-point steps, all even but where that would take more than
-    about LARGEST_WEIGHT: a class that next to no answer names is not had by looking at a few pictures all the time.
+    probability times one number a class, found by fixed-point steps. Where alike would take weights above
+    LARGEST_WEIGHT or below its inverse, they stop there: a class that next to no answer names is not had by looking
+    at a few pictures all the time, and none that was paid for goes unseen.
     """
     p_NK = probabilities_NK.double()
-    scale_K = torch.ones_like(p_NK[0])
+    mean_K = p_NK.mean(dim=0)
+    scale_K = torch.ones_like(mean_K)
     for _ in range(_BALANCE_ROUNDS):
-        weight_N = p_NK @ scale_K
-        named_K = weight_N @ p_NK / weight_N.sum()  # 0 for a class that is in no answer: its number is the largest
-        scale_K = (scale_K / weight_N.mean() / (len(scale_K) * named_K).sqrt()).clamp(max=LARGEST_WEIGHT)
-    weight_N = p_NK @ scale_K
-    return (weight_N / weight_N.mean()).float()
+        named_K = (p_NK @ scale_K) @ p_NK / len(p_NK)
+        # A class that is in no answer gets a large number, which weighs nothing.
+        scale_K = (scale_K / (len(scale_K) * named_K).sqrt()).clamp(max=1 / EPSILON)
+        for _ in range(_LIMIT_ROUNDS):
+            scale_K = (scale_K / (mean_K @ scale_K)).clamp(1 / LARGEST_WEIGHT, LARGEST_WEIGHT)
+    return (p_NK @ scale_K).float()
 
 
 def one_hot(class_indices_N: Tensor, class_count: int) -> Tensor:

@@ -54,14 +54,22 @@ def test_weighed_pictures_name_all_classes_alike(hard: bool) -> None:
     assert weight_N.dtype == torch.float32 and weight_N.min() > 0 and weight_N.mean() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("named", [0, 2])
-def test_a_class_that_next_to_no_answer_names_does_not_make_a_few_pictures_all_that_is_seen(named: int) -> None:
-    indices_N = torch.arange(600) % 3
-    indices_N[:named] = 3
-    weight_N = responses.balancing_weights(responses.one_hot(indices_N, 4))
-    assert weight_N[named:].min() > 0.9
-    assert weight_N.max() < 1.2 * responses.LARGEST_WEIGHT
-    assert named == 0 or weight_N[:named].min() > 0.9 * responses.LARGEST_WEIGHT
+@pytest.mark.parametrize(("classes", "common", "named"), [(4, 3, 0), (4, 3, 2), (10, 2, 1), (100, 10, 1)])
+def test_a_class_that_next_to_no_answer_names_does_not_make_a_few_pictures_all_that_is_seen(
+    classes: int, common: int, named: int
+) -> None:
+    indices_N = torch.arange(5000) % common
+    indices_N[:named] = common
+    weight_N = responses.balancing_weights(responses.one_hot(indices_N, classes))
+    assert weight_N[:named].tolist() == pytest.approx([responses.LARGEST_WEIGHT] * named, rel=0.01)
+    assert weight_N[named:].tolist() == pytest.approx([1.0] * (5000 - named), rel=0.01)
+
+
+def test_no_picture_goes_unseen_where_no_weights_name_all_classes_alike() -> None:
+    answers_NK = torch.tensor([[1.0, 0.0], [0.7, 0.3]]).repeat(500, 1)  # the second class is never the likelier one
+    weight_N = responses.balancing_weights(answers_NK)
+    assert weight_N.min() == pytest.approx(1 / responses.LARGEST_WEIGHT, rel=0.01)
+    assert weight_N.mean() == pytest.approx(1.0)
 
 
 def test_smallest_probability_follows_the_rounding_and_is_shared_by_the_classes() -> None:

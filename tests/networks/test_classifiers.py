@@ -100,6 +100,7 @@ def test_depth_is_the_named_one(name: str, convolutions: int) -> None:
 
 
 def test_mobilenets_strided_depthwise_convolutions_alone_keep_float32_in_low_precision() -> None:
+    torch.manual_seed(1)
     net = build("mobilenet", class_count=10, channels=3).eval()
     kinds: dict[tuple[int, ...], set[torch.dtype]] = {(1, 1): set(), (2, 2): set()}
     for layer in net.modules():
@@ -112,4 +113,5 @@ def test_mobilenets_strided_depthwise_convolutions_alone_keep_float32_in_low_pre
         low_NK = net(images).float()
     assert kinds == {(1, 1): {torch.bfloat16}, (2, 2): {torch.float32}}
     with torch.no_grad():
-        torch.testing.assert_close(low_NK, net(images), rtol=0.1, atol=0.1)
+        logits_NK = net(images)
+    assert (low_NK - logits_NK).norm() < 0.02 * logits_NK.norm()

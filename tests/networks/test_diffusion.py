@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from networks.diffusion import DATA_DEVIATION, HIGHEST_LEVEL, LOWEST_LEVEL, Diffusion, drawing_levels
+from networks.diffusion import DATA_DEVIATION, HIGHEST_LEVEL, LOWEST_LEVEL, Diffusion, _Attention, drawing_levels
 
 
 @pytest.mark.parametrize("side", [8, 12, 16, 28, 32, 36, 64, 128])
@@ -91,3 +91,21 @@ def test_the_level_matters_to_the_network() -> None:
     images_NCHW = torch.randn(1, 1, 8, 8)
     network = diffusion.network
     assert not torch.equal(network(images_NCHW, torch.tensor([0.1])), network(images_NCHW, torch.tensor([0.3])))
+
+
+@pytest.mark.parametrize("side", [3, 16, 17])
+def test_attention_is_the_published_one_for_few_places_and_for_many(side: int) -> None:
+    torch.manual_seed(0)
+    attention = _Attention(8)
+    torch.nn.init.normal_(attention.answer.weight)
+    x_NFHW = torch.randn(2, 8, side, side)
+    expected_NFHW = torch.empty_like(x_NFHW)
+    for picture in range(2):
+        asked_3FP = attention.ask(attention.norm(x_NFHW[picture : picture + 1]))[0].view(3, 8, -1)
+        heard = []
+        for head in range(4):
+            query_DP, key_DP, value_DP = asked_3FP[:, 2 * head : 2 * head + 2]
+            heard.append(value_DP @ (query_DP.T @ key_DP / 2**0.5).softmax(dim=1).T)
+        heard_FHW = torch.cat(heard).view(8, side, side)
+        expected_NFHW[picture] = x_NFHW[picture] + attention.answer(heard_FHW[None])[0]
+    torch.testing.assert_close(attention(x_NFHW), expected_NFHW)
