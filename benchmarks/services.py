@@ -140,11 +140,16 @@ def _served(
 
 
 def run_agent(arguments: Sequence[str], *, api_key: str, timeout_seconds: float | None = None) -> int:
-    """Runs ``edge-agent run`` with its progress shown, and returns its exit code."""
+    """Runs ``edge-agent run`` with its progress shown, and returns its exit code.
+
+    However this ends, the agent is asked to end first, not killed: its clock and its newest state would be lost.
+    """
     environment = os.environ | {"MEKD_API_KEY": api_key}
-    return subprocess.run(
-        [command("edge-agent"), "run", *arguments], env=environment, timeout=timeout_seconds
-    ).returncode
+    process = subprocess.Popen([command("edge-agent"), "run", *arguments], env=environment)
+    try:
+        return process.wait(timeout_seconds)
+    finally:
+        end(process, STOP_SECONDS)
 
 
 def _address(process: "subprocess.Popen[str]", log: Path) -> str:
