@@ -555,6 +555,7 @@ class Agent:
         self._console.say(
             f"membership attack on {sent_pictures} sent pictures: AUC {strongest.auc:.3f} "
             f"({strongest.low:.3f} to {strongest.high:.3f}); 0.5 is a coin"
+            + (f", and {len(reference_NCHW)} reference pictures tell little" if len(reference_NCHW) <= 20 else "")
         )
         figures = {name: asdict(attack) for name, attack in found.items()}
         self._journal.set_facts(**{"privacy.membership": {"inputs": inputs, "attacks": figures}})

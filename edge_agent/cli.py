@@ -87,7 +87,7 @@ def main() -> None:
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Any setting of run.toml, for example distill.passes=20; may be given several times.",
+    help="Any setting that 'edge-agent settings' lists, for example distill.passes=20; may be given several times.",
 )
 @click.option("--seed", type=int, metavar="N", help="Of every random choice.  [default: 0]")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.  [default: auto]")
@@ -133,7 +133,9 @@ def run(
         from edge_agent.console import Console
 
         phases = agent.PHASES if phase == "all" else (phase,)
-        agent.run(config, phases, api_key=api_key, console=Console(quiet=quiet))
+        console = Console(quiet=quiet)
+        summary = agent.run(config, phases, api_key=api_key, console=console)
+        console.say(_outcome(Path(config.run_dir), summary))
     except Failure as failure:
         _fail(str(failure), failure.exit_code)
     except ConfigError as error:
@@ -142,6 +144,16 @@ def run(
         _fail("interrupted; the same command goes on where it was", 130)
     except _Terminated:
         _fail("terminated; the same command goes on where it was", 143)
+
+
+def _outcome(run_dir: Path, summary: dict[str, Any]) -> str:
+    """What a run has come to, in one line."""
+    found = [f"{summary['queries']['charged']} of {summary['queries']['budget']} queries used"]
+    if "distill" in summary["phases_done"]:
+        found.append(f"the student is {run_dir / 'student.pt'}")
+        if summary["agreement_synthetic"] is not None:
+            found.append(f"it agrees with {summary['agreement_synthetic']:.1%} of answers it was not trained on")
+    return f"{', '.join(found)}; all figures: {run_dir / 'summary.json'}"
 
 
 @main.command()
@@ -195,6 +207,18 @@ def predict(run_dir: str, images: str, batch_count: int) -> None:
         _fail("interrupted", 130)
     except _Terminated:
         _fail("terminated", 143)
+
+
+@main.command()
+def settings() -> None:
+    """Print all settings with their defaults and what they mean: a run.toml to begin with.
+
+    \b
+    edge-agent settings > run.toml
+    """
+    from edge_agent.manual import commented_defaults
+
+    click.echo(commented_defaults(), nl=False)
 
 
 @main.command()

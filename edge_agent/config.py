@@ -328,11 +328,12 @@ def _section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
-            raise ConfigError(f"{prefix}{name}: expected a value of type {wanted.__name__}, got {value!r}")  # type: ignore[union-attr]
+            raise ConfigError(f"{prefix}{name}: expected {_KINDS_OF_VALUES[wanted]}, got {value!r}")
     return kind(**{name: _as_kept(value, known[name].type) for name, value in values.items()})
 
 
 _NUMBERS = tuple[float, ...]
+_KINDS_OF_VALUES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _are_numbers(value: Any) -> bool:

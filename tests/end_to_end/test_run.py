@@ -45,6 +45,10 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
         assert name == "metrics.jsonl" or (world.run_dir / name).is_file(), name
     assert (world.run_dir / "memory.npz").stat().st_size <= 4 * 2**20
     assert_books_agree(world)
+    assert "0.5 is a coin, and 8 reference pictures tell little" in done.stderr
+    agreement = f"it agrees with {summary['agreement_synthetic']:.1%} of answers it was not trained on"
+    outcome = f"200 of 200 queries used, the student is {world.run_dir / 'student.pt'}, {agreement}; all figures: "
+    assert done.stderr.splitlines()[-1].startswith(outcome)
     student = (world.run_dir / "student.pt").read_bytes()
     again = world.agent()
     assert again.returncode == 0, again.stderr
