@@ -30,9 +30,10 @@ of the row was measured before there was an attack by parts of pictures.
 Lines of before 2026-11-21, 19:57 UTC, and those of `mnist-*` with seed 2, are of students whose views had dark
 borders. `_students_view` in [distill.py](../edge_agent/distill.py) says what that did to photographs; MNIST's own
 borders are dark. Lines of `*-assistant` of before 2026-11-22, 00:30 UTC, are of students with the batch-norm
-statistics of local pictures; since, they have those of the pool's (`train_student`). Lines of `cifar10-diffusion*` with
-seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained weights (`_average` in
-[diffusion.py](../edge_agent/diffusion.py)).
+statistics of local pictures; since, they have those of the pool's (`train_student`).
+
+Lines of `cifar10-diffusion*` with seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained
+weights (`_average` in [diffusion.py](../edge_agent/diffusion.py)).
 """
 
 
