@@ -24,6 +24,9 @@ from tests.postgres import Postgres, running
 # Before torch is imported anywhere: tests run side by side, and threads that wait for each other by spinning would
 # make every one of them many times slower. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Begun in the background of a script, the tests would ignore SIGINT, and so would every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests must not depend on a developer's own settings.
 for name in ("MEKD_API_KEY", "MEKD_LEDGER", "MEKD_LEDGER_KEY", "MEKD_LOG_LEVEL"):
     os.environ.pop(name, None)
