@@ -135,7 +135,8 @@ def run(
         phases = agent.PHASES if phase == "all" else (phase,)
         console = Console(quiet=quiet)
         summary = agent.run(config, phases, api_key=api_key, console=console)
-        console.say(_outcome(Path(config.run_dir), summary))
+        if summary:  # none where the disk was full
+            console.say(_outcome(Path(config.run_dir), summary))
     except Failure as failure:
         _fail(str(failure), failure.exit_code)
     except ConfigError as error:
