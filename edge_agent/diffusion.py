@@ -11,7 +11,8 @@ for 8,400 steps of width 64: 55.3 %. With mixes 69.9, with GANs and latent model
 ResNet20 60.3, and a ResNet8 that has it as its assistant 63.2; trained on local pictures with labels of its own 57.8.
 Of the 12,000 pictures no attack told training pictures from others: AUC 0.49 to 0.50, by quarters too (mixes: 0.999).
 On another seed ResNet8 had 53.5: 22 of 100 answers were deer, 2 cars. Seen as often, by `distill.balance_pictures`,
-58.9 (58.0 with `balance_answers`; 59.3 where, by the teacher's own words, even classes had been asked about).
+58.9 (58.0 with `balance_answers`; 59.3 where, by the teacher's own words, even classes had been asked about). That was
+at commit 240a296, drawn with replacement and without a lower limit; since then the whole was not measured there again.
 
 What helped, by eye: noise up to 40 in place of 8, and second-order steps, of which 12 draw what 40 do. Begun with
 local pictures under noise of 4 or 2 in place of noise alone, the pictures keep more of their objects, and the attack
@@ -107,8 +108,8 @@ def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int,
     """One step of an average that remembers less while it is young: no more than a ninth of the steps so far.
 
     By a constant decay of 0.9995 the untrained weights are still 1.4 % of it after 8,500 steps, and pictures duller
-    for it: inception score by the teacher 4.74, and 4.83 with just those taken off (2,000 pictures of CIFAR-10 each,
-    one seed).
+    for it: inception score 4.74, and 4.83 with just those taken off (2,000 pictures of CIFAR-10 each, one seed, asked
+    of a copy of the teacher outside every row's budget). What this average itself scores was not measured.
     """
     young = (1 + int(count)) / (10 + int(count))
     get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)

@@ -239,7 +239,7 @@ def train_student(
     # (CIFAR-10's development part, one seed each: mixes 80.8 and 80.5 %, diffusion 63.2 and 61.4).
     if local_NCHW is not None and config.local_weight > 0 and steps - 1 >= local_start:
         images_NCHW = local_NCHW
-    elif weight_N is not None:  # as it saw them: 59.8 % for 58.7 with each once (diffusion, 12,000 answers)
+    elif weight_N is not None:  # as it saw them: 59.8 % for 58.7 with each once (diffusion, one student)
         images_NCHW = images_NCHW[_order(len(images_NCHW), weight_N, rng).to(device)]
     update_bn(_batches(images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
