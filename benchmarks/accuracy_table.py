@@ -35,11 +35,11 @@ statistics of local pictures; since, they have those of the pool's (`train_stude
 Lines of `cifar10-diffusion*` with seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained
 weights (`_average` in [diffusion.py](../edge_agent/diffusion.py)).
 
-The lines of 2026-11-22 of `cifar10-mobilenet`, `cifar10-diffusion-balanced` and `cifar10-diffusion-assistant`, seed 1,
-were not made by quite the command that they name: a script of a few lines, not kept, called the same code but gave the
-row that they are `of` a student of one pass, to save the hour; that row's own student is not measured. The students
-measured are of the settings shown. The diffusion model under the last two was trained over two commits (2a4f319 up to
-step 6,400 or so, then ae1b5b9), so neither their commit nor their seed makes it again to the bit.
+The lines of 2026-11-22 of `cifar10-mobilenet`, `cifar10-diffusion-balanced` and `cifar10-diffusion-assistant`, seed
+1, were not made by quite the command that they name: a script of a few lines, not kept, called the same code but
+gave the row that they are `of` a student of one pass, to save the hour; that row's own student is not measured. The
+students measured are of the settings shown. The diffusion model under the last two was trained over two commits
+(2a4f319 up to step 6,400 or so, then ae1b5b9), so neither their commit nor their seed makes it again to the bit.
 """
 
 
