@@ -8,8 +8,10 @@ under way are kept in runs/accuracy. Test pictures and labels are read once a ce
 """
 
 import hashlib
+import json
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -135,7 +137,7 @@ def measure(row: Row, seed: int, data: Path) -> dict[str, Any]:
         return _on_a_pool(row, seed, data, teacher, folder)
     if row.reference:
         return _reference(row, seed, data, teacher, folder)
-    run(row, seed, data, teacher, folder)
+    run(row, seed, data, teacher, folder, phases=("all",))
     summary = add_test_figures(folder, teacher, datasets.part(row.dataset, data, "test"))
     kept = ("queries", "ledger", "bytes", "private_images_sent", "privacy", "seconds", "agreement_synthetic")
     return _test_figures(row, data, teacher, folder / "student.pt") | {
@@ -160,7 +162,7 @@ def teacher_of(dataset: str, seed: int, data: Path) -> Path:
     return path
 
 
-def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> None:
+def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path, *, phases: Sequence[str]) -> None:
     """teacher-serve and edge-agent as processes, with a fresh account; what is done already is not done again."""
     settings = {"images": _images(row.dataset), **row.run}
     config = folder / "row.toml"
@@ -172,15 +174,16 @@ def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> None:
         key_file.touch(mode=0o600)
         key_file.write_text(key)
     with serving(teacher, ledger, log=folder / "teacher-serve.log", more=("--answers", row.answers)) as address:
-        status = run_agent(
-            [
-                *("--phase", "all", "--data", str(data), "--config", str(config)),
-                *("--teacher", address, "--seed", str(seed), "--run-dir", str(folder)),
-            ],
-            api_key=key_file.read_text(),
-        )
-    if status != 0:
-        raise ServiceError(f"edge-agent ended with exit status {status}")
+        for phase in phases:
+            status = run_agent(
+                [
+                    *("--phase", phase, "--data", str(data), "--config", str(config)),
+                    *("--teacher", address, "--seed", str(seed), "--run-dir", str(folder)),
+                ],
+                api_key=key_file.read_text(),
+            )
+            if status != 0:
+                raise ServiceError(f"edge-agent ended with exit status {status}")
     with RunFolder(folder) as opened:
         charged = opened.journal.totals().charged_pictures
     posted = show_account(ledger, "benchmark")["posted"]
@@ -189,11 +192,12 @@ def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> None:
 
 
 def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> dict[str, Any]:
-    """Another student on the answers that another row has paid for."""
+    """Another student on the answers that another row pays for, whether that row's own student is trained or not."""
     below = rows.read(row.of)
     bought = RUNS / f"{below.name}-{seed}"
     bought.mkdir(parents=True, exist_ok=True)
-    run(below, seed, data, teacher, bought)
+    run(below, seed, data, teacher, bought, phases=("deprivatize", "ask"))
+    summary = json.loads((bought / "summary.json").read_text())
     with RunFolder(bought) as opened:
         description = _description(opened)
         generator = from_content(opened.read_tensors("generator.pt"))
@@ -206,7 +210,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     if config.distill.balance_answers:
         pool = pool.balanced()
     trained, _ = pools.split_pool(pool, int(len(pool) * config.held_out_fraction))
-    facts = load_model(bought / "student.pt").facts
+    facts = _students_facts(teacher, config.student)
     seconds = _train(
         row,
         config,
@@ -218,7 +222,9 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     )
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
-        "seconds": {"distill": seconds},
+        "bytes": summary["bytes"],
+        "privacy": summary["privacy"],
+        "seconds": {"deprivatize": summary["seconds"]["deprivatize"], "distill": seconds},
     }
 
 
@@ -235,24 +241,19 @@ def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         )
     else:
         pool, queries = references.labels(row.dataset, data, row.pictures), {"charged": 0}
-    facts = load_model(teacher).facts
-    channels = facts.channels
-    facts = ModelFacts(
-        architecture=config.student,
-        labels=facts.labels,
-        channels=channels,
-        height=facts.height,
-        width=facts.width,
-        mean=(0.5,) * channels,
-        std=(0.5,) * channels,
-        output="logits",
-    )
-    seconds = _train(row, config, pool, None, facts, folder)
+    seconds = _train(row, config, pool, None, _students_facts(teacher, config.student), folder)
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": queries,
         "private_images_sent": queries["charged"],
         "seconds": {"distill": seconds},
     }
+
+
+def _students_facts(teacher: Path, architecture: str) -> ModelFacts:
+    """As the agent writes them for pictures of the teacher's size."""
+    facts = load_model(teacher).facts
+    half = (0.5,) * facts.channels
+    return replace(facts, architecture=architecture, mean=half, std=half, output="logits")
 
 
 def _config(row: Row, seed: int, data: Path) -> RunConfig:

@@ -50,6 +50,8 @@ from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 PHASES = ("deprivatize", "distill", "adapt")
+PARTS = {"ask": "distill"}
+"""What may be called by itself, and the phase that it is the beginning of."""
 EVALUATION_PICTURES = 256
 CORRECTABLE = ("teacher's model", "[teacher]")  # of a KServe server's identity, until the first answer is kept
 SENT_BLOCK_PICTURES = 2048
@@ -57,7 +59,7 @@ SUMMARY_SECONDS = 2.0  # a summary asks for the balance, but waits no longer: it
 
 
 def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, console: Console) -> dict[str, Any]:
-    """Runs phases in a run folder and returns the summary, which is written however the run ends.
+    """Runs `PHASES` or `PARTS` in a run folder and returns the summary, which is written however the run ends.
 
     Raises Failure (``failures``): what was paid for is kept, and the same call goes on.
     """
@@ -68,7 +70,7 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
             agent.prepare()
             prepared = True
             for phase in phases:
-                with folder.clock(phase):
+                with folder.clock(PARTS.get(phase, phase)):
                     getattr(agent, phase)()
             agent.reconcile()
         finally:
@@ -324,24 +326,13 @@ class Agent:
         self._folder.write_tensors("generator.pt", generators.to_content(generator.cpu()))
         self._folder.finish("deprivatize", inputs)
 
+    def ask(self) -> None:
+        """The first part of phase 2: ``generator.pt`` and the budget in, paid answers out. Trains no student."""
+        self._buy()
+
     def distill(self) -> None:
         """Phase 2: ``generator.pt`` and the budget in, paid answers and ``student.pt`` out."""
-        generator = self._generator()
-        # Paid for with this one, a later deprivatize would put another in its place and make the answers worthless.
-        if not self._folder.done("deprivatize", self._generators_inputs()):
-            raise RunFolderProblem(
-                f"{self._folder.path}: generator.pt is unfinished, or of other settings or pictures than these; "
-                "run --phase deprivatize first"
-            )
-        digest = self._folder.digest("generator.pt")
-        asked_with = self._journal.fact("generator")
-        if self._journal.slots(pools.PHASE) > 0 and asked_with not in (None, digest):
-            raise RunFolderProblem(
-                f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
-            )
-        self._journal.set_facts(generator=digest)
-        self._ask(generator, digest)
-        self._attack()
+        generator, digest = self._buy()
         paid = self._pool(generator)
         facts = self._student_facts()
         learnt_from = {
@@ -589,6 +580,26 @@ class Agent:
         """Of the ids of all that was ever planned to be sent, and the attacks' names: fewer would understate."""
         sent = sorted(self._journal.charges().keys() | self._journal.open_ids())
         return digest_of({"sent": sent, "attacks": privacy.ATTACKS})
+
+    def _buy(self) -> tuple[AnyGenerator, str]:
+        """Asks what is not asked yet, and attacks what was sent. Returns what all of it is by, and its digest."""
+        generator = self._generator()
+        # Paid for with this one, a later deprivatize would put another in its place and make the answers worthless.
+        if not self._folder.done("deprivatize", self._generators_inputs()):
+            raise RunFolderProblem(
+                f"{self._folder.path}: generator.pt is unfinished, or of other settings or pictures than these; "
+                "run --phase deprivatize first"
+            )
+        digest = self._folder.digest("generator.pt")
+        asked_with = self._journal.fact("generator")
+        if self._journal.slots(pools.PHASE) > 0 and asked_with not in (None, digest):
+            raise RunFolderProblem(
+                f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
+            )
+        self._journal.set_facts(generator=digest)
+        self._ask(generator, digest)
+        self._attack()
+        return generator, digest
 
     def _ask(self, generator: PictureGenerator, digest: str) -> None:
         totals = self._journal.totals()

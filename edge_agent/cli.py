@@ -43,10 +43,11 @@ def main() -> None:
 @main.command(epilog=EXIT_CODES)
 @click.option(
     "--phase",
-    type=click.Choice(["all", *PHASES]),
+    type=click.Choice(["all", *PHASES, "ask"]),
     required=True,
     help="deprivatize: train the generator on local pictures. distill: ask the teacher about synthetic ones and "
-    "train the student. adapt: build what online adaptation needs. all: one after the other.",
+    "train the student. adapt: build what online adaptation needs. all: one after the other. ask: the first part of "
+    "distill, to train later.",
 )
 @click.option(
     "--images", metavar="SOURCE", help="Local pictures: a folder (with subfolders), or digits, mnist or cifar10."

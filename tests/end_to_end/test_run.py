@@ -268,6 +268,22 @@ def test_changed_training_options_train_again_on_the_kept_answers(world):
     assert world.books()["posted"] == 64
 
 
+def test_answers_bought_by_themselves_train_a_student_when_the_teacher_is_away(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=64, phase="deprivatize").returncode == 0
+    bought = world.agent(budget=64, phase="ask")
+    assert bought.returncode == 0, bought.stderr
+    assert "64 of 64 queries used" in bought.stderr and not (world.run_dir / "student.pt").exists()
+    summary = world.summary()
+    assert summary["phases_done"] == ["deprivatize"] and summary["privacy"]["membership_auc"] is not None
+    assert_books_agree(world)
+    world.stop_server()
+    trained = world.agent(budget=64, phase="distill")
+    assert trained.returncode == 0, trained.stderr
+    assert (world.run_dir / "student.pt").exists() and world.books()["posted"] == 64
+
+
 def test_changed_generator_needs_a_new_folder(world):
     world.account(1000)
     world.start_server()
