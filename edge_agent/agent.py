@@ -24,7 +24,7 @@ from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.assistant import assistant_of, refuse_runaway
-from edge_agent.config import NO_MATTER, RunConfig, as_layers, given_settings, in_use
+from edge_agent.config import NO_MATTER, RunConfig, as_layers, given_settings, idle_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
@@ -115,6 +115,13 @@ class Agent:
                 f"distill.shift_px: expected less than the side of the pictures, {self._side}, "
                 f"got {self._config.distill.shift_px}"
             )
+        if self._config.distill.balance_answers and self._description.indices_only:
+            raise BadInput(
+                "distill.balance_answers: expected probabilities to balance, and this account is sold class indices; "
+                "set it to false"
+            )
+        if idle := idle_settings(self._config):
+            self._console.warn(f"settings that change nothing in this run: {', '.join(idle)}")
         settings = self._config.deprivatize
         most = latent_side(self._side)
         if settings.generator == "mixes" and settings.mix_regions > most:

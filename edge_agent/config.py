@@ -302,6 +302,19 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in off}
 
 
+def idle_settings(config: RunConfig) -> list[str]:
+    """The settings that are not at their defaults and yet change nothing, by their full names."""
+    used = in_use(config.distill, mixes=config.deprivatize.generator == "mixes")
+    found = []
+    for section, idle in (
+        ("deprivatize", set(NO_MATTER[config.deprivatize.generator]) - {"generator"}),
+        ("distill", {field.name for field in fields(DistillConfig)} - used.keys()),
+    ):
+        own = getattr(config, section)
+        found += [f"{section}.{name}" for name in sorted(idle) if getattr(own, name) != getattr(type(own)(), name)]
+    return found
+
+
 def parse_setting(text: str) -> dict[str, Any]:
     """``distill.passes=20`` as a layer. The value is TOML; bare words are text. Raises ConfigError."""
     name, separator, value = text.partition("=")

@@ -438,6 +438,7 @@ class KServeTeacher:
             height=reading.height,
             width=reading.width,
             max_batch_pictures=max(1, min(reading.max_batch_pictures, fitting)),
+            indices_only=reading.output_kind == "labels",
         )
 
     def message_bytes(self, batch: Batch) -> int:

@@ -60,6 +60,8 @@ class Description:
     max_batch_pictures: int
     encodings: tuple[int, ...] = (wire.IMAGE_ENCODING_RAW_UINT8,)
     """How pictures may travel, of those that this agent knows."""
+    indices_only: bool = False
+    """Whether this account is sold class indices; where it is not known, False."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +188,7 @@ class RemoteTeacher:
             width=answer.width,
             max_batch_pictures=max(1, min(answer.max_batch_pictures, fitting)),
             encodings=tuple(encoding for encoding in answer.encodings if encoding in codec.ENCODINGS),
+            indices_only=answer.answer_kind == wire.ANSWER_KIND_CLASS_INDICES,
         )
 
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
@@ -518,7 +521,7 @@ def open_channel(
     a call once more by itself where the server has not looked at it. Raises BadInput.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or "/" in host or not port.isdecimal():
         raise BadInput(f"--teacher: expected HOST:PORT, got {address!r}")
     options: list[tuple[str, int]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

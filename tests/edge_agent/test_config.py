@@ -5,7 +5,16 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.config import ConfigError, DistillConfig, RunConfig, as_layers, build_config, in_use, parse_setting
+from edge_agent.config import (
+    ConfigError,
+    DistillConfig,
+    RunConfig,
+    as_layers,
+    build_config,
+    idle_settings,
+    in_use,
+    parse_setting,
+)
 
 K = {"address": "kserve://127.0.0.1:8001/m"}
 
@@ -158,6 +167,23 @@ def test_a_switch_that_is_off_is_none_of_what_the_student_depends_on():
         assert in_use(DistillConfig(**{name: True}), mixes=False) == plain | {name: True}
     used = in_use(DistillConfig(local_weight=2.0, local_batch_count=7), mixes=False)
     assert used == plain | {"local_weight": 2.0, "local_start_fraction": 0.5, "local_batch_count": 7}
+
+
+def test_settings_that_change_nothing_are_named():
+    diffusion = {"deprivatize": {"generator": "diffusion", "noise_count": 10}, "distill": {"image_weight": 0.0}}
+    idle = {"mosaic_fraction": 0.5, "assistant_passes": 7, "local_batch_count": 8}
+    config = build_config({"images": "x"}, diffusion, {"distill": idle})
+    assert idle_settings(config) == [
+        "deprivatize.noise_count",
+        "distill.assistant_passes",
+        "distill.local_batch_count",
+        "distill.mosaic_fraction",
+    ]
+    useful = {"deprivatize": {"generator": "mixes"}, "distill": {"assistant": "resnet20"}}
+    assert idle_settings(build_config({"images": "x"}, diffusion, {"distill": idle}, useful)) == []
+    assert idle_settings(build_config({"images": "x", "deprivatize": {"drawing_steps": 9}})) == [
+        "deprivatize.drawing_steps"
+    ]
 
 
 def test_every_setting_is_documented():

@@ -309,7 +309,7 @@ def test_key_does_not_travel_unencrypted_beyond_loopback(address):
         RemoteTeacher(address, api_key="k", check_egress=lambda batch: None)
 
 
-@pytest.mark.parametrize("address", ["nowhere", ":50051", "host:port"])
+@pytest.mark.parametrize("address", ["nowhere", ":50051", "host:port", "http://host:50051"])
 def test_address_that_is_none_is_one_line(address):
     with pytest.raises(BadInput, match="expected HOST:PORT"):
         RemoteTeacher(address, api_key="k", check_egress=lambda batch: None)

@@ -284,6 +284,17 @@ def test_answers_bought_by_themselves_train_a_student_when_the_teacher_is_away(w
     assert (world.run_dir / "student.pt").exists() and world.books()["posted"] == 64
 
 
+def test_balancing_indices_is_refused_before_any_is_bought(world):
+    world.account(1000)
+    world.start_server("array:4,1,8,8", "--answers", "hard")
+    early = world.agent("--set", "distill.balance_answers=true", "--set", "distill.mosaic_fraction=0.5")
+    assert early.returncode == 2, early.stderr
+    assert "distill.balance_answers: expected probabilities" in early.stderr and world.books()["posted"] == 0
+    fine = world.agent("--set", "distill.mosaic_fraction=0.5", phase="deprivatize")
+    assert fine.returncode == 0, fine.stderr
+    assert "settings that change nothing in this run: distill.mosaic_fraction" in fine.stderr
+
+
 def test_changed_generator_needs_a_new_folder(world):
     world.account(1000)
     world.start_server()
