@@ -105,6 +105,29 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
     assert picture is not None and picture.count("<circle") == 3 and ">10K<" in picture
 
 
+def test_row_on_anothers_answers_buys_them_without_training_that_rows_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(rows, "FOLDER", tmp_path)
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs" / "accuracy")
+    below = (
+        'dataset = "mnist-digits"\nseeds = [0]\n[run]\nbudget = 96\nstudent = "resnet8"\n'
+        "[run.deprivatize]\nsteps = 2\n[run.distill]\npasses = 1\nimage_weight = 0\n"
+    )
+    (tmp_path / "below.toml").write_text(below)
+    (tmp_path / "above.toml").write_text('of = "below"\nseeds = [0]\nqueries = 64\nanswers = "hard"\n')
+    torch.manual_seed(0)
+    teacher = registry.build("resnet8", class_count=10, channels=1).eval()
+    save_model(tmp_path / "teacher.pt", teacher, resnet8_facts(32, labels="0123456789"))
+    monkeypatch.setattr(accuracy, "teacher_of", lambda *_: tmp_path / "teacher.pt")
+    measured = accuracy.measure(rows.read("above"), 0, tmp_path)
+    assert measured["queries"] == {"charged": 64, "pool": 96} and measured["bytes"]["sent"] > 0
+    assert 0 <= measured["privacy"]["membership_auc"] <= 1 and measured["test_pictures"] == 500
+    bought = tmp_path / "runs" / "accuracy" / "below-0"
+    assert (bought / "generator.pt").exists() and not (bought / "student.pt").exists()
+
+
 def test_paired_bootstrap_excludes_zero_only_for_a_difference_that_is_there() -> None:
     def cell(seed: int, teacher_N: Any, student_N: Any) -> dict[str, Any]:
         right = {"teacher": np.packbits(teacher_N).tobytes().hex(), "student": np.packbits(student_N).tobytes().hex()}
