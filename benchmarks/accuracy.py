@@ -312,6 +312,7 @@ def _train(
                     seed=config.seed,
                     device=device,
                     console=Console(),
+                    local_NCHW=local_NCHW,
                     mixed_MCHW=mixed_MCHW,
                 )
                 with Console().bar(folder.name, "steps") as tell:

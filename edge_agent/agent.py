@@ -360,6 +360,7 @@ class Agent:
             return
         self._begin("distill", "adapt")
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
+        local_NCHW = torch.from_numpy(self._local.images_NCHW)
         mixed_MCHW = mixed_pictures(generator, self._split[0])
         assistant = assistant_of(
             self._folder,
@@ -370,6 +371,7 @@ class Agent:
             seed=self._config.seed,
             device=self._device,
             console=self._console,
+            local_NCHW=local_NCHW,
             mixed_MCHW=mixed_MCHW,
         )
         with torch.random.fork_rng(devices=[]):
@@ -386,7 +388,7 @@ class Agent:
                 device=self._device,
                 checkpoint=self._folder.checkpoint("distill", inputs),
                 progress=tell,
-                local_NCHW=torch.from_numpy(self._local.images_NCHW),
+                local_NCHW=local_NCHW,
                 mixed_MCHW=mixed_MCHW,
                 assistant=assistant,
             )

@@ -30,43 +30,57 @@ def assistant_of(
     seed: int,
     device: torch.device,
     console: Console,
+    local_NCHW: Tensor | None,
     mixed_MCHW: Tensor | None,
 ) -> Classifier | None:
     """Return the assistant that `config` asks for, from the folder where it lies there; None if it asks for none.
 
     Args:
-        folder: keeps it, and its training while that is under way.
+        folder: keeps the last that is trained, and the training that is under way.
         pool: what it learns from.
         facts: of the student; the assistant's differ by the architecture.
         learnt_from: plain values that name the pool: the assistant is trained again where they are others.
         config, seed, device: of phase 2.
         console: is shown the progress.
-        mixed_MCHW: as for `train_student`.
+        local_NCHW, mixed_MCHW: as for `train_student`.
 
     Raises BadInput where its training ran away.
     """
     if not config.assistant:
         return None
-    settings = in_use(assistants_own(config), mixes=mixed_MCHW is not None)
-    inputs = digest_of({"settings": settings, "assistant": config.assistant, "seed": seed, **learnt_from})
-    if folder.done("assistant", inputs) and folder.has(FILE):
-        return folder.read_network(FILE)
-    folder.journal.set_facts(**{"done.assistant": None})  # its file will be another's before it is said to be done
-    with console.bar("distill: assistant", "steps") as tell:
-        assistant = train_assistant(
-            pool,
-            class_count=len(facts.labels),
-            config=config,
-            seed=seed,
-            device=device,
-            checkpoint=folder.checkpoint("assistant", inputs),
-            progress=tell,
-            mixed_MCHW=mixed_MCHW,
-        ).cpu()
-    refuse_runaway(assistant, config.assistant, config)
-    folder.write_network(FILE, assistant, replace(facts, architecture=config.assistant))
-    folder.finish("assistant", inputs)
+    wanted = _inputs(learnt_from, config, seed=seed, mixes=mixed_MCHW is not None)
+    known = folder.journal.fact("done.assistant")
+    done = wanted.index(known) + 1 if known in wanted and folder.has(FILE) else 0
+    assistant = folder.read_network(FILE) if done > 0 else None
+    for generation in range(done, len(wanted)):
+        with console.bar(f"distill: assistant {generation + 1} of {len(wanted)}", "steps") as tell:
+            assistant = train_assistant(
+                pool,
+                class_count=len(facts.labels),
+                config=config,
+                seed=seed + generation,  # another beginning, or it would go the same way again
+                device=device,
+                checkpoint=folder.checkpoint("assistant", wanted[generation]),
+                progress=tell,
+                local_NCHW=local_NCHW,
+                mixed_MCHW=mixed_MCHW,
+                before=assistant,
+            ).cpu()
+        refuse_runaway(assistant, config.assistant, config)
+        folder.journal.set_facts(**{"done.assistant": None})  # the file is another's before it is said to be done
+        folder.write_network(FILE, assistant, replace(facts, architecture=config.assistant))
+        folder.finish("assistant", wanted[generation])
     return assistant
+
+
+def _inputs(learnt_from: dict[str, Any], config: DistillConfig, *, seed: int, mixes: bool) -> list[str]:
+    """A digest a generation, of all that its assistant depends on."""
+    found: list[str] = []
+    for generation in range(config.assistant_generations):
+        own = {"settings": in_use(assistants_own(config, first=generation == 0), mixes=mixes)}
+        from_what = {"before": found[-1]} if found else {"seed": seed, **learnt_from}
+        found.append(digest_of({**own, "assistant": config.assistant, **from_what}))
+    return found
 
 
 def refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:

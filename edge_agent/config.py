@@ -115,6 +115,8 @@ class DistillConfig:
     on the device, what it thinks the teacher would say; empty: none."""
     assistant_passes: int = 15
     """Times that the assistant goes through the pool."""
+    assistant_generations: int = 1
+    """How many assistants are trained in turn, each but the first taught by the one before it, too."""
     assistant_weight: float = 1.0
     """Weight of the divergence from the assistant's answers beside that from the teacher's."""
     balance_answers: bool = False
@@ -296,7 +298,9 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     if not mixes or config.mosaic_fraction == 0:
         off.add("mosaic_fraction")
     if not config.assistant:
-        off |= {"assistant", "assistant_passes", "assistant_weight"}
+        off |= {"assistant", "assistant_passes", "assistant_generations", "assistant_weight"}
+    if config.assistant_generations == 1:
+        off.add("assistant_generations")
     if config.local_weight == 0:
         off |= {"local_weight", "local_start_fraction"} | (set() if config.assistant else {"local_batch_count"})
     return {name: value for name, value in asdict(config).items() if name not in off}
@@ -420,6 +424,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("distill.shift_px", 0 <= distill.shift_px <= 128, "0 to 128"),
         ("distill.mosaic_fraction", 0 <= distill.mosaic_fraction <= 1, "0 to 1"),
         ("distill.assistant_passes", distill.assistant_passes >= 1, "1 or more"),
+        ("distill.assistant_generations", 1 <= distill.assistant_generations <= 10, "1 to 10"),
         ("distill.assistant_weight", 0 < distill.assistant_weight < math.inf, "above 0"),
         ("distill.local_weight", 0 <= distill.local_weight < math.inf, "0 or more"),
         ("distill.local_start_fraction", 0 <= distill.local_start_fraction < 1, "0 to below 1"),

@@ -254,9 +254,14 @@ def train_assistant(
     device: torch.device,
     checkpoint: Checkpoint,
     progress: Progress,
+    local_NCHW: Tensor | None = None,
     mixed_MCHW: Tensor | None = None,
+    before: Classifier | None = None,
 ) -> Classifier:
-    """Train the network that `config.assistant` names on the answers alone (`assistants_own`), as `train_student`."""
+    """Train the network that `config.assistant` names, as `train_student` does; `before`: its own assistant, if any.
+
+    The first learns from the answers alone. `config` is the student's (`assistants_own`).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = registry.build(config.assistant, class_count=class_count, channels=pool.images_NCHW.shape[1])
@@ -265,21 +270,24 @@ def train_assistant(
         None,
         pool,
         class_count=class_count,
-        config=assistants_own(config),
+        config=assistants_own(config, first=before is None),
         seed=seed,
         device=device,
         checkpoint=checkpoint,
         progress=progress,
+        local_NCHW=local_NCHW,
         mixed_MCHW=mixed_MCHW,
+        assistant=before,
     )
 
 
-def assistants_own(config: DistillConfig) -> DistillConfig:
-    """The settings of the assistant's training: the student's, but for what only the student learns from."""
+def assistants_own(config: DistillConfig, *, first: bool) -> DistillConfig:
+    """The settings of an assistant's training: the student's, but for what that one alone learns from."""
     return replace(
         config,
         passes=config.assistant_passes,
-        assistant="",
+        assistant="" if first else config.assistant,
+        assistant_generations=1,
         image_weight=0.0,
         image_fraction=0.0,
         local_weight=0.0,

@@ -57,6 +57,7 @@ def ask(folder: RunFolder, config: DistillConfig = CONFIG, *, answers: int = 24,
         seed=seed,
         device=torch.device("cpu"),
         console=Console(quiet=True),
+        local_NCHW=pool().images_NCHW,
         mixed_MCHW=None,
     )
 
@@ -96,6 +97,27 @@ def test_it_is_trained_again_where_what_it_learns_from_changes(
     assert len(trained) == 2
     ask(folder, **change)
     assert len(trained) == 2
+
+
+def test_each_generation_is_taught_by_the_one_before_and_none_that_is_done_is_trained_again(
+    folder: RunFolder, trained: list[DistillConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask(folder).state_dict()
+    befores: list[Any] = []
+    train: Callable[..., Any] = assistants.train_assistant
+
+    def noting(*parts: Any, before: Any, **options: Any) -> Any:
+        befores.append(before)
+        return train(*parts, before=before, **options)
+
+    monkeypatch.setattr(assistants, "train_assistant", noting)
+    two = replace(CONFIG, assistant_generations=2, local_batch_count=8)
+    second = ask(folder, two).state_dict()
+    assert len(trained) == 2 and all(v.equal(first[name]) for name, v in befores[0].state_dict().items())
+    assert not all(v.equal(first[name]) for name, v in second.items())
+    assert all(v.equal(second[name]) for name, v in ask(folder, two).state_dict().items()) and len(trained) == 2
+    ask(folder, replace(two, assistant_weight=2.0))  # what the second learns by, and the first does not
+    assert len(trained) == 4 and befores[1] is None and befores[2] is not None
 
 
 def test_one_that_was_written_but_not_said_to_be_done_is_no_former_one(
