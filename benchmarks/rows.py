@@ -28,6 +28,7 @@ ORDER = (
     "mnist-paper",
     "mnist-paper-no-im",
     "mnist-local",
+    "mnist-10k-local",
     "mnist-hard-local",
     "mnist-digits",
     "mnist-digits-balanced",
