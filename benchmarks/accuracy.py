@@ -199,7 +199,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     run(below, seed, data, teacher, bought, phases=("deprivatize", "ask"))
     summary = json.loads((bought / "summary.json").read_text())
     with RunFolder(bought) as opened:
-        description = _description(opened)
+        description = Description.from_facts(opened.journal.fact("teacher"))
         generator = from_content(opened.read_tensors("generator.pt"))
         pool = pools.load_pool(opened.journal, generator, description, label_smoothing=0.0)
         charged = opened.journal.totals().charged_pictures
@@ -220,10 +220,11 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
         folder,
         datasets.local_pictures(config, channels=facts.channels, side=facts.height),
     )
+    # Of a part of the pool, or of indices alone, fewer bytes would have been sent, or received.
+    as_bought = ("bytes", "privacy") if len(pool) == charged and row.answers == below.answers else ()
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
-        "bytes": summary["bytes"],
-        "privacy": summary["privacy"],
+        **{name: summary[name] for name in ("ledger", "private_images_sent", *as_bought)},
         "seconds": {"deprivatize": summary["seconds"]["deprivatize"], "distill": seconds},
     }
 
@@ -352,11 +353,6 @@ def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[st
             "student": np.packbits(students.right_N).tobytes().hex(),
         }
     return figures
-
-
-def _description(folder: RunFolder) -> Description:
-    known = folder.journal.fact("teacher")
-    return Description(**{**known, "labels": tuple(known["labels"])})
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:

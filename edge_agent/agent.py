@@ -115,7 +115,10 @@ class Agent:
                 f"distill.shift_px: expected less than the side of the pictures, {self._side}, "
                 f"got {self._config.distill.shift_px}"
             )
-        if self._config.distill.balance_answers and self._description.indices_only:
+        totals = self._journal.totals()
+        planned, charged = totals.planned_pictures, totals.charged_pictures
+        # Before the first alone: of an account that is sold other answers since, the description is of former times.
+        if self._config.distill.balance_answers and self._description.indices_only and planned == 0:
             raise BadInput(
                 "distill.balance_answers: expected probabilities to balance, and this account is sold class indices; "
                 "set it to false"
@@ -137,8 +140,6 @@ class Agent:
             "reference pictures": self._reference,
             **{f"deprivatize.{name}": value for name, value in self._generators_settings().items()},
         }
-        totals = self._journal.totals()
-        planned, charged = totals.planned_pictures, totals.charged_pictures
         self._check_meter(planned)
         if self._counts_sent:
             described = self._description
@@ -206,8 +207,7 @@ class Agent:
         else:
             bound = not self._may_connect or totals.planned_pictures > 0
         if known is not None and bound:
-            lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-            return Description(**{**known, **lists})  # JSON has no tuples
+            return Description.from_facts(known)
         described = self._connected().describe()
         self._journal.set_facts(teacher=asdict(described))
         return described
@@ -359,6 +359,7 @@ class Agent:
             self._console.say("distill: done before")
             return
         self._begin("distill", "adapt")
+        self._journal.set_facts(trained_on=self._answers_digest())
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
         local_NCHW = torch.from_numpy(self._local.images_NCHW)
         mixed_MCHW = mixed_pictures(generator, self._split[0])
@@ -497,6 +498,10 @@ class Agent:
         if "distill" in phases:
             self._journal.set_facts(agreement_synthetic=None)
 
+    def _answers_digest(self) -> str:
+        """Which answers were paid for so far."""
+        return digest_of({"answers": sorted(self._journal.charges())})
+
     def _generators_inputs(self) -> str:
         identity = self._journal.fact("identity")
         if self._counts_sent:  # how its tensors are read may still be corrected, and is no matter for the generator
@@ -606,7 +611,12 @@ class Agent:
                 f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
             )
         self._journal.set_facts(generator=digest)
-        self._ask(generator, digest)
+        try:
+            self._ask(generator, digest)
+        finally:
+            with suppress(DiskProblem):  # the reason why we are here is worth more
+                if self._journal.fact("trained_on") not in (None, self._answers_digest()):
+                    self._begin("distill", "adapt")
         self._attack()
         return generator, digest
 
@@ -619,19 +629,14 @@ class Agent:
         gate = self._gate(generator, digest)
         outbox = self._outbox(pools.synthetic(generator, gate, seed=self._config.seed))
         teacher = self._connected()
-        try:
-            with self._console.bar("distill: ask", "pictures") as tell:
-                pools.fill_pool(
-                    teacher,
-                    self._journal,
-                    outbox,
-                    self._description,
-                    progress=lambda answered: tell(answered, self._config.budget),
-                )
-        finally:
-            with suppress(DiskProblem):  # the reason why we are here is worth more
-                if self._journal.totals().charged_pictures > totals.charged_pictures:
-                    self._begin("distill", "adapt")
+        with self._console.bar("distill: ask", "pictures") as tell:
+            pools.fill_pool(
+                teacher,
+                self._journal,
+                outbox,
+                self._description,
+                progress=lambda answered: tell(answered, self._config.budget),
+            )
 
     def _packing(self) -> Packing:
         return Packing(self._config.image_encoding, self._config.image_quality, self._description.encodings)

@@ -1,4 +1,4 @@
-"""The assistant of a run: trained once for the answers at hand, kept in the run folder, whatever becomes its student.
+"""The assistants of a run: trained once for the answers at hand, kept in the run folder, whatever the student is.
 
 What it is good for is in `distill`; here is only where it comes from.
 """
@@ -17,8 +17,6 @@ from edge_agent.runs import RunFolder, digest_of
 from networks.classifiers import Classifier
 from networks.modelfile import ModelFacts
 
-FILE = "assistant.pt"
-
 
 def assistant_of(
     folder: RunFolder,
@@ -36,7 +34,7 @@ def assistant_of(
     """Return the assistant that `config` asks for, from the folder where it lies there; None if it asks for none.
 
     Args:
-        folder: keeps the last that is trained, and the training that is under way.
+        folder: keeps each generation's when it is trained, and the training that is under way.
         pool: what it learns from.
         facts: of the student; the assistant's differ by the architecture.
         learnt_from: plain values that name the pool: the assistant is trained again where they are others.
@@ -48,39 +46,39 @@ def assistant_of(
     """
     if not config.assistant:
         return None
-    wanted = _inputs(learnt_from, config, seed=seed, mixes=mixed_MCHW is not None)
-    known = folder.journal.fact("done.assistant")
-    done = wanted.index(known) + 1 if known in wanted and folder.has(FILE) else 0
-    assistant = folder.read_network(FILE) if done > 0 else None
-    for generation in range(done, len(wanted)):
-        with console.bar(f"distill: assistant {generation + 1} of {len(wanted)}", "steps") as tell:
-            assistant = train_assistant(
-                pool,
-                class_count=len(facts.labels),
-                config=config,
-                seed=seed + generation,  # another beginning, or it would go the same way again
-                device=device,
-                checkpoint=folder.checkpoint("assistant", wanted[generation]),
-                progress=tell,
-                local_NCHW=local_NCHW,
-                mixed_MCHW=mixed_MCHW,
-                before=assistant,
-            ).cpu()
-        refuse_runaway(assistant, config.assistant, config)
-        folder.journal.set_facts(**{"done.assistant": None})  # the file is another's before it is said to be done
-        folder.write_network(FILE, assistant, replace(facts, architecture=config.assistant))
-        folder.finish("assistant", wanted[generation])
+    assistant: Classifier | None = None
+    depends_on = {"assistant": config.assistant, "seed": seed, **learnt_from}
+    for generation in range(1, config.assistant_generations + 1):
+        settings = in_use(assistants_own(config, first=generation == 1), mixes=mixed_MCHW is not None)
+        inputs = digest_of({"settings": settings, **depends_on})
+        name = name_of(generation)
+        if not (folder.done(name, inputs) and folder.has(f"{name}.pt")):
+            # The file will be another's before that is said to be done.
+            folder.journal.set_facts(**{f"done.{name}": None})
+            with console.bar(f"distill: {name}", "steps") as tell:
+                trained = train_assistant(
+                    pool,
+                    class_count=len(facts.labels),
+                    config=config,
+                    seed=seed + generation - 1,  # another beginning, or it would go the same way again
+                    device=device,
+                    checkpoint=folder.checkpoint(name, inputs),
+                    progress=tell,
+                    local_NCHW=local_NCHW,
+                    mixed_MCHW=mixed_MCHW,
+                    before=assistant,
+                ).cpu()
+            refuse_runaway(trained, config.assistant, config)
+            folder.write_network(f"{name}.pt", trained, replace(facts, architecture=config.assistant))
+            folder.finish(name, inputs)
+        assistant = folder.read_network(f"{name}.pt")
+        depends_on = {"assistant": config.assistant, "seed": seed, "before": inputs}
     return assistant
 
 
-def _inputs(learnt_from: dict[str, Any], config: DistillConfig, *, seed: int, mixes: bool) -> list[str]:
-    """A digest a generation, of all that its assistant depends on."""
-    found: list[str] = []
-    for generation in range(config.assistant_generations):
-        own = {"settings": in_use(assistants_own(config, first=generation == 0), mixes=mixes)}
-        from_what = {"before": found[-1]} if found else {"seed": seed, **learnt_from}
-        found.append(digest_of({**own, "assistant": config.assistant, **from_what}))
-    return found
+def name_of(generation: int) -> str:
+    """What an assistant's file, checkpoint and facts are called: assistant, assistant-2, assistant-3."""
+    return "assistant" if generation == 1 else f"assistant-{generation}"
 
 
 def refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:

@@ -9,7 +9,7 @@ import ipaddress
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +61,16 @@ class Description:
     encodings: tuple[int, ...] = (wire.IMAGE_ENCODING_RAW_UINT8,)
     """How pictures may travel, of those that this agent knows."""
     indices_only: bool = False
-    """Whether this account is sold class indices; where it is not known, False."""
+    """Whether this account was sold class indices when it was asked; where it is not known, False."""
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Description":
+        """Of what a journal kept of one, as JSON has it; what this version does not know is left out."""
+        known: dict[str, Any] = {name: facts[name] for name in cls.__dataclass_fields__ if name in facts}
+        known |= {
+            name: tuple(value) for name, value in known.items() if isinstance(value, list)
+        }
+        return cls(**known)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,14 +116,18 @@ def test_row_on_anothers_answers_buys_them_without_training_that_rows_student(
         "[run.deprivatize]\nsteps = 2\n[run.distill]\npasses = 1\nimage_weight = 0\n"
     )
     (tmp_path / "below.toml").write_text(below)
-    (tmp_path / "above.toml").write_text('of = "below"\nseeds = [0]\nqueries = 64\nanswers = "hard"\n')
+    (tmp_path / "above.toml").write_text('of = "below"\nseeds = [0]\n')
+    (tmp_path / "part.toml").write_text('of = "below"\nseeds = [0]\nqueries = 64\nanswers = "hard"\n')
     torch.manual_seed(0)
     teacher = registry.build("resnet8", class_count=10, channels=1).eval()
     save_model(tmp_path / "teacher.pt", teacher, resnet8_facts(32, labels="0123456789"))
     monkeypatch.setattr(accuracy, "teacher_of", lambda *_: tmp_path / "teacher.pt")
     measured = accuracy.measure(rows.read("above"), 0, tmp_path)
-    assert measured["queries"] == {"charged": 64, "pool": 96} and measured["bytes"]["sent"] > 0
-    assert 0 <= measured["privacy"]["membership_auc"] <= 1 and measured["test_pictures"] == 500
+    assert measured["queries"] == {"charged": 96, "pool": 96} and measured["ledger"]["debited"] == 96
+    assert measured["bytes"]["sent"] > 0 and 0 <= measured["privacy"]["membership_auc"] <= 1
+    part = accuracy.measure(rows.read("part"), 0, tmp_path)
+    assert part["queries"] == {"charged": 64, "pool": 96} and part["ledger"]["debited"] == 96
+    assert "bytes" not in part and "privacy" not in part  # those of all 96, with probabilities
     bought = tmp_path / "runs" / "accuracy" / "below-0"
     assert (bought / "generator.pt").exists() and not (bought / "student.pt").exists()
 

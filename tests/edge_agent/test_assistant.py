@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edge_agent import assistant as assistants
-from edge_agent.assistant import FILE, assistant_of
+from edge_agent.assistant import assistant_of
 from edge_agent.config import DistillConfig
 from edge_agent.console import Console
 from edge_agent.distill import Pool
@@ -64,7 +64,7 @@ def ask(folder: RunFolder, config: DistillConfig = CONFIG, *, answers: int = 24,
 
 def test_none_is_asked_for_none_is_trained(folder: RunFolder, trained: list[DistillConfig]) -> None:
     assert ask(folder, replace(CONFIG, assistant="")) is None
-    assert not trained and not folder.has(FILE)
+    assert not trained and not folder.has("assistant.pt")
 
 
 def test_it_is_trained_once_whatever_only_the_student_depends_on(
@@ -73,7 +73,7 @@ def test_it_is_trained_once_whatever_only_the_student_depends_on(
     first = ask(folder)
     students = {"passes": 9, "image_weight": 7.0, "image_fraction": 1.0, "local_weight": 3.0, "assistant_weight": 2.0}
     again = ask(folder, replace(CONFIG, **students, local_batch_count=9))  # type: ignore[arg-type]
-    assert len(trained) == 1 and load_model(folder.path / FILE).facts.architecture == "resnet14"
+    assert len(trained) == 1 and load_model(folder.path / "assistant.pt").facts.architecture == "resnet14"
     images_NCHW = torch.randn(4, 1, 8, 8)
     assert again(images_NCHW).equal(first(images_NCHW)) and not again.training
 
@@ -99,25 +99,31 @@ def test_it_is_trained_again_where_what_it_learns_from_changes(
     assert len(trained) == 2
 
 
-def test_each_generation_is_taught_by_the_one_before_and_none_that_is_done_is_trained_again(
-    folder: RunFolder, trained: list[DistillConfig], monkeypatch: pytest.MonkeyPatch
+def test_each_generation_is_taught_by_the_one_before_from_a_beginning_of_its_own_and_kept(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ask(folder).state_dict()
-    befores: list[Any] = []
+    begun: list[tuple[int, Any]] = []
     train: Callable[..., Any] = assistants.train_assistant
 
-    def noting(*parts: Any, before: Any, **options: Any) -> Any:
-        befores.append(before)
-        return train(*parts, before=before, **options)
+    def noting(*parts: Any, seed: int, before: Any, **options: Any) -> Any:
+        begun.append((seed, before))
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        return train(*parts, seed=seed, before=before, **options)
 
     monkeypatch.setattr(assistants, "train_assistant", noting)
     two = replace(CONFIG, assistant_generations=2, local_batch_count=8)
+    with pytest.raises(KeyboardInterrupt):
+        ask(folder, two)
     second = ask(folder, two).state_dict()
-    assert len(trained) == 2 and all(v.equal(first[name]) for name, v in befores[0].state_dict().items())
-    assert not all(v.equal(first[name]) for name, v in second.items())
-    assert all(v.equal(second[name]) for name, v in ask(folder, two).state_dict().items()) and len(trained) == 2
+    assert [seed for seed, _ in begun] == [1, 1]
+    assert all(value.equal(first[name]) for name, value in begun[1][1].state_dict().items())
+    assert not all(value.equal(first[name]) for name, value in second.items())
+    assert all(value.equal(second[name]) for name, value in ask(folder, two).state_dict().items())
+    assert all(value.equal(first[name]) for name, value in ask(folder).state_dict().items()) and len(begun) == 2
     ask(folder, replace(two, assistant_weight=2.0))  # what the second learns by, and the first does not
-    assert len(trained) == 4 and befores[1] is None and befores[2] is not None
+    assert [seed for seed, _ in begun] == [1, 1, 1]
 
 
 def test_one_that_was_written_but_not_said_to_be_done_is_no_former_one(
@@ -146,4 +152,4 @@ def test_one_whose_training_ran_away_is_refused_by_its_name_and_not_kept(
     monkeypatch.setattr(assistants, "train_assistant", ran_away)
     with pytest.raises(BadInput, match=r"training of resnet14 ran away.*--set distill\.learning_rate=0\.01"):
         ask(folder)
-    assert not folder.has(FILE)
+    assert not folder.has("assistant.pt")

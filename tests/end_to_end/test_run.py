@@ -282,12 +282,16 @@ def test_answers_bought_by_themselves_train_a_student_when_the_teacher_is_away(w
     trained = world.agent(budget=64, phase="distill")
     assert trained.returncode == 0, trained.stderr
     assert (world.run_dir / "student.pt").exists() and world.books()["posted"] == 64
+    assert "distill" in world.summary()["phases_done"]
+    world.start_server()
+    assert world.agent(budget=96, phase="ask").returncode == 0
+    assert world.summary()["phases_done"] == ["deprivatize"]  # the student knows 64 of 96
 
 
 def test_balancing_indices_is_refused_before_any_is_bought(world):
     world.account(1000)
     world.start_server("array:4,1,8,8", "--answers", "hard")
-    early = world.agent("--set", "distill.balance_answers=true", "--set", "distill.mosaic_fraction=0.5")
+    early = world.agent("--set", "distill.balance_answers=true")
     assert early.returncode == 2, early.stderr
     assert "distill.balance_answers: expected probabilities" in early.stderr and world.books()["posted"] == 0
     fine = world.agent("--set", "distill.mosaic_fraction=0.5", phase="deprivatize")
