@@ -67,9 +67,7 @@ class Description:
     def from_facts(cls, facts: Mapping[str, Any]) -> "Description":
         """Of what a journal kept of one, as JSON has it; what this version does not know is left out."""
         known: dict[str, Any] = {name: facts[name] for name in cls.__dataclass_fields__ if name in facts}
-        known |= {
-            name: tuple(value) for name, value in known.items() if isinstance(value, list)
-        }
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         return cls(**known)
 
 
