@@ -40,6 +40,7 @@ ORDER = (
     "cifar10-diffusion",
     "cifar10-diffusion-balanced",
     "cifar10-diffusion-assistant",
+    "cifar10-diffusion-generations",
     "cifar10-gan",
     "cifar10-image-loss",
     "cifar10-local",
