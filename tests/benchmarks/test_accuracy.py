@@ -96,6 +96,9 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
     assert "| 2 of 3 | 50,000 | 99.50 | **99.10** (99.00 to 99.20) |" in told and "| 11.0 MB | 0.507 |" in told
     del risk["privacy"]["membership_attacks"]["mean_of_parts"]  # a former version's line
     assert "| 0.507 whole |" in accuracy_table.table(lines)
+    aimed = accuracy_table.aims(lines)
+    assert "| 99.40 accuracy | 99.10 by `mnist-soft` (2 of 3 seeds) |" in aimed and "| not measured |" in aimed
+    assert accuracy_table.aims(lines | {("mnist-10k", 0): line("mnist-10k", 0, 0.992)}).count("**99.20**") == 1
     left = accuracy_table.unfinished(lines)
     assert "| `python -m benchmarks.accuracy --row mnist-soft` | 1 |" in left
     assert "| `python -m benchmarks.accuracy --row mnist-10k` | 0, 1, 2 |" in left
