@@ -92,14 +92,7 @@ def present(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]
 
 def aims(lines: dict[tuple[str, int], dict[str, Any]]) -> str:
     """What was aimed at and, row by row, what was reached on how many seeds."""
-    found = [
-        "## Aims",
-        "",
-        "Means over the seeds that are there; bold: reached.",
-        "",
-        "| task | aim | reached |",
-        "|---|---|---|",
-    ]
+    found = [_AIMS_HEAD]
     for task, measure, aim, names in AIMS:
         reached = []
         for name in names:
