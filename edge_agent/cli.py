@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edge_agent.config import ConfigError, RunConfig, build_config, parse_setting
+from edge_agent.config import PRESETS, ConfigError, RunConfig, build_config, parse_setting, preset_layer
 from edge_agent.failures import BadInput, Failure
 
 if TYPE_CHECKING:
@@ -77,6 +77,12 @@ def main() -> None:
     help="Where everything is kept; the same folder goes on where it was.  [default: runs/mekd]",
 )
 @click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    help="Settings to begin with; those of --config win. photographs: diffusion and assistants, hours in place of "
+    "minutes.",
+)
+@click.option(
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
@@ -115,7 +121,13 @@ def main() -> None:
 @click.option("--insecure", is_flag=True, default=None, help="Let the key travel unencrypted beyond loopback.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def run(
-    phase: str, config_file: Path | None, settings: tuple[str, ...], key_file: Path | None, quiet: bool, **flags: Any
+    phase: str,
+    preset: str | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    key_file: Path | None,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Run one phase, or all of them.
 
@@ -127,7 +139,8 @@ def run(
     """
     _raise_on_sigterm()
     try:
-        config = _config(config_file, settings, {name: value for name, value in flags.items() if value is not None})
+        given = {name: value for name, value in flags.items() if value is not None}
+        config = _config(config_file, settings, given, preset)
         api_key = _api_key(key_file)
         # torch takes seconds to import: not before the input is known to be good.
         from edge_agent import agent
@@ -291,7 +304,9 @@ def receipts(run_dir: str) -> None:
         _fail(str(failure), failure.exit_code)
 
 
-def _config(config_file: Path | None, settings: tuple[str, ...], flags: dict[str, Any]) -> RunConfig:
+def _config(
+    config_file: Path | None, settings: tuple[str, ...], flags: dict[str, Any], preset: str | None = None
+) -> RunConfig:
     layers: list[dict[str, Any]] = []
     path = config_file or Path("run.toml")
     if config_file is not None or path.is_file():
@@ -305,7 +320,12 @@ def _config(config_file: Path | None, settings: tuple[str, ...], flags: dict[str
         if (path.parent / "journal.db").is_file():
             layers[0]["run_dir"] = str(path.parent)
     try:
-        given = [*layers, flags, *(parse_setting(setting) for setting in settings)]
+        given = [
+            *([preset_layer(preset)] if preset else []),
+            *layers,
+            flags,
+            *(parse_setting(setting) for setting in settings),
+        ]
         config = build_config(*given)
         # Money is never spent because a flag was left out: a budget is changed by giving another.
         if not any("budget" in layer for layer in given):

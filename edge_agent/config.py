@@ -4,6 +4,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import resources
 from typing import Any
 
 
@@ -235,6 +236,8 @@ class ConfigError(Exception):
     """A configuration that cannot be meant, in one line: where, expected, got."""
 
 
+PRESETS = ("photographs",)
+"""Settings by name, each a file in presets."""
 IMAGE_ENCODINGS = ("auto", "raw", "png", "jpeg", "webp")
 REMOVED = {"distill": {"attributed_weight": 0.0}}
 """Settings of former versions, and what switched them off: a run.toml of those says so, and is still good."""
@@ -317,6 +320,11 @@ def idle_settings(config: RunConfig) -> list[str]:
         own = getattr(config, section)
         found += [f"{section}.{name}" for name in sorted(idle) if getattr(own, name) != getattr(type(own)(), name)]
     return found
+
+
+def preset_layer(name: str) -> dict[str, Any]:
+    """One of `PRESETS`, as a layer."""
+    return tomllib.loads((resources.files("edge_agent") / "presets" / f"{name}.toml").read_text("utf-8"))
 
 
 def parse_setting(text: str) -> dict[str, Any]:

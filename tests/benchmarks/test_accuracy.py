@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import accuracy, accuracy_table, datasets, record, references, rows
 from benchmarks.evaluation import correct
-from edge_agent.config import build_config
+from edge_agent.config import build_config, preset_layer
 from edge_agent.distill import Pool
 from networks import registry
 from networks.modelfile import save_model
@@ -35,6 +35,13 @@ def test_every_file_is_a_row_in_the_order_and_every_row_has_settings_that_the_ag
         assert config.student in registry.CLASSIFIERS
         assert row.seeds == (0, 1, 2) and row.answers in ("soft", "hard") and row.reference in ("", "labels", "views")
         assert row.queries <= config.budget == 50_000
+
+
+def test_preset_is_what_its_row_measures() -> None:
+    row, preset = rows.read("cifar10-diffusion-generations"), preset_layer("photographs")
+    assert rows.merged(preset, {"distill": {"balance_pictures": True}}) == {
+        section: row.run[section] for section in ("deprivatize", "distill")
+    }
 
 
 def test_row_on_anothers_answers_has_its_settings_underneath_and_its_text_in_the_digest() -> None:

@@ -57,6 +57,15 @@ def test_missing_config_file_is_named(type_in):
     assert "nothere.toml" in one_line(type_in("run", "--phase", "all", "--config", "nothere.toml"), 2)
 
 
+def test_preset_stands_below_file_and_flags(type_in, tmp_path):
+    of_the_preset = ("run", "--phase", "all", "--images", "digits", "--preset", "photographs")
+    line = one_line(type_in(*of_the_preset, "--set", "distill.image_weight=1"), 2)
+    assert "expected 0 with deprivatize.generator = diffusion" in line
+    (tmp_path / "run.toml").write_text('[deprivatize]\ngenerator = "mixes"\n')
+    line = one_line(type_in(*of_the_preset, "--set", "distill.image_weight=1"), 2)
+    assert "expected 0 with deprivatize.generator = mixes" in line
+
+
 def test_key_is_asked_for_when_there_is_none(type_in):
     line = one_line(type_in("run", "--phase", "all", "--images", "digits", "--quiet"), 2)
     assert "MEKD_API_KEY" in line and "--key-file" in line
