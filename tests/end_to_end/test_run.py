@@ -288,6 +288,17 @@ def test_answers_bought_by_themselves_train_a_student_when_the_teacher_is_away(w
     assert world.summary()["phases_done"] == ["deprivatize"]  # the student knows 64 of 96
 
 
+def test_preset_for_photographs_runs_to_its_end(world):
+    world.account(1000)
+    world.start_server()
+    short = ("deprivatize.steps=2", "distill.passes=1", "distill.assistant_passes=1")
+    done = world.agent("--preset", "photographs", *(word for name in short for word in ("--set", name)), budget=64)
+    assert done.returncode == 0, done.stderr
+    assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
+    assert {"assistant.pt", "assistant-2.pt", "student.pt"} <= {path.name for path in world.run_dir.iterdir()}
+    assert_books_agree(world)
+
+
 def test_balancing_indices_is_refused_before_any_is_bought(world):
     world.account(1000)
     world.start_server("array:4,1,8,8", "--answers", "hard")
