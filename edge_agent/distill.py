@@ -152,31 +152,33 @@ def train_student(
     the order of its plans, and seen as `mosaic_fraction` says; None where there are none. Raises ValueError where
     `image_weight` or `local_weight` is above 0, or there is an assistant, and what it needs is missing.
     """
+    if config.shift_px >= min(pool.images_NCHW.shape[2:]):
+        raise ValueError(f"shift_px: expected less than the side of the pictures, got {config.shift_px}")
+    image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
+    if image_count > 0 and generator is None:
+        raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
+    if local_NCHW is None and assistant is not None:
+        raise ValueError("expected local pictures for the assistant to answer, got none")
+    if local_NCHW is None and config.local_weight > 0:
+        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
+
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
         generator.to(device).eval().requires_grad_(False)
-    images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
-    answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
-    if config.shift_px >= min(images_NCHW.shape[2:]):
-        raise ValueError(f"shift_px: expected less than the side of the pictures, got {config.shift_px}")
-    if config.local_weight == 0 and assistant is None:
-        local_NCHW = None
-    elif local_NCHW is not None:
-        local_NCHW = local_NCHW.to(device)
-    elif assistant is not None:
-        raise ValueError("expected local pictures for the assistant to answer, got none")
-    else:
-        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
     if assistant is not None:
         assistant.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    if latents_NL.shape[1] == 0 or config.mosaic_fraction == 0:  # mixes from before their plans were kept, or no use
-        mixed_MCHW = None
-    elif mixed_MCHW is not None:
-        mixed_MCHW = mixed_MCHW.to(device)
+    images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
+    answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
         )
+    if local_NCHW is not None:
+        local_NCHW = local_NCHW.to(device)
+    if latents_NL.shape[1] == 0 or config.mosaic_fraction == 0:  # mixes from before their plans were kept, or no use
+        mixed_MCHW = None
+    elif mixed_MCHW is not None:
+        mixed_MCHW = mixed_MCHW.to(device)
     weight_N = responses.balancing_weights(answers_NK).cpu() if config.balance_pictures else None
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
@@ -191,10 +193,13 @@ def train_student(
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
     steps_a_pass = max(1, len(images_NCHW) // config.batch_count)
     steps = config.passes * steps_a_pass
-    local_start = config.local_start_fraction * steps
-    image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
-    if image_count > 0 and generator is None:
-        raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
+    local_start = config.local_start_fraction * steps if config.local_weight > 0 else steps
+    weights = {
+        "answer_loss": 1.0,
+        "image_loss": config.image_weight,
+        "assisted_loss": config.assistant_weight,
+        "local_loss": config.local_weight,
+    }
 
     training = Resumable(checkpoint, rng, student=student, averaged=averaged, optimizer=optimizer)
     while training.done < steps:
@@ -213,37 +218,32 @@ def train_student(
             seen_NCHW = torch.cat([mosaic(plan_NR, mixed_MCHW), seen_NCHW[mosaic_count:]])
         with training_precision(device):
             logits_NK = student(_students_view(seen_NCHW, config, rng)).float()
-        loss = answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen]).mean()
-        figures = {"answer_loss": loss.item()}
+        found = {"answer_loss": answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen])}
         if generator is not None and image_count > 0:
             few = chosen[:image_count]
             noise_NE = latents_NL[few, class_count:]
-            distance = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE).mean()
-            figures["image_loss"] = distance.item()
-            loss = loss + config.image_weight * distance
+            found["image_loss"] = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE)
         if local_NCHW is not None and assistant is not None:
-            local = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
-            divergence = assisted_loss(student, assistant, local_NCHW[local], config, rng).mean()
-            figures["assisted_loss"] = divergence.item()
-            loss = loss + config.assistant_weight * divergence
-        if local_NCHW is not None and config.local_weight > 0 and training.done >= local_start:
-            local = torch.randint(len(local_NCHW), (config.local_batch_count,), generator=rng).to(device)
-            consistency = local_loss(student, averaged, local_NCHW[local], config, rng).mean()
-            figures["local_loss"] = consistency.item()
-            loss = loss + config.local_weight * consistency
+            few_NCHW = _some(local_NCHW, config.local_batch_count, rng)
+            found["assisted_loss"] = assisted_loss(student, assistant, few_NCHW, config, rng)
+        if local_NCHW is not None and training.done >= local_start:
+            few_NCHW = _some(local_NCHW, config.local_batch_count, rng)
+            found["local_loss"] = local_loss(student, averaged, few_NCHW, config, rng)
+        means = {name: loss_N.mean() for name, loss_N in found.items()}
+        loss = sum((weights[name] * mean for name, mean in means.items()), start=torch.zeros((), device=device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         averaged.update_parameters(student)
         training.stepped()
-        progress(training.done, steps, **figures)
+        progress(training.done, steps, **{name: mean.item() for name, mean in means.items()})
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # has labelled local pictures by their own statistics, those are what it is used with. With an assistant alone,
     # the pool's are: what the teacher said, it said of the pool, and such students were right more often by them
     # (CIFAR-10's development part, one seed each: mixes 80.8 and 80.5 %, diffusion 63.2 and 61.4).
-    if local_NCHW is not None and config.local_weight > 0 and steps - 1 >= local_start:
+    if local_NCHW is not None and local_start <= steps - 1:
         images_NCHW = local_NCHW
     elif weight_N is not None:  # as it saw them: 59.8 % for 58.7 with each once (diffusion, one student)
         images_NCHW = images_NCHW[_order(len(images_NCHW), weight_N, rng).to(device)]
@@ -310,6 +310,10 @@ def _order(count: int, weight_N: Tensor | None, rng: torch.Generator) -> Tensor:
     upto_N[-1] = count  # whatever rounding made of it
     times_N = upto_N.long().diff(prepend=torch.zeros(1, dtype=torch.int64))
     return torch.repeat_interleave(times_N, output_size=count)[order_N]
+
+
+def _some(images_NCHW: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    return images_NCHW[torch.randint(len(images_NCHW), (count,), generator=rng).to(images_NCHW.device)]
 
 
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:
