@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edge_agent.config import PRESETS, ConfigError, RunConfig, build_config, parse_setting, preset_layer
+from edge_agent.config import PRESETS, ConfigError, RunConfig, build_config, differing, parse_setting, preset_layer
 from edge_agent.failures import BadInput, Failure
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def run(
 
         phases = agent.PHASES if phase == "all" else (phase,)
         console = Console(quiet=quiet)
+        if preset and (others := differing(config, preset_layer(preset))):
+            console.warn(f"--preset {preset}: a file or a flag gives other {', '.join(others)}")
         summary = agent.run(config, phases, api_key=api_key, console=console)
         if summary:  # none where the disk was full
             console.say(_outcome(Path(config.run_dir), summary))

@@ -327,6 +327,16 @@ def preset_layer(name: str) -> dict[str, Any]:
     return tomllib.loads((resources.files("edge_agent") / "presets" / f"{name}.toml").read_text("utf-8"))
 
 
+def differing(config: RunConfig, layer: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The settings in a layer of sections that the config has other values of, by their full names."""
+    return [
+        f"{section}.{name}"
+        for section, values in layer.items()
+        for name, value in values.items()
+        if getattr(getattr(config, section), name) != value
+    ]
+
+
 def parse_setting(text: str) -> dict[str, Any]:
     """``distill.passes=20`` as a layer. The value is TOML; bare words are text. Raises ConfigError."""
     name, separator, value = text.partition("=")

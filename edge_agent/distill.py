@@ -173,7 +173,9 @@ def train_student(
         images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
             torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
         )
-    if local_NCHW is not None:
+    if assistant is None and config.local_weight == 0:
+        local_NCHW = None
+    elif local_NCHW is not None:
         local_NCHW = local_NCHW.to(device)
     if latents_NL.shape[1] == 0 or config.mosaic_fraction == 0:  # mixes from before their plans were kept, or no use
         mixed_MCHW = None

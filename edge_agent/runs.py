@@ -3,7 +3,8 @@
 run.toml       the resolved configuration
 generator.pt   phase 1's result; of mixes it holds the local pictures' latents, so it's as private as they are
 journal.db     outbox and paid answers (``journal``)
-assistant.pt   of phase 2, where there is one: the larger network that the student also learns from
+assistant.pt   of phase 2, where there is one: the larger network that the student also learns from, or the first of
+               several; the next are assistant-2.pt and so on
 student.pt     phase 2's result, a checkpoint that ``teacher-serve`` could serve
 memory.npz     phase 3's result
 metrics.jsonl  one line a figure

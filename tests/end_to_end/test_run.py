@@ -297,6 +297,20 @@ def test_preset_for_photographs_runs_to_its_end(world):
     assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
     assert {"assistant.pt", "assistant-2.pt", "student.pt"} <= {path.name for path in world.run_dir.iterdir()}
     assert_books_agree(world)
+    assert "--preset photographs: a file or a flag gives other deprivatize.steps, distill.passes" in done.stderr
+    without = world.agent(budget=64)
+    assert without.returncode == 6 and "other deprivatize.generator: it began with 'diffusion'" in without.stderr
+    again = world.agent("--config", str(world.run_dir / "run.toml"), budget=64)
+    assert again.returncode == 0 and "distill: done before" in again.stderr
+
+
+def test_a_generator_that_other_settings_would_replace_is_named_first(world):
+    world.account(1000)
+    world.start_server()
+    assert world.agent("--set", "deprivatize.steps=3", phase="deprivatize").returncode == 0
+    other = world.agent(phase="ask")
+    assert other.returncode == 6 and "trained with other deprivatize.steps; phase 1 replaces it" in other.stderr
+    assert world.agent("--set", "deprivatize.steps=3", phase="ask", budget=32).returncode == 0
 
 
 def test_balancing_indices_is_refused_before_any_is_bought(world):
