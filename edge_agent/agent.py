@@ -151,23 +151,7 @@ class Agent:
                 "classes": len(described.labels),
                 "[teacher]": given_settings(self._config.kserve),
             }
-        known = self._journal.fact("identity")
-        if known is not None:
-            # A GAN's identity says nothing of its kind (`_generators_settings`); here it is compared, first of all.
-            known = {"deprivatize.generator": "gan"} | known
-            now = {"deprivatize.generator": self._config.deprivatize.generator} | identity
-            changed = [name for name in now if known.get(name) != now[name] and not self._may_change(name, charged)]
-            if changed and planned > 0:
-                raise RunFolderProblem(
-                    f"{self._folder.path} has paid answers for other {changed[0]}: it began with "
-                    f"{known.get(changed[0])!r}, now it is {now[changed[0]]!r}; give another --run-dir, or the "
-                    f"former value (all of them: --config {self._folder.path / 'run.toml'})"
-                )
-            if changed and self._folder.has("generator.pt"):
-                self._console.warn(
-                    f"{self._folder.path / 'generator.pt'} was trained with other {', '.join(changed)}; phase 1 "
-                    "replaces it"
-                )
+        self._check_identity(identity, planned=planned, charged=charged)
         if self._counts_sent and self._config.budget < totals.sent_pictures:
             raise BadInput(
                 f"--budget: expected at least the {totals.sent_pictures} pictures that {self._folder.path} has sent "
@@ -187,6 +171,27 @@ class Agent:
         self._packing()  # refuses an encoding that the teacher does not take, before anything is trained
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
+
+    def _check_identity(self, identity: dict[str, Any], *, planned: int, charged: int) -> None:
+        """Refuses another identity than answers were paid for with; says so where a generator would be replaced."""
+        known = self._journal.fact("identity")
+        if known is None:
+            return
+        # A GAN's identity says nothing of its kind (`_generators_settings`); here it is compared, first of all.
+        known = {"deprivatize.generator": "gan"} | known
+        now = {"deprivatize.generator": self._config.deprivatize.generator} | identity
+        changed = [name for name in now if known.get(name) != now[name] and not self._may_change(name, charged)]
+        if changed and planned > 0:
+            raise RunFolderProblem(
+                f"{self._folder.path} has paid answers for other {changed[0]}: it began with "
+                f"{known.get(changed[0])!r}, now it is {now[changed[0]]!r}; give another --run-dir, or the "
+                f"former value (all of them: --config {self._folder.path / 'run.toml'})"
+            )
+        if changed and self._folder.has("generator.pt"):
+            self._console.warn(
+                f"{self._folder.path / 'generator.pt'} was trained with other {', '.join(changed)}; phase 1 "
+                "replaces it"
+            )
 
     def _check_meter(self, planned: int) -> None:
         """Refuses to go on with another way to count than what was sent so far was counted by."""
