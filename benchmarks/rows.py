@@ -47,6 +47,7 @@ ORDER = (
     "cifar10-10k",
     "cifar10-mobilenet",
     "cifar10-mobilenet-hard",
+    "cifar10-mobilenet-10k",
     "mnist-20k",
     "mnist-30k",
     "mnist-40k",

@@ -1,6 +1,7 @@
 """The accuracy table: rows that can be run, and figures that say what the lines say."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
     aimed = accuracy_table.aims(lines)
     assert "| 99.40 accuracy | 99.10 by `mnist-soft` (2 of 3 seeds) |" in aimed and "| not measured |" in aimed
     assert accuracy_table.aims(lines | {("mnist-10k", 0): line("mnist-10k", 0, 0.992)}).count("**99.20**") == 1
+    worse, better = (np.packbits(np.arange(400) % n != 1).tobytes().hex() for n in (2, 4))
+    for teacher, student, shown in (
+        (worse, better, r"\| \*\*\+\d+\.\d+ at least\*\* by"),
+        (better, worse, r"\| -\d+\.\d+ at least by"),
+    ):
+        cell = line("mnist-digits", 0, 0.5, right={"teacher": teacher, "student": student}) | {"test_pictures": 400}
+        assert re.search(shown, accuracy_table.aims({("mnist-digits", 0): cell}))
     left = accuracy_table.unfinished(lines)
     assert "| `python -m benchmarks.accuracy --row mnist-soft` | 1 |" in left
     assert "| `python -m benchmarks.accuracy --row mnist-10k` | 0, 1, 2 |" in left

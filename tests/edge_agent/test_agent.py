@@ -351,3 +351,20 @@ def test_the_attack_cuts_as_finely_as_pictures_are_mixed(tmp_path, pictures_NHW,
         settings = {"deprivatize": deprivatize, "distill": {"image_weight": 0}}
         made = agent(folder, tmp_path, description(8, 8), **settings)
         assert made._side_parts == side_parts
+
+
+def test_a_diffusion_model_of_few_pictures_seen_often_is_warned_of(tmp_path, pictures_NHW, monkeypatch, capsys):
+    monkeypatch.setattr(agents, "train_diffusion", lambda *_, **__: None)
+    for steps, warned in ((agents.MOST_SIGHTS // 2, False), (2 * agents.MOST_SIGHTS, True)):
+        settings = {"generator": "diffusion", "steps": steps, "batch_count": COUNT}
+        with RunFolder(tmp_path / f"run-{steps}") as folder:
+            chosen = agent(folder, tmp_path, description(8, 8), deprivatize=settings, distill={"image_weight": 0.0})
+            chosen._train_generator(None, None)
+        said = capsys.readouterr()
+        assert ("may learn copies" in said.out + said.err) is warned
+
+
+def test_a_description_of_another_versions_journal_is_read(tmp_path):
+    kept = asdict(description(8, 8)) | {"labels": ["a", "b"], "of a later version": 1}
+    del kept["indices_only"]
+    assert Description.from_facts(kept) == description(8, 8)
