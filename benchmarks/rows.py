@@ -37,6 +37,8 @@ ORDER = (
     "cifar10-hard",
     "cifar10-assistant",
     "cifar10-hard-assistant",
+    "cifar10-generations",
+    "cifar10-hard-generations",
     "cifar10-diffusion",
     "cifar10-diffusion-balanced",
     "cifar10-diffusion-assistant",
