@@ -7,7 +7,7 @@ generator or teacher needs a new folder.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -39,6 +39,7 @@ from edge_agent.mixes import mixed_pictures, train_mixes
 from edge_agent.packing import Packing
 from edge_agent.phase import Checkpoint, Progress
 from edge_agent.pixels import normalise
+from edge_agent.privacy_record import PrivacyRecord, attackers_parts
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from networks import registry
@@ -46,7 +47,6 @@ from networks.autoencoder import latent_side
 from networks.gan import Generator
 from networks.mixes import Mixes
 from networks.modelfile import ModelFacts
-from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 PHASES = ("deprivatize", "distill", "adapt")
@@ -57,7 +57,6 @@ MOST_SIGHTS = 300
 """How often a diffusion model may see each picture without a warning: a guess. Of 9,000 photographs seen 60 times 16
 of 52,000 pictures were dropped; of 57 digits seen 900 times (one short run, width 32) 843 of 2,000."""
 CORRECTABLE = ("teacher's model", "[teacher]")  # of a KServe server's identity, until the first answer is kept
-SENT_BLOCK_PICTURES = 2048
 SUMMARY_SECONDS = 2.0  # a summary asks for the balance, but waits no longer: its run may be ending on SIGTERM
 
 
@@ -97,6 +96,7 @@ class Agent:
         self._console = console
         self._device = choose_device(config.device)
         self._teacher: Teacher | None = None
+        self._privacy = PrivacyRecord(folder.journal, lambda: self._split)
         # Of a teacher without books the agent counts what it sends; then that is what the budget bounds.
         self._counts_sent = kserve.is_address(config.teacher)
 
@@ -534,86 +534,9 @@ class Agent:
         return generators.from_content(self._folder.read_tensors("generator.pt")).to(self._device)
 
     def _gate(self, generator: PictureGenerator, digest: str) -> CopyGate:
-        """The gate before the door, with all it has seen. Raises CopiesStopped, first of all for a failed probe."""
-        training_NCHW, reference_NCHW = self._split
+        """The gate for what this generator makes. Raises CopiesStopped."""
         inputs = digest_of({"generator": digest, "identity": self._generators_inputs()})
-        known = self._journal.fact("privacy.gate")
-        if known is None or known["inputs"] != inputs:
-            strangers_N = privacy.nearest(reference_NCHW, [training_NCHW])[:, 0]
-            gate = CopyGate(training_NCHW, privacy.threshold(strangers_N))
-            pools.probe(generator, gate, seed=self._config.seed)
-            known = {
-                "inputs": inputs,
-                "reference_pictures": len(reference_NCHW),
-                "threshold": gate.threshold,
-                "probed": gate.seen,
-                "dropped": gate.dropped,
-            }
-            self._journal.set_facts(**{"privacy.gate": known})
-        totals = self._journal.totals()
-        gate = CopyGate(
-            training_NCHW,
-            known["threshold"],
-            seen=known["probed"] + totals.planned_pictures + totals.dropped_pictures,
-            dropped=known["dropped"] + totals.dropped_pictures,
-        )
-        gate.check()
-        return gate
-
-    def _attack(self) -> None:
-        """The membership attacks on everything sent so far, remembered until more is sent, or there are others."""
-        known = self._journal.fact("privacy.membership")
-        inputs = self._attack_inputs()
-        if known is not None and known["inputs"] == inputs:
-            return
-        training_NCHW, reference_NCHW = self._split
-        sent_pictures = self._journal.totals().planned_pictures
-        with self._console.bar("distill: membership attack", "pictures") as tell:
-            near_NK, near_NP = privacy.nearest_by_parts(
-                torch.cat([training_NCHW, reference_NCHW]),
-                self._sent_blocks(lambda done: tell(done, sent_pictures)),
-                count=min(privacy.NEIGHBOURS, sent_pictures),
-                side_parts=self._side_parts,
-            )
-        found = privacy.membership(near_NK, near_NP, member_count=len(training_NCHW))
-        strongest = max(found.values(), key=lambda attack: attack.auc)
-        self._console.say(
-            f"membership attack on {sent_pictures} sent pictures: AUC {strongest.auc:.3f} "
-            f"({strongest.low:.3f} to {strongest.high:.3f}); 0.5 is a coin"
-            + (f", and {len(reference_NCHW)} reference pictures tell little" if len(reference_NCHW) <= 20 else "")
-        )
-        figures = {name: asdict(attack) for name, attack in found.items()}
-        self._journal.set_facts(**{"privacy.membership": {"inputs": inputs, "attacks": figures}})
-
-    @property
-    def _side_parts(self) -> int:
-        """Parts along each side that the attack compares by: an attacker cuts as finely as pictures were mixed.
-
-        Quarters, or 4 x 4 cells; the generator's side is divisible by both. Finer ones say little by themselves.
-        """
-        config = self._config.deprivatize
-        return 4 if config.generator == "mixes" and config.mix_regions > 2 else 2
-
-    def _sent_blocks(self, tell: Callable[[int], None]) -> Iterator[Tensor]:
-        """All pictures ever planned to be sent, at the generator's size, in blocks worth a multiplication."""
-        block: list[Tensor] = []
-        done = 0
-        for request in self._journal.requests():
-            sent_NCHW = torch.from_numpy(codec.decode_images(Batch.FromString(request).images).copy())
-            block.append(pools.resize(sent_NCHW, self._side, self._side))
-            done += len(sent_NCHW)
-            if sum(map(len, block)) >= SENT_BLOCK_PICTURES:
-                yield torch.cat(block)
-                block.clear()
-                tell(done)
-        if block:
-            yield torch.cat(block)
-        tell(done)
-
-    def _attack_inputs(self) -> str:
-        """Of the ids of all that was ever planned to be sent, and the attacks' names: fewer would understate."""
-        sent = sorted(self._journal.charges().keys() | self._journal.open_ids())
-        return digest_of({"sent": sent, "attacks": privacy.ATTACKS})
+        return self._privacy.gate(generator, inputs=inputs, seed=self._config.seed)
 
     def _buy(self) -> tuple[AnyGenerator, str]:
         """Asks what is not asked yet, and attacks what was sent. Returns what all of it is by, and its digest."""
@@ -638,7 +561,7 @@ class Agent:
             with suppress(DiskProblem):  # the reason why we are here is worth more
                 if self._answers_digest() != trained_on:
                     self._begin("distill", "adapt")
-        self._attack()
+        self._privacy.attack(side_parts=attackers_parts(self._config.deprivatize), console=self._console)
         return generator, digest
 
     def _ask(self, generator: PictureGenerator, digest: str) -> None:
@@ -756,7 +679,7 @@ class Agent:
                 },
             },
             "private_images_sent": self._private_images_sent(),
-            "privacy": self._privacy(),
+            "privacy": self._privacy.figures(),
             "run_id": self._journal.run_id,
             "seed": self._config.seed,
             "seconds": {phase: self._folder.seconds(phase) for phase in PHASES},
@@ -772,32 +695,6 @@ class Agent:
         if "_local" not in self.__dict__:  # the run ended before it read them
             return None
         return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
-
-    def _privacy(self) -> dict[str, Any]:
-        """What the gate dropped, the probe included, and the strongest attack on what was sent; None: not known."""
-        gate, membership = self._journal.fact("privacy.gate"), self._journal.fact("privacy.membership")
-        found: dict[str, Any] = dict.fromkeys(
-            (
-                *("reference_pictures", "threshold", "dropped", "dropped_share"),
-                *("membership_auc", "membership_auc_low", "membership_auc_high", "membership_attacks"),
-            )
-        )
-        if gate is not None:
-            totals = self._journal.totals()
-            dropped = gate["dropped"] + totals.dropped_pictures
-            seen = gate["probed"] + totals.planned_pictures + totals.dropped_pictures
-            found |= {name: gate[name] for name in ("reference_pictures", "threshold")}
-            found |= {"dropped": dropped, "dropped_share": dropped / seen}
-        if membership is not None and membership["inputs"] == self._attack_inputs():
-            attacks = membership["attacks"]
-            strongest = max(attacks.values(), key=lambda attack: attack["auc"])
-            found |= {
-                "membership_auc": strongest["auc"],
-                "membership_auc_low": strongest["low"],
-                "membership_auc_high": strongest["high"],
-                "membership_attacks": attacks,
-            }
-        return found
 
     def close(self) -> None:
         """Closes the connection."""

@@ -20,7 +20,7 @@ from edge_agent.generators import to_content
 from edge_agent.journal import Batch
 from edge_agent.pixels import normalise
 from edge_agent.pool import resize
-from edge_agent.runs import RunFolder, digest_of
+from edge_agent.runs import RunFolder
 from edge_agent.teacher import Description
 from networks.gan import Generator
 from networks.mixes import Mixes
@@ -324,33 +324,6 @@ def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_pa
         with pytest.raises(CopiesStopped, match=r"^2000 of 2000 synthetic pictures"):
             made.distill()
         assert folder.journal.totals().planned_pictures == 0
-
-
-def test_the_strongest_attack_is_told_and_figures_of_fewer_attacks_are_none(tmp_path, pictures_NHW):
-    with RunFolder(tmp_path / "run") as folder:
-        made = asked(folder, tmp_path, pictures_NHW)
-        made._attack()
-        told = made.write_summary()["privacy"]
-        assert set(told["membership_attacks"]) == set(privacy.ATTACKS)
-        assert told["membership_auc"] == max(attack["auc"] for attack in told["membership_attacks"].values())
-        # A former version's figures, kept beside the digest of the ids alone.
-        now = folder.journal.fact("privacy.membership")
-        former = {name: now["attacks"][name] for name in ("nearest", "mean_of_nearest")}
-        former_inputs = digest_of({"sent": ["a"]})
-        folder.journal.set_facts(**{"privacy.membership": {"inputs": former_inputs, "attacks": former}})
-        assert made.write_summary()["privacy"]["membership_auc"] is None
-        made._attack()
-        assert folder.journal.fact("privacy.membership") == now
-        assert made.write_summary()["privacy"] == told
-
-
-@pytest.mark.parametrize(("kind", "regions", "side_parts"), [("gan", 4, 2), ("mixes", 2, 2), ("mixes", 4, 4)])
-def test_the_attack_cuts_as_finely_as_pictures_are_mixed(tmp_path, pictures_NHW, kind, regions, side_parts):
-    deprivatize = {"generator": kind, "mix_regions": regions}
-    with RunFolder(tmp_path / "run") as folder:
-        settings = {"deprivatize": deprivatize, "distill": {"image_weight": 0}}
-        made = agent(folder, tmp_path, description(8, 8), **settings)
-        assert made._side_parts == side_parts
 
 
 def test_a_diffusion_model_of_few_pictures_seen_often_is_warned_of(tmp_path, pictures_NHW, monkeypatch, capsys):
