@@ -31,17 +31,15 @@ from benchmarks.teachers import train_teacher
 from edge_agent import pool as pools
 from edge_agent import privacy
 from edge_agent.agent import choose_device
-from edge_agent.assistant import assistant_of
 from edge_agent.config import RunConfig, build_config, in_use
 from edge_agent.console import Console
-from edge_agent.distill import Pool, train_student
+from edge_agent.distill import Pool
 from edge_agent.failures import Failure
 from edge_agent.generators import AnyGenerator, from_content
 from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
-from networks import registry
-from networks.gan import Generator
+from edge_agent.training import student_of
 from networks.modelfile import ModelFacts, load_model, save_model
 
 RUNS = Path("runs/accuracy")
@@ -299,39 +297,23 @@ def _train(
     )
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
-            device = choose_device(config.device)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                student = registry.build(config.student, class_count=len(facts.labels), channels=facts.channels)
             with own.clock("distill"):
-                assistant = assistant_of(
+                student = student_of(
                     own,
                     pool,
                     facts,
+                    generator=generator,
+                    inputs=inputs,
                     learnt_from=learnt_from,
                     config=config.distill,
                     seed=config.seed,
-                    device=device,
+                    device=choose_device(config.device),
                     console=Console(),
+                    title=folder.name,
                     local_NCHW=local_NCHW,
                     mixed_MCHW=mixed_MCHW,
                 )
-                with Console().bar(folder.name, "steps") as tell:
-                    student = train_student(
-                        student.to(device),
-                        generator if isinstance(generator, Generator) else None,
-                        pool,
-                        class_count=len(facts.labels),
-                        config=config.distill,
-                        seed=config.seed,
-                        device=device,
-                        checkpoint=own.checkpoint("distill", inputs),
-                        progress=tell,
-                        local_NCHW=local_NCHW,
-                        mixed_MCHW=mixed_MCHW,
-                        assistant=assistant,
-                    )
-            own.write_network("student.pt", student.cpu(), replace(facts, architecture=config.student))
+            own.write_network("student.pt", student.cpu(), facts)
             own.finish("distill", inputs)
         return own.seconds("distill")
 

@@ -23,13 +23,12 @@ from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
-from edge_agent.assistant import assistant_of, refuse_runaway
 from edge_agent.config import NO_MATTER, RunConfig, as_layers, given_settings, idle_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
-from edge_agent.distill import Pool, train_student
+from edge_agent.distill import Pool
 from edge_agent.egress import CopyGate, EgressDoor
 from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
 from edge_agent.generators import AnyGenerator, PictureGenerator
@@ -42,9 +41,9 @@ from edge_agent.pixels import normalise
 from edge_agent.privacy_record import PrivacyRecord, attackers_parts
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
+from edge_agent.training import student_of
 from networks import registry
 from networks.autoencoder import latent_side
-from networks.gan import Generator
 from networks.mixes import Mixes
 from networks.modelfile import ModelFacts
 from protos.mekd.v1.teacher_inference_pb2 import Batch
@@ -375,39 +374,21 @@ class Agent:
         self._begin("distill", "adapt")
         self._journal.set_facts(trained_on=self._answers_digest())
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
-        local_NCHW = torch.from_numpy(self._local.images_NCHW)
-        mixed_MCHW = mixed_pictures(generator, self._split[0])
-        assistant = assistant_of(
+        student = student_of(
             self._folder,
             train,
             facts,
+            generator=generator,
+            inputs=inputs,
             learnt_from=learnt_from,
             config=self._config.distill,
             seed=self._config.seed,
             device=self._device,
             console=self._console,
-            local_NCHW=local_NCHW,
-            mixed_MCHW=mixed_MCHW,
+            title="distill: train",
+            local_NCHW=torch.from_numpy(self._local.images_NCHW),
+            mixed_MCHW=mixed_pictures(generator, self._split[0]),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._config.seed)
-            student = registry.build(self._config.student, class_count=len(facts.labels), channels=facts.channels)
-        with self._console.bar("distill: train", "steps") as tell:
-            student = train_student(
-                student.to(self._device),
-                generator if isinstance(generator, Generator) else None,
-                train,
-                class_count=len(facts.labels),
-                config=self._config.distill,
-                seed=self._config.seed,
-                device=self._device,
-                checkpoint=self._folder.checkpoint("distill", inputs),
-                progress=tell,
-                local_NCHW=local_NCHW,
-                mixed_MCHW=mixed_MCHW,
-                assistant=assistant,
-            )
-        refuse_runaway(student, self._config.student, self._config.distill)
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
         self._folder.write_network("student.pt", student.cpu(), facts)
         self._journal.set_facts(agreement_synthetic=agreement)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from edge_agent import agent as agents
-from edge_agent import privacy
+from edge_agent import privacy, training
 from edge_agent.agent import Agent
 from edge_agent.config import build_config
 from edge_agent.console import Console
@@ -93,7 +93,7 @@ def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, 
             student.linear.weight.data.fill_(float("nan"))
             return student
 
-        monkeypatch.setattr(agents, "train_student", ran_away)
+        monkeypatch.setattr(training, "train_student", ran_away)
         with pytest.raises(BadInput, match=r"no longer numbers.*--set distill\.learning_rate=0\.01"):
             made.distill()
         assert not folder.has("student.pt")
@@ -109,7 +109,7 @@ def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_
         seen.append((config.local_weight, local_NCHW.numpy()))
         return student.eval()
 
-    monkeypatch.setattr(agents, "train_student", noting)
+    monkeypatch.setattr(training, "train_student", noting)
     with RunFolder(tmp_path / "run") as folder:
         asked(folder, tmp_path, pictures_NHW).distill()
         agent(folder, tmp_path, description(8, 8), budget=4, distill={"local_batch_count": 8}).distill()
@@ -132,8 +132,8 @@ def test_the_student_is_given_the_assistant_of_its_answers_and_what_that_learnt_
         seen.update(given=assistant, students_pool=pool, students_mixed=mixed_MCHW, local=local_NCHW)
         return student.eval()
 
-    monkeypatch.setattr(agents, "assistant_of", asking)
-    monkeypatch.setattr(agents, "train_student", noting)
+    monkeypatch.setattr(training, "assistant_of", asking)
+    monkeypatch.setattr(training, "train_student", noting)
     settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0, "assistant": "resnet14"}}
     with RunFolder(tmp_path / "run") as folder:
         asked(folder, tmp_path, pictures_NHW, made, **settings, held_out_fraction=0.25).distill()
@@ -246,7 +246,7 @@ def test_the_student_is_given_the_pictures_that_the_mixes_are_of_in_their_order(
         return student.eval()
 
     monkeypatch.setattr(agents, "train_mixes", lambda images_NCHW, **options: seen.update({"by mixes": images_NCHW}))
-    monkeypatch.setattr(agents, "train_student", noting)
+    monkeypatch.setattr(training, "train_student", noting)
     settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0}}
     with RunFolder(tmp_path / "run") as folder:
         agent(folder, tmp_path, description(8, 8), **settings)._train_generator(None, None)

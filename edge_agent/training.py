@@ -1,6 +1,6 @@
-"""The assistants of a run: trained once for the answers at hand, kept in the run folder, whatever the student is.
+"""The networks of a run in their order: assistants, each once for the answers at hand, then the student.
 
-What it is good for is in `distill`; here is only where it comes from.
+How and why they learn is in `distill`; here is what of it is kept in the run folder, and taken from there.
 """
 
 from dataclasses import replace
@@ -11,11 +11,79 @@ from torch import Tensor
 
 from edge_agent.config import DistillConfig, in_use
 from edge_agent.console import Console
-from edge_agent.distill import Pool, assistants_own, train_assistant
+from edge_agent.distill import Pool, assistants_own, train_assistant, train_student
 from edge_agent.failures import BadInput
+from edge_agent.generators import AnyGenerator
 from edge_agent.runs import RunFolder, digest_of
+from networks import registry
 from networks.classifiers import Classifier
+from networks.gan import Generator
 from networks.modelfile import ModelFacts
+
+
+def student_of(
+    folder: RunFolder,
+    pool: Pool,
+    facts: ModelFacts,
+    *,
+    generator: AnyGenerator | None,
+    inputs: str,
+    learnt_from: dict[str, Any],
+    config: DistillConfig,
+    seed: int,
+    device: torch.device,
+    console: Console,
+    title: str,
+    local_NCHW: Tensor | None,
+    mixed_MCHW: Tensor | None,
+) -> Classifier:
+    """Return the student that `facts` describe, trained on `pool` after the assistants that `config` asks for.
+
+    Args:
+        folder: keeps the assistants and the training that is under way, not the student: that is the caller's.
+        pool: what it learns from.
+        facts: of the student, its architecture among them.
+        generator: what the pool's pictures are by; only a GAN's takes part. None where there is none.
+        inputs: a digest of all that the student depends on.
+        learnt_from: plain values that name the pool (`assistant_of`).
+        config, seed, device: of phase 2.
+        console, title: show the progress of the student's training, and of its assistants'.
+        local_NCHW, mixed_MCHW: as for `train_student`.
+
+    Raises BadInput where a training ran away.
+    """
+    assistant = assistant_of(
+        folder,
+        pool,
+        facts,
+        learnt_from=learnt_from,
+        config=config,
+        seed=seed,
+        device=device,
+        console=console,
+        local_NCHW=local_NCHW,
+        mixed_MCHW=mixed_MCHW,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = registry.build(facts.architecture, class_count=len(facts.labels), channels=facts.channels)
+    with console.bar(title, "steps") as tell:
+        student = train_student(
+            student,
+            generator if isinstance(generator, Generator) else None,
+            pool,
+            class_count=len(facts.labels),
+            config=config,
+            seed=seed,
+            device=device,
+            checkpoint=folder.checkpoint("distill", inputs),
+            progress=tell,
+            local_NCHW=local_NCHW,
+            mixed_MCHW=mixed_MCHW,
+            assistant=assistant,
+        )
+    _refuse_runaway(student, facts.architecture, config)
+    return student
 
 
 def assistant_of(
@@ -68,7 +136,7 @@ def assistant_of(
                     mixed_MCHW=mixed_MCHW,
                     before=assistant,
                 ).cpu()
-            refuse_runaway(trained, config.assistant, config)
+            _refuse_runaway(trained, config.assistant, config)
             folder.write_network(f"{name}.pt", trained, replace(facts, architecture=config.assistant))
             folder.finish(name, inputs)
         assistant = folder.read_network(f"{name}.pt")
@@ -81,7 +149,7 @@ def name_of(generation: int) -> str:
     return "assistant" if generation == 1 else f"assistant-{generation}"
 
 
-def refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:
+def _refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:
     """Raise BadInput for a network, student or assistant, whose training ended in weights that are no numbers."""
     if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise BadInput(

@@ -1,4 +1,4 @@
-"""The assistant in its folder: trained when what it depends on is new, and never mistaken for another."""
+"""Assistants in their folder: trained when what they depend on is new, and never mistaken for others."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from edge_agent import assistant as assistants
-from edge_agent.assistant import assistant_of
+from edge_agent import training
 from edge_agent.config import DistillConfig
 from edge_agent.console import Console
 from edge_agent.distill import Pool
 from edge_agent.failures import BadInput
 from edge_agent.runs import RunFolder
+from edge_agent.training import assistant_of
 from networks.modelfile import load_model
 from tests.models import resnet8_facts
 
@@ -31,13 +31,13 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[DistillConfig]:
     """The settings of every training there was."""
     known: list[DistillConfig] = []
-    train: Callable[..., Any] = assistants.train_assistant
+    train: Callable[..., Any] = training.train_assistant
 
     def noting(*parts: Any, config: DistillConfig, **options: Any) -> Any:
         known.append(config)
         return train(*parts, config=config, **options)
 
-    monkeypatch.setattr(assistants, "train_assistant", noting)
+    monkeypatch.setattr(training, "train_assistant", noting)
     return known
 
 
@@ -104,7 +104,7 @@ def test_each_generation_is_taught_by_the_one_before_from_a_beginning_of_its_own
 ) -> None:
     first = ask(folder).state_dict()
     begun: list[tuple[int, Any]] = []
-    train: Callable[..., Any] = assistants.train_assistant
+    train: Callable[..., Any] = training.train_assistant
 
     def noting(*parts: Any, seed: int, before: Any, **options: Any) -> Any:
         begun.append((seed, before))
@@ -112,7 +112,7 @@ def test_each_generation_is_taught_by_the_one_before_from_a_beginning_of_its_own
             raise KeyboardInterrupt
         return train(*parts, seed=seed, before=before, **options)
 
-    monkeypatch.setattr(assistants, "train_assistant", noting)
+    monkeypatch.setattr(training, "train_assistant", noting)
     two = replace(CONFIG, assistant_generations=2, local_batch_count=8)
     with pytest.raises(KeyboardInterrupt):
         ask(folder, two)
@@ -142,14 +142,14 @@ def test_one_that_was_written_but_not_said_to_be_done_is_no_former_one(
 def test_one_whose_training_ran_away_is_refused_by_its_name_and_not_kept(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train: Callable[..., Any] = assistants.train_assistant
+    train: Callable[..., Any] = training.train_assistant
 
     def ran_away(*parts: Any, **options: Any) -> Any:
         network = train(*parts, **options)
         network.linear.weight.data.fill_(float("nan"))
         return network
 
-    monkeypatch.setattr(assistants, "train_assistant", ran_away)
+    monkeypatch.setattr(training, "train_assistant", ran_away)
     with pytest.raises(BadInput, match=r"training of resnet14 ran away.*--set distill\.learning_rate=0\.01"):
         ask(folder)
     assert not folder.has("assistant.pt")
