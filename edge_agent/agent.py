@@ -41,7 +41,7 @@ from edge_agent.pixels import normalise
 from edge_agent.privacy_record import PrivacyRecord, attackers_parts
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
-from edge_agent.training import student_of
+from edge_agent.training import refuse_runaway, student_of
 from networks import registry
 from networks.autoencoder import latent_side
 from networks.mixes import Mixes
@@ -343,6 +343,8 @@ class Agent:
         self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
             generator = self._train_generator(self._folder.checkpoint("deprivatize", inputs), tell)
+        learning_rate = self._config.deprivatize.generator_learning_rate
+        refuse_runaway(generator, "the generator", "deprivatize.generator_learning_rate", learning_rate)
         self._folder.write_tensors("generator.pt", generators.to_content(generator.cpu()))
         self._folder.finish("deprivatize", inputs)
 
@@ -354,6 +356,11 @@ class Agent:
         """Phase 2: ``generator.pt`` and the budget in, paid answers and ``student.pt`` out."""
         generator, digest = self._buy()
         paid = self._pool(generator)
+        if left_out := self._left_out():
+            self._console.warn(
+                f"{left_out} pictures were paid for and are left out of training: what came back for them is no "
+                "answer of this teacher's to the very pixels that were sent"
+            )
         facts = self._student_facts()
         learnt_from = {
             "held out": self._config.held_out_fraction,
@@ -458,7 +465,9 @@ class Agent:
         if wrong:
             raise RunFolderProblem(
                 f"this journal and the teacher's books disagree on {len(wrong)} batches: {', '.join(wrong[:20])}; "
-                f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}"
+                f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}. Keep the folder: what "
+                "'edge-agent receipts' prints of it is what the teacher's operator can hold against the books "
+                "('teacher-admin ledger verify --receipts FILE')"
             )
         self._journal.set_facts(compared=compared)
 
@@ -644,7 +653,7 @@ class Agent:
                 **{phase: self._charged(totals) for phase, totals in by_phase.items()},
             },
             "answers": self._journal.bought(),
-            "left_out": pools.left_out(self._journal),
+            "left_out": self._left_out(),
             "metered_by": self._metered_by,
             "ledger": {
                 "debited": balance.run_posted if balance else None,
@@ -668,6 +677,11 @@ class Agent:
         }
         self._folder.write_json("summary.json", summary)
         return summary
+
+    def _left_out(self) -> int:
+        """Pictures that were paid for and are of no use to training."""
+        known = self._journal.fact("teacher")
+        return 0 if known is None else pools.left_out(self._journal, Description.from_facts(known))
 
     def _private_images_sent(self) -> int | None:
         """Local pictures among all that was ever planned to be sent; None where no local picture is known."""

@@ -7,7 +7,6 @@ import signal
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -321,21 +320,28 @@ def _config(
         # The run.toml of a run folder speaks of that folder, from wherever it is read and however it was moved.
         if (path.parent / "journal.db").is_file():
             layers[0]["run_dir"] = str(path.parent)
+    given = [
+        *([preset_layer(preset)] if preset else []),
+        *layers,
+        flags,
+        *(parse_setting(setting) for setting in settings),
+    ]
+    # Money is never spent because a flag was left out: a budget is changed by giving another.
+    run_dir = next((layer["run_dir"] for layer in reversed(given) if "run_dir" in layer), RunConfig.run_dir)
+    before = _budget_of(Path(run_dir)) if isinstance(run_dir, str) else None
     try:
-        given = [
-            *([preset_layer(preset)] if preset else []),
-            *layers,
-            flags,
-            *(parse_setting(setting) for setting in settings),
-        ]
-        config = build_config(*given)
-        # Money is never spent because a flag was left out: a budget is changed by giving another.
-        if not any("budget" in layer for layer in given):
-            config = replace(config, budget=_budget_of(Path(config.run_dir)) or config.budget)
-        return config
+        return build_config({} if before is None else {"budget": before}, *given)
     except ConfigError as error:
-        where = f"{path}: " if layers else ""
-        raise ConfigError(f"{where}{error}") from None
+        raise ConfigError(f"{path}: {error}" if _fails_alike(error, layers) else str(error)) from None
+
+
+def _fails_alike(error: ConfigError, layers: list[dict[str, Any]]) -> bool:
+    """Whether the file is to blame: it says the same by itself, without flags."""
+    try:
+        build_config({"images": "."}, *layers)
+    except ConfigError as alone:
+        return str(alone) == str(error)
+    return False
 
 
 def _budget_of(run_dir: Path) -> int | None:

@@ -272,6 +272,7 @@ def build_config(*layers: Mapping[str, Any]) -> RunConfig:
     built["kserve"] = _section(KServeConfig, tensors, "teacher.")
     config: RunConfig = _section(RunConfig, top | built, "")
     _check_ranges(config)
+    _check_text("", as_layers(config))
     return config
 
 
@@ -400,7 +401,7 @@ def _check_ranges(config: RunConfig) -> None:
         ("held_out_fraction", 0 <= config.held_out_fraction <= 0.5, "0 to 0.5"),
         ("wait_seconds", config.wait_seconds >= 0, "0 or more"),
         ("tls_cert", bool(config.tls_cert) == bool(config.tls_key), "it and tls_key, or neither"),
-        ("tls_cert", not config.tls_cert or bool(config.tls_ca), "tls_ca with it"),
+        ("tls_cert", not config.tls_cert or bool(config.tls_ca) or "://" in config.teacher, "tls_ca with it"),
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
         ("deprivatize.generator", first.generator in NO_MATTER, " or ".join(NO_MATTER)),
         ("deprivatize.latent_channels", first.latent_channels >= 1, "1 or more"),
@@ -459,6 +460,23 @@ def _check_ranges(config: RunConfig) -> None:
             for part in name.split("."):
                 value = getattr(value, part)
             raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    """A path that is not UTF-8 comes in from the command line, and cannot be written into run.toml."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            _check_text(f"{name}.{key}" if name else key, entry)
+    elif isinstance(value, str) and not _is_utf_8(value):
+        raise ConfigError(f"{name}: expected text in UTF-8, got {value!r}; give the file or folder another name")
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_kserve(config: RunConfig) -> None:

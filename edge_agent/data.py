@@ -60,7 +60,7 @@ def load_local_images(
     if channels not in (1, 3):
         raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
     if limit is not None and limit < LEAST_PICTURES:
-        raise DataError(f"expected a limit of at least {LEAST_PICTURES} pictures, got {limit}")
+        raise DataError(f"local_pictures: expected 0 (all) or at least {LEAST_PICTURES}, got {limit}")
     pictures: Sequence[Image.Image | Path]
     if source == "digits":
         pictures = _digits()

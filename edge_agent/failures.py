@@ -1,5 +1,6 @@
 """Every way a run can stop early, with its exit code: one line for a person (expected, got, what to do)."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,5 +54,13 @@ def disk_problems(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskProblem(
-            f"cannot write {what}: {error.strerror or error}; make room and start the same command again"
+            f"cannot write {what}: {error.strerror or error}; {_remedies(error)} and start the same command again"
         ) from error
+
+
+def _remedies(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "give this user write access"
+    return "mend that"

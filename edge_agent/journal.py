@@ -341,7 +341,16 @@ def _store_problems(path: Path) -> Iterator[None]:
         raise  # a mistake of ours, not of the disk
     except sqlite3.OperationalError as error:
         raise DiskProblem(
-            f"cannot keep the journal {path}: {error}; make room and start the same command again"
+            f"cannot keep the journal {path}: {error}; {_remedies(error)} and start the same command again"
         ) from error
     except sqlite3.DatabaseError as error:
         raise RunFolderProblem(f"{path}: expected a journal, got a file that is none ({error})") from error
+
+
+def _remedies(error: sqlite3.OperationalError) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without what SQLite adds to some of them
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return "wait for the program that holds it"
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return "give this user write access"
+    return "make room"

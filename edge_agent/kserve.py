@@ -393,6 +393,8 @@ class KServeTeacher:
         self._tell = tell
         if tls_ca is not None and not self._address.tls:
             raise BadInput(f"--tls-ca: expected kserves:// for an encrypted connection, got {address}")
+        if tls_pair is not None and not self._address.tls:
+            raise BadInput(f"--tls-cert: expected kserves:// for an encrypted connection, got {address}")
         if api_key is not None and not (self._address.tls or insecure or is_loopback(self._address.host_port)):
             raise BadInput(
                 f"--teacher {address} is not loopback: give kserves://, "

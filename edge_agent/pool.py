@@ -20,8 +20,8 @@ from torch import Tensor
 
 from edge_agent import responses
 from edge_agent.distill import Pool
-from edge_agent.egress import CopyGate, EgressDoor
-from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
+from edge_agent.failures import BadInput, BudgetSpent, Failure
 from edge_agent.generators import PictureGenerator
 from edge_agent.journal import Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
@@ -80,6 +80,8 @@ class PoolOutbox:
         self.counts_sent = counts_sent
         self.given_up_pictures = 0
         """Sent and not answered, and no budget left to send them again."""
+        self.failure: CopiesStopped | PrivatePictureStopped | None = None
+        """Why no new batch is made any more; what was sent before is paid for, and its answers are taken first."""
         self._message_bytes = message_bytes
         self._packing = packing or Packing()
         self._packing.lossless_only = journal.fact(LOSSLESS_FACT) is True
@@ -112,9 +114,13 @@ class PoolOutbox:
         count = min(self._batch_pictures, self._left())
         if self._only_slot not in (None, self._next_slot):
             return None
-        if count <= 0 or self._on_trial is not None:
+        if count <= 0 or self._on_trial is not None or self.failure is not None:
             return None
-        batch, dropped = self._new_batch(self._next_slot, count)
+        try:
+            batch, dropped = self._new_batch(self._next_slot, count)
+        except (CopiesStopped, PrivatePictureStopped) as failure:
+            self.failure = failure
+            return None
         self._try(batch)
         count = batch.picture_count
         self._journal.plan(self.phase, batch, sent_bytes=self._bytes(batch), dropped_pictures=dropped)
@@ -261,15 +267,21 @@ def fill_pool(
     """Asks until the budget is used; every answer is durable before the next one is looked at.
 
     ``progress`` is told the pictures answered so far. Raises BudgetSpent when the account is empty before that,
-    BadInput when the teacher refuses for good or answers nonsense, and TeacherAway.
+    BadInput when the teacher refuses for good or answers nonsense, what stopped the outbox, and TeacherAway. Whatever
+    it is, what is under way is answered and kept first: it may be paid for.
     """
     answered = journal.totals(outbox.phase).charged_pictures
     progress(answered)
     waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
     spent: str | None = None
+    problem: Failure | None = None
     for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
         if isinstance(settled, Answered):
-            outbox.compared(settled.batch, alike=keep(journal, settled, description))
+            try:
+                outbox.compared(settled.batch, alike=keep(journal, settled, description))
+            except BadInput as error:
+                problem = problem or error
+                outbox.stop()
             answered += settled.batch.picture_count
             waiting_since = None
             progress(answered)
@@ -287,7 +299,10 @@ def fill_pool(
                 spent = settled.refusal.message
                 outbox.stop()
         else:
-            raise BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
+            problem = problem or BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
+            outbox.stop()
+    if (stopped := problem or outbox.failure) is not None:
+        raise stopped
     if spent is not None:
         raise BudgetSpent(
             f"the account's budget is spent after {answered} answers of this run ({spent}); they are kept. "
@@ -323,9 +338,10 @@ def load_pool(
 ) -> Pool:
     """Every answered picture as the teacher decoded it, at the generator's size, each answer as its policy left it.
 
-    What the teacher decoded to other pixels is left out: which ones they were is not known (``left_out``).
-    Where some answers are indices and others are not, indices become probabilities smoothed by ``label_smoothing``.
-    Raises BadInput for an empty pool or an answer that is none.
+    What the teacher decoded to other pixels is left out, since which ones they were is not known, and so is what is
+    no answer of this teacher's to the batch that was sent: it stopped the run that got it (``keep``), and the others
+    are as good as before. ``left_out`` counts both. Where some answers are indices and others are not, indices become
+    probabilities smoothed by ``label_smoothing``. Raises BadInput for an empty pool.
     """
     class_count = len(description.labels)
     side = generator.side
@@ -334,19 +350,17 @@ def load_pool(
     answers: list[codec.Float32Array | codec.Int64Array] = []
     epsilons: list[Tensor] = []
     for batch in journal.answered(PHASE):
-        assert batch.answer is not None
-        # Looked at once more: a run that stopped at such an answer is started again.
-        kept = wire.Answer.FromString(batch.answer)
-        sent_NCHW, answer, alike = _checked(batch, kept, description)
-        if not alike:
+        usable = _usable(batch, description)
+        if usable is None:
             continue
+        sent_NCHW, answer, decimals = usable
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
         # Of mixes that were asked about before their plans were kept there is none; the answers are good without.
         columns = 0 if isinstance(generator, Mixes) and not batch.latents else generator.latent_count
         found_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(batch.picture_count, columns).copy()
         latents.append(torch.from_numpy(found_NL))
         answers.append(answer)
-        epsilon = responses.epsilon(codec.decimals_of(kept), class_count)
+        epsilon = responses.epsilon(decimals, class_count)
         epsilons.append(torch.full((batch.picture_count, 1), epsilon))
     if not images:
         raise BadInput("expected answers to train on, the journal has none; raise --budget")
@@ -365,16 +379,9 @@ def load_pool(
     )
 
 
-def left_out(journal: Journal) -> int:
-    """Pictures that were paid for and are not trained on, because the teacher decoded them to other pixels."""
-    found = 0
-    for batch in journal.answered(PHASE):
-        assert batch.answer is not None
-        images = wire.Batch.FromString(batch.request).images
-        digest = wire.Answer.FromString(batch.answer).pixel_digest
-        if is_lossy(images) and digest != codec.pixel_digest(codec.decode_images(images)):
-            found += batch.picture_count
-    return found
+def left_out(journal: Journal, description: Description) -> int:
+    """Pictures that were paid for and are not trained on (``load_pool``)."""
+    return sum(batch.picture_count for batch in journal.answered(PHASE) if _usable(batch, description) is None)
 
 
 def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
@@ -447,6 +454,19 @@ def _checked(
     except ValueError as error:
         raise BadInput(f"the answer to batch {batch.batch_id} is not one: {error}") from None
     return sent_NCHW, decoded, alike
+
+
+def _usable(
+    batch: Batch, description: Description
+) -> tuple[codec.UInt8Array, codec.Float32Array | codec.Int64Array, int | None] | None:
+    """The pictures of an answered batch, the answer and its decimals; None where it is nothing to train on."""
+    assert batch.answer is not None
+    answer = wire.Answer.FromString(batch.answer)
+    try:
+        sent_NCHW, decoded, alike = _checked(batch, answer, description)
+    except BadInput:
+        return None
+    return (sent_NCHW, decoded, codec.decimals_of(answer)) if alike else None
 
 
 def _as_probabilities(

@@ -34,7 +34,7 @@ from torch import nn
 from edge_agent.failures import DiskProblem, RunFolderProblem, disk_problems
 from edge_agent.journal import Journal
 from networks.classifiers import Classifier
-from networks.modelfile import ModelFacts, ModelFileError, load_model, save_model
+from networks.modelfile import ModelFacts, ModelFileError, load_model, model_bytes
 
 CHECKPOINT_SECONDS = 30.0
 MEMORY_LIMIT_BYTES = 4 * 2**20
@@ -56,10 +56,14 @@ class RunFolder:
             raise
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
+            if isinstance(error, BlockingIOError):
+                raise RunFolderProblem(
+                    f"{path} is in use by another edge-agent; wait for it, or give another --run-dir"
+                ) from None
             raise RunFolderProblem(
-                f"{path} is in use by another edge-agent; wait for it, or give another --run-dir"
+                f"{path}: expected a file system that can lock files, got: {error.strerror}; give another --run-dir"
             ) from None
         self.path = path
         try:
@@ -89,13 +93,16 @@ class RunFolder:
         target = self.path / name
         beside = target.with_name(f".{name}.new")
         with disk_problems(str(target)):
-            with beside.open("wb") as file:
-                if mode is not None:
-                    os.fchmod(file.fileno(), mode)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
+            try:
+                with beside.open("wb") as file:
+                    if mode is not None:
+                        os.fchmod(file.fileno(), mode)
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.replace(target)
+            finally:  # what was written in part would keep a full disk full
+                beside.unlink(missing_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -119,7 +126,7 @@ class RunFolder:
     def read_tensors(self, name: str) -> dict[str, Any]:
         """What ``write_tensors`` wrote. Runs no code of the file. Raises RunFolderProblem."""
         try:
-            content = torch.load(self.path / name, weights_only=True)
+            content = torch.load(self.path / name, weights_only=True, map_location="cpu")
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunFolderProblem(
                 f"{self.path / name}: expected a file of this project, got another or a damaged one "
@@ -139,8 +146,7 @@ class RunFolder:
 
     def write_network(self, name: str, network: nn.Module, facts: ModelFacts) -> None:
         """Writes a student or its assistant."""
-        with disk_problems(str(self.path / name)):
-            save_model(self.path / name, network, facts)
+        self.write(name, model_bytes(self.path / name, network, facts))
 
     def read_network(self, name: str) -> Classifier:
         """What ``write_network`` wrote, in eval mode. Raises RunFolderProblem."""

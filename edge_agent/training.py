@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edge_agent.config import DistillConfig, in_use
 from edge_agent.console import Console
@@ -82,7 +82,7 @@ def student_of(
             mixed_MCHW=mixed_MCHW,
             assistant=assistant,
         )
-    _refuse_runaway(student, facts.architecture, config)
+    refuse_runaway(student, facts.architecture, "distill.learning_rate", config.learning_rate)
     return student
 
 
@@ -136,7 +136,7 @@ def assistant_of(
                     mixed_MCHW=mixed_MCHW,
                     before=assistant,
                 ).cpu()
-            _refuse_runaway(trained, config.assistant, config)
+            refuse_runaway(trained, config.assistant, "distill.learning_rate", config.learning_rate)
             folder.write_network(f"{name}.pt", trained, replace(facts, architecture=config.assistant))
             folder.finish(name, inputs)
         assistant = folder.read_network(f"{name}.pt")
@@ -149,10 +149,10 @@ def name_of(generation: int) -> str:
     return "assistant" if generation == 1 else f"assistant-{generation}"
 
 
-def _refuse_runaway(network: Classifier, name: str, config: DistillConfig) -> None:
-    """Raise BadInput for a network, student or assistant, whose training ended in weights that are no numbers."""
+def refuse_runaway(network: nn.Module, name: str, setting: str, learning_rate: float) -> None:
+    """Raise BadInput for a network whose weights are no numbers any more, naming the setting to lower."""
     if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise BadInput(
-            f"the training of {name} ran away: its weights are no longer numbers. The answers are kept; train again "
-            f"with --set distill.learning_rate={config.learning_rate / 10:g}"
+            f"the training of {name} ran away: its weights are no longer numbers. What was paid for is kept; train "
+            f"again with --set {setting}={learning_rate / 10:g}"
         )

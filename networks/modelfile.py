@@ -92,6 +92,15 @@ def save_model(path: Path, module: nn.Module, facts: ModelFacts) -> None:
     """Write `module` and `facts` as one checkpoint that `load_model` reads with nothing else said.
 
     Raises:
+        ModelFileError: as `model_bytes` does.
+    """
+    _write_then_rename(path, model_bytes(path, module, facts))
+
+
+def model_bytes(path: Path, module: nn.Module, facts: ModelFacts) -> bytes:
+    """Return what `save_model` writes to `path`, which names the file in errors.
+
+    Raises:
         ModelFileError: the weights are not those of `facts.architecture`, or the facts do not fit them.
     """
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
@@ -104,7 +113,7 @@ def save_model(path: Path, module: nn.Module, facts: ModelFacts) -> None:
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(facts).items()}
     data = io.BytesIO()
     torch.save({"format": _FORMAT, "version": _VERSION, "facts": plain, "state_dict": tensors}, data)
-    _write_then_rename(path, data.getvalue())
+    return data.getvalue()
 
 
 def describe_model(path: Path, *, given: Mapping[str, object]) -> Path:

@@ -100,6 +100,22 @@ def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, 
         assert made.write_summary()["phases_done"] == ["deprivatize"]
 
 
+def test_generator_whose_training_ran_away_is_not_written_and_so_buys_nothing(tmp_path, pictures_NHW, monkeypatch):
+    def ran_away(*parts, **options):
+        made = Generator(class_count=2, noise_count=3, side=8, channels=1, width=4)
+        next(made.parameters()).data.fill_(float("nan"))
+        return made
+
+    monkeypatch.setattr(agents, "train_generator", ran_away)
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(8, 8))
+        made.prepare()
+        with pytest.raises(BadInput, match=r"the generator ran away.*--set deprivatize\.generator_learning"):
+            made.deprivatize()
+        assert not folder.has("generator.pt")
+        assert made.write_summary()["phases_done"] == []
+
+
 def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_when_they_begin_to_count(
     tmp_path, pictures_NHW, monkeypatch
 ):

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_agent.cli import _config, main
+from edge_agent.config import ConfigError
 from edge_agent.journal import Batch, Journal
 from teacher_service import policy
 from teacher_service.terms import Terms
@@ -171,5 +172,28 @@ def test_a_budget_that_is_left_out_is_the_one_the_folder_was_given(tmp_path, mon
     assert _config(None, (), {"images": "a", "budget": 60_000}).budget == 60_000
     assert _config(None, ("budget=70_000",), {"images": "a"}).budget == 70_000
     assert _config(None, (), {"images": "a", "run_dir": "runs/other"}).budget == 50_000
+    with pytest.raises(ConfigError, match="im_queries: expected 0 to less than the budget"):
+        _config(None, ("deprivatize.im_queries=5000",), {"images": "a"})  # of 5000, not of the default
     (folder / "run.toml").write_text("no TOML")
     assert _config(None, (), {"images": "a"}).budget == 50_000
+
+
+def test_a_mistake_is_blamed_on_the_file_where_it_is_in_the_file_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text('images = "a"\n[distill]\npasses = 0\n')
+    with pytest.raises(ConfigError, match=r"^run\.toml: distill\.passes: expected 1 or more, got 0"):
+        _config(None, (), {})
+    (tmp_path / "run.toml").write_text('images = "a"\n')
+    with pytest.raises(ConfigError, match=r"^distill\.passes: expected 1 or more, got 0"):
+        _config(None, ("distill.passes=0",), {})
+    with pytest.raises(ConfigError, match=r"^--set: expected"):
+        _config(None, ("distill.passes",), {})
+
+
+def test_a_path_that_is_no_utf_8_is_refused_before_anything_is_done(tmp_path, type_in):
+    done = type_in("run", "--phase", "all", "--images", "caf\udce9", "--run-dir", str(tmp_path / "run"))
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: images: expected text in UTF-8, got 'caf\\udce9'; give the file or folder another name\n"
+    )
+    assert not (tmp_path / "run").exists()

@@ -262,6 +262,15 @@ def test_full_store_is_a_disk_problem_and_what_was_kept_stays(journal):
     assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]
 
 
+def test_a_journal_that_another_program_holds_does_not_want_room(journal, monkeypatch):
+    monkeypatch.setattr(journal, "_connection", sqlite3.connect(journal._path, timeout=0.01, isolation_level=None))
+    holder = sqlite3.connect(journal._path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DiskProblem, match="locked; wait for the program that holds it and start"):
+        journal.plan("distill", batch())
+    holder.close()
+
+
 def test_another_programs_database_is_named_and_left_alone(tmp_path):
     path = tmp_path / "journal.db"
     other = sqlite3.connect(path)

@@ -128,6 +128,8 @@ def test_key_does_not_travel_unencrypted_beyond_loopback():
 def test_authority_without_encryption_is_a_mistake(tmp_path):
     with pytest.raises(BadInput, match="--tls-ca: expected kserves://"):
         open_teacher("kserve://10.0.0.1:8001/m", tls_ca=tmp_path / "ca.pem")
+    with pytest.raises(BadInput, match="--tls-cert: expected kserves://"):
+        open_teacher("kserve://10.0.0.1:8001/m", tls_pair=(tmp_path / "own.pem", tmp_path / "own.key"))
 
 
 # --- what metadata and [teacher] say together ---

@@ -112,6 +112,24 @@ class Account:
         return wire.BatchResult(batch_id=batch.batch_id, answer=answer)
 
 
+class Windowed(Account):
+    """A teacher that is sent several batches before it answers the first, as over a stream."""
+
+    def answers(self, run_id, model_digest, outbox):
+        under_way = []
+        while True:
+            while len(under_way) < 4 and (batch := outbox.next_batch()) is not None:
+                self.asked.append(batch.batch_id)
+                under_way.append(batch)
+            if not under_way:
+                return
+            self.balance -= under_way[0].picture_count
+            yield self.settled(under_way.pop(0))
+
+    def settled(self, batch):
+        return Answered(batch, self.result(batch))
+
+
 def fill(teacher, journal, box):
     fill_pool(teacher, journal, box, DESCRIPTION, progress=lambda answered: None)
 
@@ -174,9 +192,10 @@ def test_local_picture_is_stopped_before_it_is_planned(journal, generator):
     sample = outbox(journal, generator).next_batch()
     images_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
     other = Journal.open(journal._path.with_name("other.db"))
+    account = Account(1000)
     with pytest.raises(PrivatePictureStopped):
-        outbox(other, generator, door=EgressDoor(images_NCHW[3:4])).next_batch()
-    assert other.totals().planned_pictures == 0
+        fill(account, other, outbox(other, generator, door=EgressDoor(images_NCHW[3:4])))
+    assert other.totals().planned_pictures == 0 and not account.asked
     other.close()
 
 
@@ -234,11 +253,21 @@ def test_generator_that_begins_to_copy_later_is_stopped_before_that_batch_is_pla
     later_NCHW = pixels_planned(sample)[32:]
     sample.close()
     gate = CopyGate(torch.from_numpy(later_NCHW), 0.5, seen=500)
-    box = outbox(journal, generator, gate=gate)
     with pytest.raises(CopiesStopped, match=r"^16 of 548 synthetic pictures"):
-        while box.next_batch() is not None:
-            pass
-    assert journal.totals().planned_pictures == 32
+        fill(Windowed(1000), journal, outbox(journal, generator, gate=gate))
+    totals = journal.totals()
+    assert totals.planned_pictures == totals.charged_pictures == 32, "what was under way is answered first"
+
+
+def test_generator_that_copies_does_not_keep_answers_of_a_killed_process_from_being_fetched(journal, generator):
+    box = outbox(journal, generator)
+    killed_with = [box.next_batch(), box.next_batch()]
+    gate = CopyGate(NO_PICTURES, 0.0, seen=100, dropped=2)  # as the killed one had counted
+    account = Windowed(1000)
+    with pytest.raises(CopiesStopped):
+        fill(account, journal, outbox(journal, generator, gate=gate))
+    assert account.asked == [batch.batch_id for batch in killed_with]
+    assert not journal.unanswered("distill")
 
 
 def test_probe_is_large_seeded_and_of_no_slots_pictures(journal, generator):
@@ -307,6 +336,25 @@ def test_answer_that_is_not_what_was_expected_is_kept_and_then_refused(journal, 
     with pytest.raises(BadInput, match=said):
         fill(account, journal, outbox(journal, generator))
     assert len(list(journal.answered("distill"))) == 1, "paid for, so kept"
+
+
+@pytest.mark.parametrize("first", ["a wrong answer", "a refusal for good"])
+def test_what_is_under_way_is_kept_before_a_run_stops_and_nothing_more_is_sent(journal, generator, first):
+    account = Windowed(1000)
+    settled = account.settled
+
+    def wrong_at_first(batch):
+        if batch.slot > 0:
+            return settled(batch)
+        if first == "a wrong answer":
+            return Answered(batch, account.result(batch, model_digest="other"))
+        return Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
+
+    account.settled = wrong_at_first
+    with pytest.raises(BadInput, match="answered by other" if first == "a wrong answer" else "refused a batch"):
+        fill(account, journal, outbox(journal, generator))
+    assert len(account.asked) == 4
+    assert len(list(journal.answered("distill"))) == (4 if first == "a wrong answer" else 3)
 
 
 def guidance(journal, account, gate=None, budget=100, counts_sent=False):
@@ -478,18 +526,20 @@ def test_resize_leaves_a_fitting_picture_alone():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"model_digest": "other"}, "answered by other"), ({"charged_count": 99}, "is not one")]
+    "changes", [{"model_digest": "other"}, {"pixel_digest": b"x" * 32}, {"charged_count": 99}], ids="".join
 )
-def test_answer_that_stopped_a_run_stops_the_next_one_too_and_is_never_trained_on(journal, generator, changes, said):
+def test_answer_that_stopped_a_run_is_never_trained_on_and_does_not_spoil_the_others(journal, generator, changes):
     account = Account(1000)
     original = account.result
     account.result = lambda batch: original(batch, **changes)
     with pytest.raises(BadInput):
-        fill(account, journal, outbox(journal, generator, budget=32))
-    account.result = original
-    fill(account, journal, outbox(journal, generator, budget=32))
-    with pytest.raises(BadInput, match=said):
+        fill(account, journal, outbox(journal, generator, budget=48))
+    with pytest.raises(BadInput, match="raise --budget"):
         load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    account.result = original
+    fill(account, journal, outbox(journal, generator, budget=48))
+    pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
+    assert len(pool) == 32 and pools.left_out(journal, DESCRIPTION) == 16
 
 
 def test_bytes_of_a_refused_batch_stay_counted_and_those_of_the_smaller_one_count_once(journal, generator):
@@ -575,15 +625,15 @@ def test_student_trains_on_what_was_decoded(journal, generator):
     generated_NCHW = quantise(generator(pool.latents_NL))
     difference = (pool.images_NCHW.int() - generated_NCHW.int()).abs().float().mean()
     assert 0 < difference < 16, "close to what was generated, and not the same"
-    assert pools.left_out(journal) == 0
+    assert pools.left_out(journal, DESCRIPTION) == 0
 
 
 def test_copy_of_a_local_picture_is_stopped_though_the_codec_would_hide_it(journal, generator):
     sample = outbox(journal, generator, batch_pictures=64).next_batch()
     generated_NCHW = codec.decode_images(wire.Batch.FromString(sample.request).images)
     other = Journal.open(journal._path.with_name("other.db"))
-    with pytest.raises(PrivatePictureStopped):
-        jpeg(other, generator, door=EgressDoor(generated_NCHW[3:4])).next_batch()
+    copying = jpeg(other, generator, door=EgressDoor(generated_NCHW[3:4]))
+    assert copying.next_batch() is None and isinstance(copying.failure, PrivatePictureStopped)
     packed = jpeg(other, generator).next_batch()
     decoded_NCHW = codec.decode_images(wire.Batch.FromString(packed.request).images)
     other.close()
@@ -608,7 +658,7 @@ def test_teacher_that_decodes_otherwise_gets_lossless_pictures_from_then_on_and_
     assert len(said) == 1 and "other pixels" in said[0]
     assert journal.totals().charged_pictures == 256, "paid for, and kept"
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
-    assert len(pool) == 192 and pools.left_out(journal) == 64
+    assert len(pool) == 192 and pools.left_out(journal, DESCRIPTION) == 64
     assert torch.equal(quantise(generator(pool.latents_NL)), pool.images_NCHW)
 
 

@@ -29,10 +29,42 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", no_room)
-        with pytest.raises(DiskProblem, match=r"summary\.json: No space left on device"):
+        with pytest.raises(DiskProblem, match=r"summary\.json: No space left on device; make room"):
             folder.write("summary.json", b"new")
         monkeypatch.undo()
         assert (tmp_path / "summary.json").read_bytes() == b"old"
+        assert not list(tmp_path.glob(".summary*")), "a half-written file would keep the disk full"
+
+
+def test_another_problem_than_a_full_disk_is_not_said_to_want_room(tmp_path, monkeypatch):
+    with RunFolder(tmp_path) as folder:
+
+        def read_only(_descriptor: int) -> None:
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(os, "fsync", read_only)
+        with pytest.raises(DiskProblem, match="Read-only file system; give this user write access and start"):
+            folder.write("summary.json", b"new")
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_agent(tmp_path, monkeypatch):
+    def no_locks(_file, _operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    with pytest.raises(RunFolderProblem, match="can lock files, got: No locks available; give another --run-dir"):
+        RunFolder(tmp_path)
+
+
+def test_tensors_are_read_onto_the_cpu_wherever_they_were_written(tmp_path, monkeypatch):
+    """A checkpoint of a GPU that this machine does not have is still a checkpoint."""
+    asked: list[object] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (asked.append(k["map_location"]), load(*a, **k))[1])
+    with RunFolder(tmp_path) as folder:
+        folder.write_tensors("x.pt", {"step": 4})
+        folder.read_tensors("x.pt")
+    assert asked == ["cpu"]
 
 
 def test_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
