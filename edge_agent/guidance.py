@@ -16,7 +16,7 @@ from edge_agent import pool as pools
 from edge_agent.deprivatize import Guide
 from edge_agent.egress import CopyGate
 from edge_agent.failures import BudgetSpent
-from edge_agent.journal import Batch, Journal
+from edge_agent.journal import GONE, Batch, Journal
 from edge_agent.teacher import Description, Teacher
 from networks.gan import Generator
 from protos import codec
@@ -75,7 +75,7 @@ class TeachersConfidence(Guide):
                 if outbox.given_up_pictures == 0:
                     raise
             kept = self._kept(number)
-        if kept is not None:
+        if kept is not None and kept.answer != GONE:
             # By latents, which a resumed run draws to the bit: what the gate let pass may differ by a hair.
             asked_ML = torch.from_numpy(np.frombuffer(kept.latents, "<f4").reshape(kept.picture_count, -1).copy())
             same_NM = (latents_NL[:, None] == asked_ML[None]).all(dim=2)

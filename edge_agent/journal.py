@@ -65,6 +65,10 @@ UPDATE facts SET value = '4' WHERE name = 'format';
 }
 
 
+GONE = b""
+"""Kept for an answer that was charged and that its teacher no longer has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One row: what is or was sent (``request``: a serialised ``mekd.v1.Batch``), and the answer if it came."""
@@ -208,7 +212,7 @@ class Journal:
             for picture_count, answer in self._connection.execute(
                 "SELECT picture_count, answer FROM batches WHERE answer IS NOT NULL ORDER BY phase, slot"
             ):
-                kind = codec.kind_of(wire.Answer.FromString(answer))
+                kind = "gone" if answer == GONE else codec.kind_of(wire.Answer.FromString(answer))
                 found[kind] = found.get(kind, 0) + picture_count
         return found
 

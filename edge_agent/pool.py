@@ -23,7 +23,7 @@ from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadInput, BudgetSpent, Failure
 from edge_agent.generators import PictureGenerator
-from edge_agent.journal import Batch, Journal, Receipt
+from edge_agent.journal import GONE, Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
 from edge_agent.precision import training_precision
@@ -298,6 +298,12 @@ def fill_pool(
             else:
                 spent = settled.refusal.message
                 outbox.stop()
+        elif settled.refusal.reason is Reason.ANSWER_EXPIRED:
+            # Paid for by a process that was stopped before it came; the rest of the budget is as good as before.
+            count = settled.batch.picture_count
+            journal.keep_answer(settled.batch.batch_id, answer=GONE, charged_count=count, received_bytes=0)
+            answered += count
+            progress(answered)
         else:
             problem = problem or BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
             outbox.stop()

@@ -348,7 +348,7 @@ def test_what_is_under_way_is_kept_before_a_run_stops_and_nothing_more_is_sent(j
             return settled(batch)
         if first == "a wrong answer":
             return Answered(batch, account.result(batch, model_digest="other"))
-        return Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
+        return Refused(batch, Refusal.of(Reason.UNIMPLEMENTED, method="this"))
 
     account.settled = wrong_at_first
     with pytest.raises(BadInput, match="answered by other" if first == "a wrong answer" else "refused a batch"):
@@ -540,6 +540,32 @@ def test_answer_that_stopped_a_run_is_never_trained_on_and_does_not_spoil_the_ot
     fill(account, journal, outbox(journal, generator, budget=48))
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
     assert len(pool) == 32 and pools.left_out(journal, DESCRIPTION) == 16
+
+
+def test_an_answer_that_is_kept_no_longer_is_paid_for_in_vain_and_the_run_goes_on(journal, generator):
+    account = Windowed(1000)
+    settled = account.settled
+    account.settled = lambda batch: (
+        Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
+        if batch.slot == 1
+        else settled(batch)
+    )
+    fill(account, journal, outbox(journal, generator, budget=48))
+    assert journal.totals().charged_pictures == 48 and journal.bought() == {"soft": 32, "gone": 16}
+    assert len(load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)) == 32
+    assert pools.left_out(journal, DESCRIPTION) == 16
+    again = Windowed(1000)
+    fill(again, journal, outbox(journal, generator, budget=48))
+    assert not again.asked
+
+
+def test_guidance_whose_answer_is_kept_no_longer_weighs_as_without(journal, generator):
+    account = Windowed(1000)
+    account.settled = lambda batch: Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
+    latents_NL, images_NCHW = question(0)
+    for _ in range(2):
+        assert not guidance(journal, account).confidence(0, latents_NL, images_NCHW).any()
+    assert len(account.asked) == 1 and journal.totals("deprivatize").charged_pictures == len(images_NCHW)
 
 
 def test_bytes_of_a_refused_batch_stay_counted_and_those_of_the_smaller_one_count_once(journal, generator):
