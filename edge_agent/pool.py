@@ -27,7 +27,7 @@ from edge_agent.journal import GONE, Batch, Journal, Receipt
 from edge_agent.packing import Packing, is_lossy
 from edge_agent.pixels import quantise
 from edge_agent.precision import training_precision
-from edge_agent.teacher import Answered, Description, Teacher
+from edge_agent.teacher import Answered, Description, Refused, Teacher
 from networks.diffusion import Diffusion
 from networks.mixes import Mixes
 from protos import codec
@@ -164,6 +164,10 @@ class PoolOutbox:
         if self._on_trial == refused.batch_id:
             self._try(smaller)
 
+    def limit(self, picture_count: int) -> None:
+        """New batches have so many pictures at most from here on."""
+        self._batch_pictures = min(self._batch_pictures, picture_count)
+
     def again(self, batch: Batch) -> bool:
         self._again.append(batch)
         return not self.counts_sent or self._left() > 0
@@ -273,6 +277,7 @@ def fill_pool(
     answered = journal.totals(outbox.phase).charged_pictures
     progress(answered)
     waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
+    is_lowered = False  # the teacher's limit, since the last start
     spent: str | None = None
     problem: Failure | None = None
     for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
@@ -298,6 +303,14 @@ def fill_pool(
             else:
                 spent = settled.refusal.message
                 outbox.stop()
+        elif (most := _lowered_limit(teacher, settled)) > 0:
+            outbox.limit(most)
+            if not is_lowered:  # another server, with the former limit, may have it under way for so long
+                is_lowered = True
+                time.sleep(HOLD_EXPIRY_SECONDS)
+                outbox.again(settled.batch)
+            else:
+                outbox.shrink(settled.batch, most)
         elif settled.refusal.reason is Reason.ANSWER_EXPIRED:
             # Paid for by a process that was stopped before it came; the rest of the budget is as good as before.
             count = settled.batch.picture_count
@@ -320,6 +333,18 @@ def fill_pool(
             f"again would be more than --budget. {answered} answers are kept: raise --budget, or start the same "
             "command again to train on those"
         )
+
+
+def _lowered_limit(teacher: Teacher, refused: Refused) -> int:
+    """Most pictures in a batch, where the teacher takes fewer than when the refused one was planned; else 0.
+
+    What it had charged before it would answer, however large: a batch that is refused so was not paid for.
+    """
+    refusal = refused.refusal
+    if refusal.reason is not Reason.INVALID_IMAGES or refusal.variables["field"] != codec.PICTURE_COUNT_FIELD:
+        return 0
+    most = teacher.describe().max_batch_pictures
+    return most if most < refused.batch.picture_count else 0
 
 
 def keep(journal: Journal, answered: Answered, description: Description) -> bool:

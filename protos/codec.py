@@ -24,6 +24,7 @@ from protos.mekd.v1.teacher_inference_pb2 import (
 
 ENCODINGS = (IMAGE_ENCODING_RAW_UINT8, *mosaic.ENCODINGS)
 LOSSLESS = (IMAGE_ENCODING_RAW_UINT8, IMAGE_ENCODING_PNG_MOSAIC)
+PICTURE_COUNT_FIELD = "batch.images.picture_count"  # in refusals
 MOST_DECIMALS = 7  # what a 32-bit float holds of a probability
 # How far a model's own probabilities may sum to something else than 1: computed in half precision, they do.
 SUM_TOLERANCE = 1e-2
@@ -94,7 +95,7 @@ def check_images(
     if not 1 <= batch.picture_count <= max_batch_pictures:
         raise Refusal.of(
             Reason.INVALID_IMAGES,
-            field="batch.images.picture_count",
+            field=PICTURE_COUNT_FIELD,
             expected=f"1 to {max_batch_pictures}",
             got=batch.picture_count,
         )

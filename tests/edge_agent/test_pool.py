@@ -559,6 +559,33 @@ def test_an_answer_that_is_kept_no_longer_is_paid_for_in_vain_and_the_run_goes_o
     assert not again.asked
 
 
+def test_a_limit_that_was_lowered_since_a_batch_was_planned_cuts_it_where_it_was_not_paid_for(
+    journal, generator, monkeypatch
+):
+    waited = []
+    monkeypatch.setattr(pools.time, "sleep", waited.append)
+    outbox(journal, generator).next_batch()  # of 16, by a process that was killed
+
+    class Narrow(Windowed):
+        def describe(self):
+            return Description(**{**DESCRIPTION.__dict__, "max_batch_pictures": 5})
+
+        def settled(self, batch):
+            if batch.picture_count <= 5:
+                return super().settled(batch)
+            field = codec.PICTURE_COUNT_FIELD
+            return Refused(
+                batch, Refusal.of(Reason.INVALID_IMAGES, field=field, expected="1 to 5", got=batch.picture_count)
+            )
+
+    account = Narrow(1000)
+    fill(account, journal, outbox(journal, generator, budget=40))
+    assert journal.totals().charged_pictures == 40
+    assert all(row.picture_count <= 5 for row in journal.answered("distill"))
+    assert waited == [pools.HOLD_EXPIRY_SECONDS], "once, for a server that may have the first under way"
+    assert account.asked.count(account.asked[0]) == 2, "and then asked again, as it may be paid for by then"
+
+
 def test_guidance_whose_answer_is_kept_no_longer_weighs_as_without(journal, generator):
     account = Windowed(1000)
     account.settled = lambda batch: Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
