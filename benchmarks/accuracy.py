@@ -26,13 +26,14 @@ from torch import Tensor
 from benchmarks import accuracy_table, datasets, record, references, rows
 from benchmarks.evaluation import add_test_figures, correct, share
 from benchmarks.rows import Row
-from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
+from benchmarks.services import ServiceError, account_key, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
 from edge_agent import pool as pools
 from edge_agent import privacy
 from edge_agent.agent import choose_device
-from edge_agent.config import RunConfig, build_config, in_use
+from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
+from edge_agent.data import DataError
 from edge_agent.distill import Pool
 from edge_agent.failures import Failure
 from edge_agent.generators import AnyGenerator, from_content
@@ -40,7 +41,7 @@ from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
 from edge_agent.training import student_of
-from networks.modelfile import ModelFacts, load_model, save_model
+from networks.modelfile import ModelFacts, ModelFileError, load_model, save_model
 
 RUNS = Path("runs/accuracy")
 MNIST_TEACHER = {"architecture": "resnet32", "epochs": 4, "peak_learning_rate": 0.2, "shift_px": 2}
@@ -99,7 +100,7 @@ def main(
             if not done(row, number):
                 begun = record.about("accuracy")
                 record.keep("accuracy", begun | facts_of(row, number) | measure(row, number, data))
-    except (OSError, ValueError, ServiceError, Failure) as error:
+    except (OSError, ValueError, ServiceError, Failure, ConfigError, DataError, ModelFileError) as error:
         sys.exit(f"error: {error}")
     except _OutOfTime:
         sys.exit(f"unfinished after {max_minutes} minutes; the same command goes on where {RUNS} stands")
@@ -166,11 +167,7 @@ def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path, *, phases:
     config = folder / "row.toml"
     config.write_text(tomli_w.dumps(settings))
     ledger = f"sqlite:///{folder / 'ledger.db'}"
-    key_file = folder / "key"
-    if not key_file.is_file():
-        key = create_account(ledger, "benchmark", int(settings["budget"]))
-        key_file.touch(mode=0o600)
-        key_file.write_text(key)
+    key = account_key(ledger, "benchmark", int(settings["budget"]), folder / "key")
     with serving(teacher, ledger, log=folder / "teacher-serve.log", more=("--answers", row.answers)) as address:
         for phase in phases:
             status = run_agent(
@@ -178,7 +175,7 @@ def run(row: Row, seed: int, data: Path, teacher: Path, folder: Path, *, phases:
                     *("--phase", phase, "--data", str(data), "--config", str(config)),
                     *("--teacher", address, "--seed", str(seed), "--run-dir", str(folder)),
                 ],
-                api_key=key_file.read_text(),
+                api_key=key,
             )
             if status != 0:
                 raise ServiceError(f"edge-agent ended with exit status {status}")
@@ -327,7 +324,6 @@ def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[st
         "share_kept": round(float(students.right_N.mean() / teachers.right_N.mean()), 5),
         "agreement": share(teachers.classes_N == students.classes_N),
         "test_pictures": len(test.labels_N),
-        "private_images_sent": 0,
     }
     if len(test.labels_N) <= KEPT_TEST_PICTURES:
         figures["right"] = {

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,27 +66,19 @@ def student_of(run_dir: Path) -> Classifier:
     return student
 
 
-def memory_of(run_dir: Path) -> Memory:
-    """What a finished run remembers for its third phase. Raises OSError where there is nothing."""
-    with np.load(run_dir / "memory.npz", allow_pickle=False) as arrays:
-        return Memory.from_arrays({name: arrays[name] for name in arrays.files})
-
-
 METHODS: dict[str, Callable[[Path], Method]] = {
     "none": lambda run_dir: Plain(student_of(run_dir)),
     "batch-norm": lambda run_dir: BatchNorm(student_of(run_dir)),
     "lame": lambda run_dir: Lame(student_of(run_dir)),
     "t3a": lambda run_dir: T3A(student_of(run_dir)),
     "tent": lambda run_dir: Tent(student_of(run_dir)),
-    "ours": lambda run_dir: Adapter(student_of(run_dir), memory_of(run_dir), AdaptConfig()),
+    "ours": lambda run_dir: Adapter(student_of(run_dir), Memory.load(run_dir / "memory.npz"), AdaptConfig()),
 }
 
 
 @click.command()
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Of a finished run: student.pt and memory.npz.")
-@click.option(
-    "--dataset", type=click.Choice(["mnist", "mnist-digits", "cifar10"]), default="mnist", show_default=True
-)
+@click.option("--dataset", type=click.Choice(DATASETS), default="mnist", show_default=True)
 @click.option(
     "--data", type=click.Path(path_type=Path), envvar="MEKD_DATA", default=Path("runs/data"), show_default=True
 )

@@ -101,6 +101,7 @@ def cifar10_root(root: Path, *, unpacked: Path) -> Path:
             files.extractall(beside, filter="data")
         (beside / "cifar10").rename(unpacked / "cifar10")
     if not (unpacked / "teachers").exists():
+        (unpacked / "teachers").unlink(missing_ok=True)  # a link to where the data was
         (unpacked / "teachers").symlink_to((root / "teachers").resolve())
     return unpacked
 

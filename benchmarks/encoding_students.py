@@ -14,7 +14,6 @@ import hashlib
 import io
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,13 @@ from edge_agent.egress import CopyGate
 from edge_agent.generators import AnyGenerator
 from edge_agent.mixes import mixed_pictures
 from edge_agent.packing import Packing
+from edge_agent.phase import NoCheckpoint
 from networks import registry
 from networks.gan import Generator
 from networks.mixes import Mixes
 from networks.modelfile import ModelFileError, load_model
 from protos import codec
 from teacher_service.torch_engine import TorchEngine
-
-
-class _Nowhere:
-    """No checkpoint: a student takes minutes, and every finished one is a line."""
-
-    def load(self) -> None:
-        return None
-
-    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
-        """Keep nothing."""
 
 
 @click.command()
@@ -155,7 +145,7 @@ def _student(
             config=config.distill,
             seed=seed,
             device=choose_device(config.device),
-            checkpoint=_Nowhere(),
+            checkpoint=NoCheckpoint(),
             progress=tell,
             mixed_MCHW=mixed_MCHW,
         ).cpu()

@@ -13,6 +13,7 @@ MEKD_MODEL.
 
 import json
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -211,4 +212,7 @@ def _relayed(address: str) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ServiceError as error:
+        sys.exit(f"error: {error}")

@@ -72,8 +72,7 @@ def _classes(model: Path, test: Labelled) -> np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _adapted_classes(run_dir: Path, test: Labelled, adapt: AdaptConfig) -> np.ndarray[Any, np.dtype[np.int64]]:
-    with np.load(run_dir / "memory.npz", allow_pickle=False) as arrays:
-        memory = Memory.from_arrays({name: arrays[name] for name in arrays.files})
+    memory = Memory.load(run_dir / "memory.npz")
     student = load_model(run_dir / "student.pt").module
     assert isinstance(student, Classifier)
     adapter = Adapter(student, memory, adapt)

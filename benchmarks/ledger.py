@@ -29,7 +29,7 @@ import sqlalchemy
 
 from benchmarks import record
 from benchmarks.postgres import running
-from benchmarks.services import create_account, serving
+from benchmarks.services import ServiceError, create_account, serving
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
@@ -384,4 +384,7 @@ def _ms(seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ServiceError as error:
+        sys.exit(f"error: {error}")

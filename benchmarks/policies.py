@@ -18,6 +18,7 @@ from edge_agent.agent import predict_classes
 from edge_agent.config import DeprivatizeConfig, DistillConfig
 from edge_agent.deprivatize import train_generator
 from edge_agent.distill import Pool, train_student
+from edge_agent.phase import NoCheckpoint
 from edge_agent.pixels import quantise
 from edge_agent.responses import epsilon
 from networks import registry
@@ -31,13 +32,6 @@ from teacher_service.torch_engine import TorchEngine
 SOFT, TOP_3, HARD = Terms(), Terms(top_k=3), Terms(answers="hard")
 POLICIES = (SOFT, TOP_3, Terms(decimals=2), Terms(decimals=1), Terms(top_k=3, decimals=2), Terms(top_k=1), HARD)
 CPU = torch.device("cpu")
-
-
-class NoCheckpoint:
-    """Keeps nothing."""
-
-    def load(self) -> None: ...
-    def save_if_due(self, make_state: Any) -> None: ...
 
 
 @click.command()

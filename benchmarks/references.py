@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import datasets
-from benchmarks.services import ServiceError, create_account, serving, show_account
+from benchmarks.services import ServiceError, account_key, serving, show_account
 from edge_agent import augment
 from edge_agent.distill import Pool
 from edge_agent.pixels import normalise, quantise
@@ -50,14 +50,11 @@ def views(
         raise ValueError(f"budget: expected at least {len(asked_NCHW)}, got {budget}")
     about = hashlib.sha256(asked_NCHW.numpy().tobytes() + load_model(teacher).digest.encode()).hexdigest()[:16]
     kept = folder / f"answers-{about}.npy"
-    ledger, key_file = f"sqlite:///{folder / 'ledger.db'}", folder / "key"
+    ledger = f"sqlite:///{folder / 'ledger.db'}"
     if not kept.is_file():
-        if not key_file.is_file():
-            key = create_account(ledger, "benchmark", budget)
-            key_file.touch(mode=0o600)
-            key_file.write_text(key)
+        key = account_key(ledger, "benchmark", budget, folder / "key")
         with serving(teacher, ledger, log=folder / "teacher-serve.log") as address:
-            answers_NK = _ask(address, key_file.read_text(), asked_NCHW.numpy(), name=f"views-{about}")
+            answers_NK = _ask(address, key, asked_NCHW.numpy(), name=f"views-{about}")
         beside = kept.with_name(f".{kept.name}")
         np.save(beside, answers_NK)
         beside.rename(kept)

@@ -70,6 +70,17 @@ def create_account(ledger: str, name: str, budget: int) -> str:
     return _admin(ledger, "account", "create", name, "--budget", str(budget)).strip()
 
 
+def account_key(ledger: str, name: str, budget: int, key_file: Path) -> str:
+    """The key of an account that is made at the first call; it's kept in a file for its owner's eyes."""
+    if not key_file.is_file():
+        beside = key_file.with_name(f".{key_file.name}")
+        beside.unlink(missing_ok=True)
+        beside.touch(mode=0o600)
+        beside.write_text(create_account(ledger, name, budget))
+        beside.rename(key_file)
+    return key_file.read_text()
+
+
 def show_account(ledger: str, name: str) -> dict[str, int]:
     """granted, posted, held and balance."""
     found: dict[str, int] = json.loads(_admin(ledger, "account", "show", name, "--format", "json"))
@@ -142,7 +153,7 @@ def _served(
 def run_agent(arguments: Sequence[str], *, api_key: str, timeout_seconds: float | None = None) -> int:
     """Runs ``edge-agent run`` with its progress shown, and returns its exit code.
 
-    However this ends, the agent is asked to end first, not killed: its clock and its newest state would be lost.
+    However this ends, the agent is asked to end first, not killed: the seconds on its clock would be lost.
     """
     environment = os.environ | {"MEKD_API_KEY": api_key}
     process = subprocess.Popen([command("edge-agent"), "run", *arguments], env=environment)

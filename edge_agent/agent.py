@@ -23,7 +23,7 @@ from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
-from edge_agent.config import NO_MATTER, RunConfig, as_layers, given_settings, idle_settings, in_use
+from edge_agent.config import NO_MATTER, PHASES, RunConfig, as_layers, given_settings, idle_settings, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
@@ -48,7 +48,6 @@ from networks.mixes import Mixes
 from networks.modelfile import ModelFacts
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
-PHASES = ("deprivatize", "distill", "adapt")
 PARTS = {"ask": "distill"}
 """What may be called by itself, and the phase that it is the beginning of."""
 EVALUATION_PICTURES = 256

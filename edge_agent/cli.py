@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from edge_agent.config import PRESETS, ConfigError, RunConfig, build_config, differing, parse_setting, preset_layer
+from edge_agent.config import (
+    PHASES,
+    PRESETS,
+    ConfigError,
+    RunConfig,
+    build_config,
+    differing,
+    parse_setting,
+    preset_layer,
+)
 from edge_agent.failures import BadInput, Failure
 
 if TYPE_CHECKING:
     from edge_agent.journal import Totals
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-PHASES = ("deprivatize", "distill", "adapt")
 
 EXIT_CODES = """\b
 Exit status:
@@ -145,7 +153,7 @@ def run(
         from edge_agent import agent
         from edge_agent.console import Console
 
-        phases = agent.PHASES if phase == "all" else (phase,)
+        phases = PHASES if phase == "all" else (phase,)
         console = Console(quiet=quiet)
         if preset and (others := differing(config, preset_layer(preset))):
             console.warn(f"--preset {preset}: a file or a flag gives other {', '.join(others)}")

@@ -236,6 +236,7 @@ class ConfigError(Exception):
     """A configuration that cannot be meant, in one line: where, expected, got."""
 
 
+PHASES = ("deprivatize", "distill", "adapt")
 PRESETS = ("photographs",)
 """Settings by name, each a file in presets."""
 IMAGE_ENCODINGS = ("auto", "raw", "png", "jpeg", "webp")

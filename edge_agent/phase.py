@@ -24,6 +24,16 @@ class Checkpoint(Protocol):
         ...
 
 
+class NoCheckpoint:
+    """Keeps nothing, for a training that is over before it would be worth it."""
+
+    def load(self) -> None:
+        """Return None: there is nothing."""
+
+    def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        """Save nothing."""
+
+
 class Progress(Protocol):
     """Told after every step how far the phase is."""
 

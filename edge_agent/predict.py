@@ -112,8 +112,7 @@ def _memory(run_dir: Path) -> Memory:
     if not path.is_file():
         raise RunFolderProblem(f"expected {path}, found none; edge-agent run --phase adapt makes it")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Memory.from_arrays({name: arrays[name] for name in arrays.files})
+        return Memory.load(path)
     except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
         raise RunFolderProblem(
             f"{path}: expected a memory of this version, got another or a damaged file "

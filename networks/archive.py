@@ -27,8 +27,6 @@ from torch import Tensor, nn
 
 _SCHEMA_MAJOR = 8  # of the graph's JSON: torch 2.5 and later
 
-# torch always writes the samples; they may be there, and are never read.
-_SAMPLES = "data/sample_inputs/model.pt"
 _GRAPH = "models/model.json"
 _FOLDERS = {"data/weights": r"weight_\d+", "data/constants": r"tensor_\d+"}
 _CONFIGS = {"data/weights": "model_weights_config.json", "data/constants": "model_constants_config.json"}
@@ -36,7 +34,7 @@ _ALLOWED = re.compile(
     r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|models/model\.json"
     r"|data/weights/(weight_\d+|model_weights_config\.json)"
     r"|data/constants/(tensor_\d+|model_constants_config\.json)"
-    r"|data/sample_inputs/model\.pt"
+    r"|data/sample_inputs/model\.pt"  # torch always writes the samples; they are never read
 )
 _REFUSED = {
     "compiled code": re.compile(r"data/aotinductor/.*|.*\.(so|o|a|cpp|cu|cubin|ptx|dll|dylib|py)"),

@@ -5,6 +5,7 @@ Shape letters: N pictures, M remembered pictures, D features, K classes; others 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ class Memory:
         own = {name: np.asarray(getattr(self, name)) for name in _OWN} | {"version": np.asarray(VERSION)}
         within = {} if self.statistics is None else {name: getattr(self.statistics, name) for name in _STATISTICS}
         return own | within
+
+    @classmethod
+    def load(cls, path: Path) -> "Memory":
+        """Read the file of a run folder. Raises OSError or, for another file, whatever numpy makes of it."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls.from_arrays({name: arrays[name] for name in arrays.files})
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> "Memory":
