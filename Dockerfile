@@ -15,7 +15,7 @@ COPY networks ./networks
 COPY teacher_service ./teacher_service
 COPY edge_agent ./edge_agent
 COPY benchmarks ./benchmarks
-RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt .
+RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt '.[postgres]'
 WORKDIR /data
 USER mekd
 VOLUME /data
@@ -23,10 +23,14 @@ VOLUME /data
 # The ledger is /data/mekd-ledger.db; accounts are made in the same volume:
 #   docker run --rm -v mekd:/data --entrypoint teacher-admin mekd-teacher account create my-device --budget 50000
 # Beyond loopback the server wants --tls-cert and --tls-key (or --insecure-listen behind a proxy that has them).
+# No HEALTHCHECK here: it would have to know whether there is TLS, and a name on the certificate. To docker run give
+#   --add-host teacher.example:127.0.0.1 --health-start-period 60s --health-timeout 10s \
+#       --health-cmd "teacher-serve --check teacher.example:50051 --liveness --tls-ca /data/ca.pem"
+# (--tls-cert and --tls-key, too, where clients must show a certificate), or with --insecure-listen
+#   --health-cmd "teacher-serve --check 127.0.0.1:50051 --liveness"
 FROM base AS teacher
 EXPOSE 50051
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s CMD ["teacher-serve", "--check", "127.0.0.1:50051"]
 ENTRYPOINT ["teacher-serve"]
 CMD ["--help"]
 

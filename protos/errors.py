@@ -137,7 +137,7 @@ TABLE: dict[Reason, Entry] = {
     Reason.UNAUTHENTICATED: Entry(
         code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
     ),
-    Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "this key's role does not allow {method}"),
+    Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "{method}: expected {expected}, got {got}"),
     Reason.WATCH_LIMIT: Entry(
         code_pb2.RESOURCE_EXHAUSTED,
         "{limit} watches of {scope} are open already; end one, or ask with GetBalance",

@@ -41,6 +41,14 @@ _STATE_AFTER = {"void": "voided", "expire": "expired"}
 _MOST_NAMED = 100
 _ROWS_AT_ONCE = 10_000
 _SQLITE_MMAP_BYTES = 2**36
+# A connection lost without a word is given up about ten seconds after its last sign of life, not after the quarter of
+# an hour that the kernel takes.
+_POSTGRES_KEEPALIVE: dict[str, Any] = {
+    "keepalives_idle": 5,  # seconds
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds
+}
 _ENTRY_COLUMNS = "sequence, create_time_ms, kind, batch_id, run_id, picture_count, digest, head"
 
 Progress = Callable[[int, int], None]
@@ -486,11 +494,14 @@ class Store(AbstractContextManager["Store"]):
                 self._connection.close()
 
     def _open_postgres(self, url: str) -> None:
-        import psycopg
+        try:
+            import psycopg
+        except ImportError:  # one without libpq is none
+            raise AuditError("expected psycopg for postgresql://, found none; pip install 'mekd[postgres]'") from None
 
         self._sqlite = False
         self._errors = (psycopg.Error,)
-        self._connection = psycopg.connect(url, autocommit=True)
+        self._connection = psycopg.connect(url, autocommit=True, **_POSTGRES_KEEPALIVE)
         self._connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         self.one("SELECT count(*) FROM accounts")
 

@@ -1,7 +1,8 @@
 """Who is calling: keys and certificates, and the interceptor that lets no call through without one.
 
 Keys are ``mekd_<id>_<256 random bits>``; the books keep their SHA-256 (they are random, so nothing slower is needed).
-A key is looked up again at most ``CACHE_SECONDS`` after it was last seen good, so a revoked one stops an open stream.
+A key is looked up again at most ``CACHE_SECONDS`` after it was last seen good: a revoked one ends an open stream at
+its next batch after that, and buys nothing more.
 
 Where clients show certificates (``--tls-client-ca``), a call without a key is made by the certificate: its one DNS
 name is the name of an account, and it acts as that account's customer, never more. A key, where one is given, wins.
@@ -210,7 +211,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             if details.method not in ALLOWED:
-                raise Refusal.of(Reason.PERMISSION_DENIED, method=details.method)
+                expected, got = "a method that some role may call", "one that none may"
+                raise Refusal.of(Reason.PERMISSION_DENIED, method=details.method, expected=expected, got=got)
             roles = ALLOWED[details.method]
             if roles is not None and self._certificates and _header(details.invocation_metadata) is None:
                 return around(handler, functools.partial(self._checked, details.method, roles))
@@ -231,7 +233,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
 def _check_role(caller: Caller, roles: frozenset[Role], method: str) -> None:
     if caller.role not in roles:
-        raise Refusal.of(Reason.PERMISSION_DENIED, method=method)
+        raise not_allowed(caller, roles, method)
+
+
+def not_allowed(caller: Caller, roles: frozenset[Role], method: str) -> Refusal:
+    """What a caller is told whose role is none of those that may."""
+    expected = f"a key of role {' or '.join(role.value for role in Role if role in roles)}"
+    return Refusal.of(Reason.PERMISSION_DENIED, method=method, expected=expected, got=caller.role.value)
 
 
 def _header(metadata: Metadata | None) -> str | bytes | None:
@@ -321,16 +329,22 @@ def _refusal_of(error: Refusal | LedgerError) -> Refusal:
 
 
 def refuse_all(handler: "Handler", refusal: Refusal) -> "Handler":
-    """A handler of the same kind that refuses every call, before a request is read."""
+    """A handler that refuses every call, before a request is read.
 
-    async def refuse(_request: Any, context: Any) -> None:
+    It always takes a stream of requests, which is the same on the wire: to a handler of one request gRPC comes only
+    when it has waited for the whole message and parsed it.
+    """
+
+    async def refuse(_requests: Any, context: Any) -> None:
         await abort(context, refusal)
 
-    async def refuse_stream(_request: Any, context: Any) -> Any:
+    async def refuse_stream(_requests: Any, context: Any) -> Any:
         await abort(context, refusal)
         yield  # makes this an async generator, as a streaming handler must be
 
-    return with_behaviour(handler, refuse_stream if handler.response_streaming else refuse)
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse_stream)
+    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def _sha256(text: str) -> bytes:

@@ -15,6 +15,7 @@ import structlog
 from protos.errors import Refusal
 from teacher_service import auth, heap, ledger_cli
 from teacher_service.config import ServerConfig, is_loopback
+from teacher_service.health import LIVENESS
 from teacher_service.ledger import IDENTIFIER, OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.server import StartError, open_ledger, serve_ledger
@@ -327,11 +328,16 @@ def _given_facts(
     help="Serve nothing; ask the server there whether it is ready. Exit status 0 or 1.",
 )
 @click.option(
+    "--liveness",
+    is_flag=True,
+    help="With --check: ask whether the process works at all, which it does, too, while the ledger is away.",
+)
+@click.option(
     "--tls-ca",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --check: the authority that signed the server's certificate. Where the server has --tls-client-ca, "
-    "--tls-cert and --tls-key are the client's.",
+    help="With --check: the authority that signed the server's certificate, which must name HOST. Where the server "
+    "has --tls-client-ca, --tls-cert and --tls-key are the client's.",
 )
 def serve(
     model: Path | None,
@@ -342,6 +348,7 @@ def serve(
     labels: Path | None,
     output: str | None,
     check: str | None,
+    liveness: bool,
     tls_ca: Path | None,
     ledger_only: bool,
     **settings: Any,
@@ -359,7 +366,9 @@ def serve(
     MEKD_LEDGER_KEY=… teacher-serve --model teacher.pt --ledger grpc://127.0.0.1:50050
     """
     if check is not None:
-        sys.exit(_check(check, tls_ca, settings["tls_cert"], settings["tls_key"]))
+        sys.exit(_check(check, liveness, tls_ca, settings["tls_cert"], settings["tls_key"]))
+    if liveness:
+        raise click.UsageError("--liveness: expected --check HOST:PORT with it, got none")
     if model is None and not ledger_only:
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
     if model is not None and ledger_only:
@@ -367,7 +376,7 @@ def serve(
     heap.bound()
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)
-    config = ServerConfig(model=model, model_given=given, ledger_key=_ledger_key(), **settings)
+    config = ServerConfig(model_given=given, ledger_key=_ledger_key(), **settings)
     try:
         if model is None:
             asyncio.run(serve_ledger(config))
@@ -417,31 +426,40 @@ def _engine(config: ServerConfig, model: Path) -> Any:
         _fail(str(error))
 
 
-def _check(target: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> int:
+def _check(target: str, liveness: bool, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None) -> int:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     options = [("grpc.enable_http_proxy", 0)] if is_loopback(target.rpartition(":")[0]) else []
+    if (tls_cert is None) != (tls_key is None):
+        _fail("expected --tls-cert and --tls-key together, got one of them")
     if tls_ca is None:
+        if tls_cert is not None:
+            _fail("--tls-cert: expected --tls-ca with it, the authority of the server's certificate; got none")
         channel = grpc.insecure_channel(target, options)
     else:
-        try:
-            authority = tls_ca.read_bytes()
-            pair = (tls_key.read_bytes(), tls_cert.read_bytes()) if tls_key and tls_cert else (None, None)
-        except OSError as error:
-            _fail(f"--tls-ca {tls_ca}: {error.strerror}" if error.filename == str(tls_ca) else str(error))
+        authority = _read("--tls-ca", tls_ca)
+        pair = (_read("--tls-key", tls_key), _read("--tls-cert", tls_cert)) if tls_key and tls_cert else (None, None)
         channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(authority, *pair), options)
+    state = "alive" if liveness else "ready"
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
-                health_pb2.HealthCheckRequest(), timeout=HEALTH_TIMEOUT_SECONDS
+                health_pb2.HealthCheckRequest(service=LIVENESS if liveness else ""), timeout=HEALTH_TIMEOUT_SECONDS
             )
         except grpc.RpcError as error:
-            click.echo(f"{target} is not ready: {error.code().name}: {error.details()}", err=True)
+            click.echo(f"{target} is not {state}: {error.code().name}: {error.details()}", err=True)
             return 1
-    ready = answer.status == health_pb2.HealthCheckResponse.SERVING
-    click.echo(f"{target} is {'ready' if ready else 'not ready'}", err=True)
-    return 0 if ready else 1
+    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
+    click.echo(f"{target} is {state if serving else f'not {state}'}", err=True)
+    return 0 if serving else 1
+
+
+def _read(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        _fail(f"{flag} {path}: {error.strerror}")
 
 
 @click.group("teacher-admin", context_settings=SETTINGS)

@@ -10,8 +10,6 @@ from typing import Literal
 class ServerConfig:
     """What ``teacher-serve`` was asked to do."""
 
-    model: Path | None = None
-    """None: no model, the ledger alone."""
     model_given: dict[str, object] = field(default_factory=dict)
     """Facts of the model from the command line; they complete the file's own (``networks.modelfile``)."""
     model_name: str = "teacher"

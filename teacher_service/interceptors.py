@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError
 
 from protos.errors import Reason, Refusal
@@ -185,8 +186,10 @@ class RpcMetrics(grpc.aio.ServerInterceptor):
 
     def _counted(self, name: str, handler: "Handler") -> "Handler":
         service, _, method = name.lstrip("/").partition("/")
+        # Of the schema, not of the handler: one that refuses takes a stream, whatever the method does.
+        found = descriptor_pool.Default().FindMethodByName(f"{service}.{method}")
         kind = {(False, False): "unary", (True, False): "client_stream", (False, True): "server_stream"}.get(
-            (handler.request_streaming, handler.response_streaming), "bidi_stream"
+            (found.client_streaming, found.server_streaming), "bidi_stream"
         )
         return _counted(handler, self._metrics.rpc(kind, service, method))
 

@@ -315,7 +315,8 @@ class _Model:
     ) -> tuple[codec.ReceivedImages, Refusal | None]:
         """The pictures as our own protocol has them, so that digest and limits are the same on both.
 
-        With the refusal of a shape that is not served: such a batch may have been paid for under another model.
+        With the refusal of a shape that is not served: such a batch, sent raw, may have been paid for under another
+        model.
         """
         if len(request.inputs) != 1:
             _refuse("inputs", f"one, {INPUT!r}", len(request.inputs))
@@ -333,7 +334,8 @@ class _Model:
             expected = f"[N, {', '.join(map(str, self._shape_CHW))}] with N from 1 to {most}"
             got = f"[{', '.join(map(str, shape))}{', …' * (len(tensor.shape) > 5)}]"
             misfit = Refusal.of(Reason.INVALID_REQUEST, field=f"{field}.shape", expected=expected, got=got)
-            if len(shape) != 4 or min(shape) < 1:
+            # Typed values are converted one by one, before any limit is looked at: as many as are served, at most.
+            if len(shape) != 4 or min(shape) < 1 or not request.raw_input_contents:
                 raise misfit
         try:
             payload = _payload(request, tensor, math.prod(shape))

@@ -1,4 +1,8 @@
-"""The books in memory: the same rules without a store. For tests: nobody else could make an account on them."""
+"""The books in memory: the same rules without a store, lost at exit.
+
+For tests, and for measuring what a durable ledger costs: ``teacher-serve --ledger memory:`` sells by them, on
+loopback and to the one account that it makes itself.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 

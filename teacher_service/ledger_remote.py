@@ -26,7 +26,7 @@ from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
 from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from teacher_service import ledger as rules
-from teacher_service.config import is_loopback
+from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.ledger import (
     MAX_COUNT,
     NO_TERMS,
@@ -62,6 +62,7 @@ DOUBT_SECONDS = 1.0
 RENEWAL_SECONDS = 3.0
 RETRY_RENEWAL_SECONDS = 0.25
 PAGE_ENTRIES = 1000
+MAX_MESSAGE_BYTES = ServerConfig.max_message_bytes  # no flag says otherwise: the server's and ours are the same
 SCHEMES = ("grpc://", "grpcs://")
 
 _EXPECTED = "expected a ledger as grpc://HOST:PORT or grpcs://HOST:PORT"
@@ -76,7 +77,6 @@ class RemoteLedger:
         url: grpc://HOST:PORT (unencrypted: refused beyond loopback unless ``insecure``) or grpcs://HOST:PORT.
         key: travels as ``authorization: Bearer KEY``; its role decides what works.
         tls_ca: of grpcs, the authority of the server's certificate; None: the ones this machine trusts.
-        max_message_bytes: as the servers have it.
     """
 
     def __init__(
@@ -86,12 +86,11 @@ class RemoteLedger:
         key: str,
         tls_ca: Path | None = None,
         insecure: bool = False,
-        max_message_bytes: int = 64 * 2**20,
     ) -> None:
         self.instance_id = uuid.uuid4().hex
         self._url = url
         self._metadata = (("authorization", f"Bearer {key}"),)
-        self._open_channel = _channel_opener(url, key, tls_ca, insecure, max_message_bytes)
+        self._open_channel = _channel_opener(url, key, tls_ca, insecure)
         self._channel: grpc.aio.Channel | None = None
         self._opened: Any = None
         self._under_way: dict[_Batch, Hold] = {}
@@ -394,20 +393,24 @@ class RemoteLedger:
             await asyncio.sleep(min(DOUBT_SECONDS, max(RETRY_RENEWAL_SECONDS, self._renew_at - time.monotonic())))
 
 
-def _channel_opener(
-    url: str, key: str, tls_ca: Path | None, insecure: bool, max_message_bytes: int
-) -> Callable[[], grpc.aio.Channel]:
+def _channel_opener(url: str, key: str, tls_ca: Path | None, insecure: bool) -> Callable[[], grpc.aio.Channel]:
     """Checks everything now, opens later: a channel belongs to the loop it is opened in. Raises LedgerError."""
     scheme, _, address = url.partition("://")
     host, _, port = address.rpartition(":")
     if f"{scheme}://" not in SCHEMES or not host or not port.isdecimal() or int(port) > 65535:
         raise LedgerError(f"{_EXPECTED}, got {url!r}")
-    if not key or not key.isascii() or not key.isprintable():
-        raise LedgerError(f"expected a key for the ledger at {url} in MEKD_LEDGER_KEY, got none")
+    expected = f"expected a key for the ledger at {url} in MEKD_LEDGER_KEY"
+    if not key:
+        raise LedgerError(f"{expected}, got none")
+    if not key.isascii() or not key.isprintable():  # never the key itself: the line goes to logs
+        raise LedgerError(
+            f"{expected}, got one with a line break or a character beyond ASCII in it; copy it again, one line of "
+            "letters, digits and _"
+        )
     loopback = is_loopback(host)
     options: list[tuple[str, int]] = [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.ping_timeout_ms", 10_000),  # what gRPC goes by; its default is a minute

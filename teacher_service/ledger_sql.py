@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,8 @@ LEASE_MS = 10_000
 FRESH_LEASE_PARTS = 10  # another instance's lease is written again when a tenth of it has passed, not at every hold
 MAX_GROUP_COMMANDS = 256
 MAX_WAITING_COMMANDS = 8192
+MAX_WAITING_READS = 8192  # of each reader
+READERS_CLOSE_SECONDS = 1.0  # how long closing waits for a read under way
 SWEEP_HOLDS = 1000  # at most so many holds are expired in one transaction
 PRUNE_SECONDS = 60.0  # from one look for old answers to the next
 STEADY_SECONDS = 600.0  # for so long the clock must have run steadily before anything is deleted by it
@@ -70,11 +72,21 @@ STEADY_TOLERANCE_MS = 60_000
 PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
 PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 BUSY_TIMEOUT_SECONDS = 5
+CONNECTIONS = 3  # the writer's and the two readers'
 # What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
 # the disk before it returns.
 POSTGRES_SETTINGS = (
     "-c synchronous_commit=on -c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
 )
+# A connection lost without a word (a NAT that forgot it, a failover) would block its thread, and one thread writes,
+# for as long as the kernel sends again: a quarter of an hour. It is given up about ten seconds after the last sign of
+# life. A slow query is no such thing: the other side's kernel answers.
+POSTGRES_KEEPALIVE: dict[str, int] = {
+    "keepalives_idle": 5,  # seconds
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # milliseconds; of what was sent, which keepalives say nothing of
+}
 _SCHEMA_LOCK = 0x6D656B64  # "mekd", an advisory lock of PostgreSQL
 
 Clock = Callable[[], int]
@@ -382,6 +394,58 @@ class _Transaction:
             self.connection.execute(_INSERT_ANSWER, self._new_answers)
 
 
+class _Reader:
+    """A thread that reads, one wish after the other; those beyond MAX_WAITING_READS are refused."""
+
+    def __init__(self, engine: sa.Engine, name: str) -> None:
+        self._engine = engine
+        self._wishes: queue.Queue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.Queue(
+            MAX_WAITING_READS
+        )
+        self._thread = threading.Thread(target=self._read_forever, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def read(self, read: Callable[[Connection], T]) -> T:
+        outcome: Future[T] = Future()
+        try:
+            self._wishes.put_nowait((read, outcome))
+        except queue.Full:
+            raise LedgerUnavailable(f"{self._wishes.maxsize} reads wait for the ledger already") from None
+        return await asyncio.wrap_future(outcome)
+
+    def close(self) -> None:
+        """Refuses whoever waits; what is being read goes on. Nothing may be asked any more."""
+        with contextlib.suppress(queue.Empty):
+            while (wish := self._wishes.get_nowait()) is not None:
+                if wish[1].set_running_or_notify_cancel():
+                    wish[1].set_exception(LedgerUnavailable("the ledger is closed"))
+        self._wishes.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Waits for the read under way, no longer than this."""
+        self._thread.join(seconds)
+
+    def _read_forever(self) -> None:
+        while (wish := self._wishes.get()) is not None:
+            if wish[1].set_running_or_notify_cancel():  # the departed are skipped
+                self._read(*wish)
+
+    def _read(self, read: Callable[[Connection], T], outcome: "Future[T]") -> None:
+        try:
+            with (
+                _store_errors(),
+                self._engine.connect().execution_options(read_only=True) as connection,
+                connection.begin(),
+            ):
+                value = read(connection)
+        except Exception as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(value)
+
+
 def _read_account(connection: Connection, name: str) -> Account:
     row = connection.execute(sa.select(tables.accounts).where(tables.accounts.c.name == name)).one_or_none()
     if row is None:
@@ -398,7 +462,9 @@ class SqlLedger:
         self._clock = clock
         self.instance_id = uuid.uuid4().hex
         self._commands: queue.Queue[_Command | None] = queue.Queue(MAX_WAITING_COMMANDS)
-        self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
+        # What calls and health wait for, and beside it what may take long: customers' reports.
+        self._quick_reader = _Reader(engine, "ledger-read-quick")
+        self._reader = _Reader(engine, "ledger-read")
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._pruner: asyncio.Task[None] | None = None
         self._lease_written = True
@@ -425,7 +491,8 @@ class SqlLedger:
         except BaseException:
             engine.dispose()
             raise
-        opened._writer.start()
+        for thread in (opened._writer, opened._quick_reader, opened._reader):
+            thread.start()
         return opened
 
     # --- the money path ---
@@ -460,7 +527,7 @@ class SqlLedger:
             transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
             return transaction.posted(account, request.batch_id)
 
-        return await self._read(read)
+        return await self._read(read, quick=True)
 
     async def post(
         self, account: str, batch_id: str, answer: bytes, picture_count: int | None = None, *, instance_id: str = ""
@@ -508,8 +575,11 @@ class SqlLedger:
             holds.instance_id == instance_id, holds.state == sa.literal(HoldState.HELD.value, literal_execute=True)
         )
         await self._write(lambda transaction: None)  # what was told before is readable after it
-        for row in await self._read(lambda connection: connection.execute(query).all()):
-            await self.void(row.account, row.batch_id, instance_id=instance_id)
+        held = await self._read(lambda connection: connection.execute(query).all())
+        # Together, so that the writer makes groups of them: who stops does not wait for a commit each.
+        for start in range(0, len(held), SWEEP_HOLDS):
+            some = held[start : start + SWEEP_HOLDS]
+            await asyncio.gather(*(self.void(row.account, row.batch_id, instance_id=instance_id) for row in some))
 
     # --- accounts and keys ---
 
@@ -632,7 +702,8 @@ class SqlLedger:
     # --- reading ---
 
     async def check(self) -> None:
-        await self._read(lambda connection: connection.execute(sa.select(tables.accounts.c.name).limit(1)).first())
+        query = sa.select(tables.accounts.c.name).limit(1)
+        await self._read(lambda connection: connection.execute(query).first(), quick=True)
         # The one write that is always due, every third of a lease: a store that is full or read-only can be read.
         if not self._lease_written:
             raise LedgerUnavailable("the ledger's store could not be written when the lease was last renewed")
@@ -654,7 +725,7 @@ class SqlLedger:
                 raise LedgerError(f"expected the name of an account on these books, got {name!r}")
             return tables.terms_of(name, text)
 
-        return await self._read(read)
+        return await self._read(read, quick=True)
 
     async def run_posted(self, account: str, run_id: str) -> int:
         entries = tables.entries.c
@@ -685,7 +756,7 @@ class SqlLedger:
             row = connection.execute(query).one_or_none()
             return Credential(tables.key_of(row), tables.terms_of(row.account, row.terms)) if row else None
 
-        return await self._read(read)
+        return await self._read(read, quick=True)
 
     async def keys(self, account: str) -> Sequence[Key]:
         query = sa.select(tables.keys).where(tables.keys.c.account == account).order_by(tables.keys.c.key_id)
@@ -699,10 +770,14 @@ class SqlLedger:
             self._pruner.cancel()
         await asyncio.to_thread(self._commands.put, None)
         await asyncio.to_thread(self._writer.join)
-        self._readers.shutdown()
+        # Not on the event loop, where all that a stopping server does would wait; and a long report changes nothing.
+        for reader in (self._quick_reader, self._reader):
+            reader.close()
+        for reader in (self._quick_reader, self._reader):
+            await asyncio.to_thread(reader.join, READERS_CLOSE_SECONDS)
         self._engine.dispose()
 
-    # --- the two ways in: the writer thread, and a reader thread ---
+    # --- the two ways in: the writer thread, and the reader threads ---
 
     async def _write(
         self,
@@ -721,18 +796,10 @@ class SqlLedger:
             raise LedgerUnavailable(f"{MAX_WAITING_COMMANDS} commands wait for the ledger already") from None
         return await asyncio.wrap_future(outcome)
 
-    async def _read(self, read: Callable[[Connection], T]) -> T:
-        def run() -> T:
-            with (
-                _store_errors(),
-                self._engine.connect().execution_options(read_only=True) as connection,
-                connection.begin(),
-            ):
-                return read(connection)
-
+    async def _read(self, read: Callable[[Connection], T], *, quick: bool = False) -> T:
         if self._closed:
             raise LedgerUnavailable("the ledger is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        return await (self._quick_reader if quick else self._reader).read(read)
 
     def _write_forever(self) -> None:
         renew_seconds = self._lease_ms / 3000
@@ -753,7 +820,7 @@ class SqlLedger:
             if group:
                 self._commit(group)
             if stop:
-                self._try("giving back what is held", self._retire)
+                self._give_back()
                 return
             # Renewals keep their pace whatever the wall clock does. Where leases are measured with it (SQLite), its
             # jumps, either way, are followed at once.
@@ -850,16 +917,31 @@ class SqlLedger:
         orphaned = holder.not_in(living) & (holder != self.instance_id)
         self._release(transaction, orphaned, HoldState.EXPIRED, skip_locked=True)
 
-    def _retire(self, connection: Connection) -> None:
-        """A living server resolves its own holds; then its lease is given up."""
+    def _give_back(self) -> None:
+        """Everything that this server holds, in as many transactions as it takes; one that fails leaves the rest."""
+        more = True
+
+        def retire(connection: Connection) -> None:
+            nonlocal more
+            more = self._retire(connection)
+
+        while more and self._try("giving back what is held", retire):
+            pass
+
+    def _retire(self, connection: Connection) -> bool:
+        """A living server resolves its own holds; then its lease is given up. Returns whether there may be more."""
         transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
-        self._release(transaction, tables.holds.c.instance_id == self.instance_id, HoldState.VOIDED)
+        mine = tables.holds.c.instance_id == self.instance_id
+        if self._release(transaction, mine, HoldState.VOIDED) == SWEEP_HOLDS:
+            return True
         connection.execute(sa.delete(tables.instances).where(tables.instances.c.instance_id == self.instance_id))
+        return False
 
     @staticmethod
     def _release(
         transaction: _Transaction, which: sa.ColumnElement[bool], state: HoldState, *, skip_locked: bool = False
-    ) -> None:
+    ) -> int:
+        """Releases at most SWEEP_HOLDS holds; returns how many were found."""
         held = sa.literal(HoldState.HELD.value, literal_execute=True)  # a constant, so that the partial index serves
         stale = sa.select(tables.holds).where(tables.holds.c.state == held, which)
         # No ORDER BY here: with one, SQLite walks the primary key, and so every hold there ever was.
@@ -875,6 +957,7 @@ class SqlLedger:
                 rules.apply_release(transaction.account(hold.account), hold, state, transaction.now_ms)
             )
         transaction.flush()
+        return len(found)
 
 
 # --- the store --------------------------------------------------------------------------------------
@@ -906,20 +989,24 @@ def _engine(location: URL) -> sa.Engine:
         given = location.query.get("options", ())
         # After those of the URL, so that ours win.
         options = " ".join([*((given,) if isinstance(given, str) else given), POSTGRES_SETTINGS])
-        connect_args = {"options": options, "connect_timeout": BUSY_TIMEOUT_SECONDS}
+        connect_args = {"options": options, "connect_timeout": BUSY_TIMEOUT_SECONDS} | POSTGRES_KEEPALIVE
         # pool_pre_ping: a connection that died while it was idle is found out before it is used.
         # READ COMMITTED: what is read after the account's row was locked is what its last holder left.
-        engine = sa.create_engine(
-            location,
-            pool_size=2,
-            pool_pre_ping=True,
-            isolation_level="READ COMMITTED",
-            connect_args=connect_args,
-        )
+        try:
+            engine = sa.create_engine(
+                location,
+                pool_size=CONNECTIONS,
+                pool_pre_ping=True,
+                isolation_level="READ COMMITTED",
+                connect_args=connect_args,
+            )
+        except ImportError:  # SQLAlchemy imports the driver here; one without libpq is none
+            message = "expected psycopg for postgresql://, found none; pip install 'mekd[postgres]'"
+            raise LedgerError(message) from None
         sa.event.listen(engine, "connect", _check_postgres_durable)
         return engine
     engine = sa.create_engine(
-        location, poolclass=sa.pool.QueuePool, pool_size=2, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
+        location, poolclass=sa.pool.QueuePool, pool_size=CONNECTIONS, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
     )
     sa.event.listen(engine, "connect", _configure_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)

@@ -31,6 +31,7 @@ class Limits:
 
     Args:
         burst_pictures: an allowance holds one second's worth, or this many where that is more: the largest batch.
+            No batch takes more than a full one.
         max_streams: open streams over all accounts.
         clock: seconds, monotonic.
     """
@@ -92,18 +93,22 @@ class Limits:
     def _spend(self, account: _Account, rate: float, picture_count: int) -> None:
         """Takes from the allowance. Refusal RATE_LIMITED with the wait until it holds enough."""
         now = self._clock()
+        full = max(rate, self._burst_pictures)
+        # More than an allowance ever holds can only be a repeat of what a server with larger batches was paid for: a
+        # full one lets it in.
+        count = min(picture_count, full)
         spent = max(0.0, account.spent_pictures - rate * (now - account.at))
-        lacking = spent + picture_count - max(rate, self._burst_pictures)
+        lacking = spent + count - full
         if lacking > 1e-6:  # what rounding leaves must not cost a round trip
             # Batches refused together are told to come one after the other: of those that came at the same time all
             # but one would have travelled in vain.
             wait = lacking / rate
             if account.refused_until > now:
-                spread = account.refused_until + picture_count / rate - now
+                spread = account.refused_until + count / rate - now
                 wait = max(wait, min(spread, LONGEST_SPREAD_SECONDS))
             account.refused_until = now + wait
             raise Refusal.of(Reason.RATE_LIMITED, limit=f"{rate:g}", wait=f"{wait:.1f}").after(wait)
-        account.spent_pictures, account.at = spent + picture_count, now
+        account.spent_pictures, account.at = spent + count, now
         account.full_again_at = now + account.spent_pictures / rate
 
     def _account(self, name: str) -> _Account:

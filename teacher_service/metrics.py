@@ -1,6 +1,8 @@
 """Every Prometheus metric of the server, declared once, with its unit."""
 
+import contextlib
 import functools
+import itertools
 import socket
 import ssl
 import threading
@@ -15,8 +17,12 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 OTHER = "other"
+PROTOCOLS = ("mekd", "kserve")
+WATCHED_OUTCOMES = ("ledger_unavailable", "engine_failed", "failed", "overloaded")  # by alerts
 _GO_CODES = {"OK": "OK", "CANCELLED": "Canceled"}  # the others differ by case and underscores alone
-_HTTP_TIMEOUT_SECONDS = 10.0
+_HTTP_TIMEOUT_SECONDS = 10.0  # for any one read
+_HTTP_WHOLE_SECONDS = 30.0
+_HTTP_CONNECTIONS = 16
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -24,7 +30,7 @@ _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 class Metrics:
     """What the server counts. Label values that clients choose are bounded: beyond ``max_accounts`` it is "other"."""
 
-    def __init__(self, *, max_accounts: int, queue_pictures: Callable[[], int]) -> None:
+    def __init__(self, *, max_accounts: int, queue_pictures: Callable[[], int], is_ready: Callable[[], bool]) -> None:
         self.registry = CollectorRegistry()
         self._max_accounts = max_accounts
         self._accounts: set[str] = set()
@@ -37,6 +43,9 @@ class Metrics:
             ["protocol", "outcome"],
             registry=self.registry,
         )
+        # From the start, so that the first of them is an increase: a counter that only then appears shows none.
+        for protocol, outcome in itertools.product(PROTOCOLS, WATCHED_OUTCOMES):
+            self._requests.labels(protocol, outcome)
         self._duration = Histogram(
             "mekd_request_duration_seconds",
             "From a batch read to its answer ready to send.",
@@ -66,6 +75,11 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_QueueCollector(queue_pictures))
+        Gauge(
+            "mekd_ready",
+            "1 while the ledger can be read and written and the server is not stopping, else 0.",
+            registry=self.registry,
+        ).set_function(is_ready)
         # To find a counter by its labels costs more than to count; as many as the registry has, at most.
         self._batches: dict[tuple[str, str, str], _BatchCounters] = {}
         self._balances: dict[str, Gauge] = {}
@@ -183,23 +197,55 @@ class RpcCounters:
 
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
-    """A thread a connection, which makes the TLS handshake too: a silent client holds up nobody but itself."""
+    """A thread a connection, which makes the TLS handshake too: a silent client holds up nobody but itself.
+
+    There are ``_HTTP_CONNECTIONS`` at once, each for ``_HTTP_WHOLE_SECONDS`` at most; further ones are closed.
+    """
 
     daemon_threads = True
     tls: Callable[[], ssl.SSLContext] | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._places = threading.BoundedSemaphore(_HTTP_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had
+            self._places.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             request.settimeout(_HTTP_TIMEOUT_SECONDS)
             if self.tls is not None:
-                request = self.tls().wrap_socket(request, server_side=True)
+                request = self.tls().wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            # Who sends a byte now and then is within the time for any one read, for ever.
+            end = threading.Timer(_HTTP_WHOLE_SECONDS, _cut_off, (request,))
+            end.daemon = True
+            end.start()
+            try:
+                if self.tls is not None:
+                    request.do_handshake()
+                super().process_request_thread(request, client_address)
+            finally:
+                end.cancel()
         except OSError:  # a timeout and a failed handshake are some
             self.shutdown_request(request)
-            return
-        super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A scraper that went away is no news."""
+
+
+def _cut_off(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # of TLS, too, without its farewell
 
 
 class _QuietHandler(WSGIRequestHandler):

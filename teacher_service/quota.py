@@ -21,6 +21,7 @@ from teacher_service.auth import (
     Authenticator,
     Caller,
     caller_of,
+    not_allowed,
     refusals_as_status,
     refusals_as_stream_status,
 )
@@ -324,7 +325,7 @@ class QuotaServicer(QuotaLedgerServicer):
         if named in ("", caller.account):
             return caller.account
         if caller.role not in MAY_NAME_ACCOUNTS:
-            raise Refusal.of(Reason.PERMISSION_DENIED, method=f"{method} of another account")
+            raise not_allowed(caller, MAY_NAME_ACCOUNTS, f"{method} of another account")
         check_account_name(named)
         return named
 

@@ -50,6 +50,7 @@ MAX_METADATA_BYTES = 16 * 2**10
 MAX_CALLS_OF_A_CONNECTION = 128  # a call may hold a whole message before any limit of its account is looked at
 SPARE_CONNECTIONS = 256  # for those who ask without a stream: admins, probes
 HANDSHAKE_TIMEOUT_MS = 10_000
+MAX_CONNECTION_IDLE_MS = 60_000
 KEEPALIVE_MS = 60_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 MESSAGE_HEADER_BYTES = 4096  # more than all of a message but its pictures or probabilities
@@ -82,7 +83,11 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         on_call=engine_called,
         is_quick=is_quick(engine, engine_pictures),
     )
-    metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
+    metrics = Metrics(
+        max_accounts=config.metrics_max_accounts,
+        queue_pictures=lambda: batcher.taken_pictures,
+        is_ready=lambda: health.is_ready,
+    )
     authenticator = Authenticator(ledger)
     limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams)
     quota = QuotaServicer(ledger, authenticator)
@@ -330,6 +335,8 @@ def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", MAX_CALLS_OF_A_CONNECTION),
         # Of the server: every stream may have one of its own. Further ones are closed at once.
         ("grpc.max_allowed_incoming_connections", config.max_streams + SPARE_CONNECTIONS),
+        # All share those: who holds a connection without a call, key or not, must not keep it from others.
+        ("grpc.max_connection_idle_ms", MAX_CONNECTION_IDLE_MS),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         # Without this a second server on the same port starts without a word and takes half of the calls.
         ("grpc.so_reuseport", 0),
@@ -417,6 +424,9 @@ def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certifi
     try:
         return metrics.serve(host, config.metrics_port, tls)
     except OSError as error:
+        of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)  # the latter: a port that is for root alone
+        advice = "--metrics-port (0 picks a free one)" if of_port else "--metrics-host"
         raise StartError(
-            f"--metrics-port {config.metrics_port}: {error.strerror}; give another (0 picks a free one)"
+            f"--metrics-host {config.metrics_host}, --metrics-port {config.metrics_port}: {error.strerror}; "
+            f"give another {advice}"
         ) from None

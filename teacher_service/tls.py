@@ -89,9 +89,10 @@ class Certificates:
         if roots is not None:
             try:
                 context.load_verify_locations(cadata=roots.decode("ascii", "replace"))
-            except ssl.SSLError as error:
+            except (ssl.SSLError, ValueError) as error:  # the latter where the file is empty
                 raise TlsError(
-                    f"--tls-client-ca {self._client_ca}: expected certificates in PEM ({error.reason or error})"
+                    f"--tls-client-ca {self._client_ca}: expected certificates in PEM "
+                    f"({getattr(error, 'reason', None) or error})"
                 ) from None
             context.verify_mode = ssl.CERT_REQUIRED
         return grpc.ssl_server_certificate_configuration([(key, cert)], roots), context

@@ -214,10 +214,14 @@ class TorchEngine:
         if self._gives_logits:
             return answers_NK
         sums_N = answers_NK.sum(axis=1)
-        if (answers_NK < 0).any() or (np.abs(sums_N - 1) > _SUM_TOLERANCE).any():
+        deviations_N, smallest_N = np.abs(sums_N - 1), answers_NK.min(axis=1)
+        if (smallest_N < 0).any() or (deviations_N > _SUM_TOLERANCE).any():
+            wrong = int(deviations_N.argmax())
+            if deviations_N[wrong] <= _SUM_TOLERANCE:
+                wrong = int(smallest_N.argmin())
             raise EngineError(
-                f"expected probabilities, the model gave a row with sum {sums_N[0]:.3g} and smallest "
-                f"{answers_NK.min():.3g}; describe it with --output logits"
+                f"expected probabilities, the model gave a row with sum {sums_N[wrong]:.3g} and smallest "
+                f"{smallest_N[wrong]:.3g}; describe it with --output logits"
             )
         rescaled_NK: Float32Array = answers_NK / sums_N[:, None]
         return rescaled_NK

@@ -219,7 +219,7 @@ async def serving(
     """A server on a free port with one account, "device", made here unless the books have it (and its ``key``)."""
     ledger = ledger or MemoryLedger()
     engine = engine or GatedEngine()
-    config = ServerConfig(model=Path("array:10,1,8,8"), **settings)
+    config = ServerConfig(**settings)
     statistics = Statistics(max_accounts=config.metrics_max_accounts)
 
     def engine_called(call: EngineCall) -> None:
@@ -233,7 +233,11 @@ async def serving(
         calls_at_once=engine.calls_at_once,
         on_call=engine_called,
     )
-    metrics = Metrics(max_accounts=config.metrics_max_accounts, queue_pictures=lambda: batcher.taken_pictures)
+    metrics = Metrics(
+        max_accounts=config.metrics_max_accounts,
+        queue_pictures=lambda: batcher.taken_pictures,
+        is_ready=lambda: not money_path.draining,
+    )
     clock = Clock()
     authenticator = Authenticator(ledger, clock)
     limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams, clock=clock)

@@ -228,7 +228,11 @@ async def test_a_method_that_is_not_listed_is_denied_whatever_the_key(shape: str
         metadata = (("authorization", f"Bearer {text}"),)
         made = getattr(channel, shape)("/mekd.v1.Unlisted/Do")(request, metadata=metadata)
         refusal = await call(made)
-        assert refusal == Refusal.of(Reason.PERMISSION_DENIED, method="/mekd.v1.Unlisted/Do")
+        assert refusal.reason is Reason.PERMISSION_DENIED
+        assert (
+            refusal.message
+            == "/mekd.v1.Unlisted/Do: expected a method that some role may call, got one that none may"
+        )
         with pytest.raises(grpc.aio.AioRpcError) as ended:
             await channel.unary_unary("/mekd.v1.Unlisted/Nothing")(b"", metadata=metadata)
         assert ended.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -240,7 +244,43 @@ async def test_a_role_that_is_not_allowed_is_denied(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(ALLOWED, "/mekd.v1.TeacherInference/Describe", frozenset({Role.ADMIN}))
     async with serving() as service:
         made = service.stub.Describe(wire.DescribeRequest(), metadata=service.metadata())
-        assert (await call(made)).reason is Reason.PERMISSION_DENIED
+        refusal = await call(made)
+        assert refusal.reason is Reason.PERMISSION_DENIED
+        assert refusal.message == "/mekd.v1.TeacherInference/Describe: expected a key of role admin, got customer"
+
+
+@pytest.mark.parametrize("answers", ["unary", "stream"])
+async def test_who_has_no_key_is_refused_before_the_message_is_waited_for_or_parsed(answers: str) -> None:
+    parsed: list[int] = []
+
+    def parse(message: bytes) -> bytes:
+        parsed.append(len(message))
+        return message
+
+    async def unary(_request: Any, _context: Any) -> bytes:
+        return b""
+
+    async def stream(_request: Any, _context: Any) -> Any:
+        yield b""
+
+    method = "/mekd.v1.TeacherInference/Describe"
+    made = getattr(grpc, f"unary_{answers}_rpc_method_handler")(stream if answers == "stream" else unary, parse)
+    books, text, _ = await with_key()
+    server = grpc.aio.server(interceptors=(AuthInterceptor(Authenticator(books)),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(method.split("/")[1], {"Describe": made}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+        silent = getattr(channel, f"stream_{answers}")(method)()  # on the wire the same call, and no message comes
+        large = getattr(channel, f"unary_{answers}")(method)(bytes(3 * 2**20))
+        for refused_call in (silent, large):
+            assert (await asyncio.wait_for(call(refused_call), 10)).reason is Reason.UNAUTHENTICATED
+        assert parsed == []
+        metadata = (("authorization", f"Bearer {text}"),)
+        allowed = getattr(channel, f"unary_{answers}")(method)(b"abc", metadata=metadata)
+        assert [each async for each in allowed] == [b""] if answers == "stream" else await allowed == b""
+        assert parsed == [3]
+    await server.stop(0)
 
 
 async def test_a_ledger_failure_while_authenticating_is_a_refusal(

@@ -1,10 +1,12 @@
 """The two programs: what they print, refuse and exit with."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -301,6 +303,25 @@ def test_a_reader_who_closes_the_pipe_ends_the_statement_quietly(ledger: str) ->
         ),
         (("--model", "x", "--mean", "a,b"), "expected numbers with commas between, got 'a,b'"),
         (("--check", "127.0.0.1:1", "--tls-ca", "/no/such.pem"), "--tls-ca /no/such.pem: No such file or directory"),
+        *(
+            (
+                ("--check", "127.0.0.1:1", "--tls-ca", __file__, "--tls-cert", cert, "--tls-key", key),
+                f"{flag} /no/such.pem: No such file or directory",
+            )
+            for flag, cert, key in (
+                ("--tls-cert", "/no/such.pem", __file__),
+                ("--tls-key", __file__, "/no/such.pem"),
+            )
+        ),
+        *(
+            (("--check", "127.0.0.1:1", *half), "expected --tls-cert and --tls-key together, got one of them")
+            for half in (("--tls-cert", "x"), ("--tls-key", "x"), ("--tls-ca", __file__, "--tls-cert", "x"))
+        ),
+        (
+            ("--check", "127.0.0.1:1", "--tls-cert", "x", "--tls-key", "x"),
+            "--tls-cert: expected --tls-ca with it",
+        ),
+        (("--model", "x", "--liveness"), "--liveness: expected --check HOST:PORT with it"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_with_what_was_expected(flags: tuple[str, ...], said: str) -> None:
@@ -346,6 +367,19 @@ def test_check_tells_a_server_that_is_ready_from_one_that_is_not(start_server: A
     gone = run("teacher-serve", "--check", server.address)
     assert gone.returncode == 1 and f"{server.address} is not ready: UNAVAILABLE" in gone.stderr
     assert time.monotonic() - started < 10
+
+
+def test_check_asks_for_liveness_too(start_server: Any, ledger: str) -> None:
+    server = start_server("--lease-seconds", "0.6", ledger=ledger)
+    asked = ("teacher-serve", "--check", server.address)
+    with contextlib.closing(sqlite3.connect(ledger.removeprefix("sqlite:///"))) as other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON instances BEGIN SELECT RAISE(FAIL, 'full'); END")
+    deadline = time.monotonic() + 30
+    while run(*asked).returncode == 0:
+        assert time.monotonic() < deadline
+    ready, alive = run(*asked), run(*asked, "--liveness")
+    assert (ready.returncode, ready.stderr) == (1, f"{server.address} is not ready\n")
+    assert (alive.returncode, alive.stderr) == (0, f"{server.address} is alive\n")
 
 
 LIBRARY_LOGS = """

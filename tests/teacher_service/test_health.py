@@ -34,6 +34,7 @@ from teacher_service.quota import QuotaServicer
 from teacher_service.server import SERVICES
 from tests.conftest import teacher_admin
 from tests.teacher_service.parts import until
+from tests.teacher_service.test_metrics import page
 from tests.teacher_service.test_server import Client, connect, slow, status_of
 
 Status = wire.HealthCheckResponse
@@ -163,10 +164,13 @@ def test_a_teacher_whose_ledger_is_away_is_alive_and_not_ready_until_it_is_back(
     with connect(teacher.address) as channel:
         for name in ("", *SERVICES, LIVENESS):
             assert state(channel, name) == READY
+        metrics = f"http://127.0.0.1:{teacher.metrics_port()}/metrics"
+        assert "\nmekd_ready 1.0\n" in page(metrics)
         assert ledger.stop() == 0
         wait_for(lambda: state(channel) == NOT_READY)
         assert [state(channel, name) for name in SERVICES] == [NOT_READY] * len(SERVICES)
         assert state(channel, LIVENESS) == READY
+        assert "\nmekd_ready 0.0\n" in page(metrics)
         start_server("--ledger-only", "--listen", listen, model="", ledger=store)
         wait_for(lambda: state(channel) == READY)
         assert [state(channel, name) for name in SERVICES] == [READY] * len(SERVICES)

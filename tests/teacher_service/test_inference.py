@@ -16,6 +16,7 @@ from teacher_service.engine import ArrayEngine
 from teacher_service.ledger import Held, HoldRequest, LedgerError, Posted
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.terms import Terms
 from tests.teacher_service.parts import GatedEngine, pictures, serving, until
 
 # --- what is sold ---
@@ -213,6 +214,22 @@ async def test_a_batch_that_was_paid_for_is_replayed_whatever_model_or_limit_cam
         assert (await stream.refusal("paid")).reason is Reason.BATCH_ID_REUSED
         entries = await service.ledger.statement("device")
         assert [entry.kind for entry in entries] == ["grant", "hold", "post"]
+
+
+async def test_a_batch_that_was_paid_for_is_replayed_though_the_rate_never_allows_as_many_now(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    async with serving(SqlLedger.open(url)) as service:
+        await service.ledger.set_terms("device", Terms(pictures_per_second=1))
+        stream = await service.stream()
+        await stream.send("paid", pictures(5))
+        first, key = await stream.result(), service.key
+    async with serving(SqlLedger.open(url), key=key, max_batch_pictures=4) as service:
+        stream = await service.stream()
+        await stream.send("paid", pictures(5))
+        again = await stream.result()
+        assert again.replayed and again.receipt == first.receipt
+        await stream.send("paid", pictures(5))
+        assert (await stream.refusal("paid")).retry_seconds == 4.0
 
 
 @pytest.mark.parametrize("field", ["picture_count", "channels", "encoding"])

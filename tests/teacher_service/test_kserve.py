@@ -20,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from benchmarks import triton
 from protos.errors import Reason
+from teacher_service import kserve
 from teacher_service.auth import ALLOWED, CACHE_SECONDS, new_key
 from teacher_service.cli import serve
 from teacher_service.engine import ArrayEngine
@@ -577,6 +578,32 @@ def huge_id() -> Any:
     request = infer_request("b", PIXELS)
     request.id = "é" * 1_000_000
     return request
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (2, 1, 8, 9), (1, 1, 2000, 2000)])
+async def test_typed_values_of_a_shape_that_is_not_served_are_not_converted(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looked_at = kserve._payload, []
+
+    def payload(request: Any, tensor: Any, size: int) -> bytes:
+        looked_at.append(size)
+        return real(request, tensor, size)
+
+    monkeypatch.setattr(kserve, "_payload", payload)
+    size = int(np.prod(shape))
+    async with serving(max_batch_pictures=4) as service:
+        request = service_pb2.ModelInferRequest(model_name="teacher")
+        found = request.inputs.add(name="images", datatype="UINT8", shape=shape)
+        found.contents.uint_contents.extend([7] * min(size, 10_000))
+        refusal = await refused(service, request)
+        assert refusal.variables["field"] == "inputs.images.shape"
+        assert refusal.variables["expected"] == "[N, 1, 8, 8] with N from 1 to 4"
+        assert looked_at == []
+        found.ClearField("contents")
+        request.raw_input_contents.append(bytes(size))  # may be the repeat of a batch that was paid for
+        assert await refused(service, request) == refusal
+        assert looked_at == [size]
 
 
 # --- callers who leave, and draining ---

@@ -458,12 +458,16 @@ async def test_a_key_that_the_ledger_refuses_is_the_teachers_trouble_and_not_its
         ("http://127.0.0.1:1", {}, "expected a ledger as grpc://HOST:PORT"),
         ("grpc://10.0.0.1:50051", {}, "is not loopback and unencrypted: use grpcs://"),
         ("grpc://127.0.0.1:1", {"key": ""}, "expected a key for the ledger at grpc://127.0.0.1:1 in MEKD_LEDGER_KEY"),
+        ("grpc://127.0.0.1:1", {"key": ""}, "MEKD_LEDGER_KEY, got none"),
+        ("grpc://127.0.0.1:1", {"key": "mekd_s\u00e9cret"}, "MEKD_LEDGER_KEY, got one with a line break"),
+        ("grpc://127.0.0.1:1", {"key": "mekd_s\ncret"}, "MEKD_LEDGER_KEY, got one with a line break"),
         ("grpcs://10.0.0.1:1", {"tls_ca": Path("/no/such.pem")}, "--ledger-ca /no/such.pem: No such file"),
     ],
 )
 def test_what_can_never_work_is_refused_before_anything_is_sent(url: str, settings: Any, said: str) -> None:
-    with pytest.raises(LedgerError, match=said):
+    with pytest.raises(LedgerError, match=said) as refused:
         RemoteLedger(url, **({"key": "mekd_x"} | settings))
+    assert "mekd_" not in str(refused.value)
 
 
 async def test_a_teacher_does_not_pass_other_teachers_through(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,54 @@ async def test_closing_gives_back_what_is_held(path: Path, opened: Any) -> None:
     assert await settled(second) == (0, 5, 95)
     assert (await kinds(second)).count("void") == 1
     assert query(path, "SELECT instance_id FROM instances") == [(second.instance_id,)]
+
+
+async def test_closing_gives_back_more_than_one_transaction_takes(
+    path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "SWEEP_HOLDS", 3)
+    first, second = opened(lease_ms=60_000), opened(lease_ms=60_000)
+    await first.create_account("a", 100)
+    for index in range(7):
+        await first.hold(wish(f"b{index}"))
+    await first.close()
+    assert await settled(second) == (0, 0, 100)
+    assert query(path, "SELECT instance_id FROM instances") == [(second.instance_id,)]
+
+
+async def test_closing_that_fails_half_way_leaves_the_lease_to_lapse(
+    path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "SWEEP_HOLDS", 3)
+    first, second = opened(lease_ms=60_000), opened(lease_ms=60_000)
+    await first.create_account("a", 100)
+    for index in range(7):
+        await first.hold(wish(f"b{index}"))
+    retire, tries = first._retire, []
+
+    def broken(connection: Any) -> bool:
+        tries.append(None)
+        if len(tries) == 2:
+            raise sa.exc.OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error"))
+        return bool(retire(connection))
+
+    first._retire = broken
+    await first.close()
+    assert len(tries) == 2 and await settled(second) == (0, 20, 80)
+    assert (first.instance_id,) in query(path, "SELECT instance_id FROM instances")
+
+
+async def test_what_another_instance_holds_is_given_back_in_few_commits(opened: Any) -> None:
+    ledger = opened()
+    await ledger.create_account("a", 1000)
+    for index in range(300):
+        await ledger.hold(wish(f"b{index}", 1), instance_id="operators/x")
+    await ledger.hold(wish("own", 1))
+    commits: list[None] = []
+    sa.event.listen(ledger._engine, "commit", lambda _connection: commits.append(None))
+    await ledger.end_lease("operators/x")
+    assert await settled(ledger) == (0, 1, 999)
+    assert len(commits) < 20
 
 
 async def test_a_closed_ledger_says_so(opened: Any) -> None:
@@ -536,6 +584,75 @@ async def test_more_commands_than_the_queue_takes_are_refused_and_not_lost(
     assert await settled(ledger) == (0, 4, 96)
 
 
+@contextlib.asynccontextmanager
+async def long_report(ledger: SqlLedger) -> AsyncIterator["asyncio.Future[Any]"]:
+    """A customer's report is being read for as long as the context lasts."""
+    busy, go = threading.Event(), threading.Event()
+
+    def occupy(_connection: Any) -> str:
+        busy.set()
+        go.wait(10)
+        return "read"
+
+    report = asyncio.ensure_future(ledger._read(occupy))
+    await asyncio.to_thread(busy.wait, 10)
+    try:
+        yield report
+    finally:
+        go.set()
+
+
+async def test_a_long_report_holds_up_neither_authentication_nor_health(opened: Any) -> None:
+    ledger = opened()
+    _, key = new_key("a")
+    await ledger.create_account("a", 100, key)
+    async with long_report(ledger) as report:
+        waiting = asyncio.ensure_future(ledger.run_posted("a", "run"))
+        credential = await asyncio.wait_for(ledger.credential(key.key_id), 5)
+        assert credential is not None and credential.key == key
+        await asyncio.wait_for(ledger.terms("a"), 5)
+        await asyncio.wait_for(ledger.check(), 5)
+        assert not waiting.done()
+    assert (await report, await waiting) == ("read", 0)
+
+
+async def test_more_reads_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch, opened: Any) -> None:
+    monkeypatch.setattr(ledger_sql, "MAX_WAITING_READS", 4)
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    async with long_report(ledger) as report:
+        waiting = [asyncio.ensure_future(ledger.account("a")) for _ in range(6)]
+        await asyncio.sleep(0.02)
+        assert [read.done() for read in waiting] == [False] * 4 + [True] * 2
+    told = await asyncio.gather(report, *waiting, return_exceptions=True)
+    assert [type(outcome).__name__ for outcome in told] == ["str"] + ["Account"] * 4 + ["LedgerUnavailable"] * 2
+    assert "4 reads wait for the ledger already" in str(told[-1])
+
+
+async def test_closing_waits_for_no_reports_and_stops_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, opened: Any
+) -> None:
+    monkeypatch.setattr(ledger_sql, "READERS_CLOSE_SECONDS", 0.2)
+    ledger = opened()
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    async with long_report(ledger) as report:
+        waiting = [asyncio.ensure_future(ledger.account("a")) for _ in range(3)]
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(ledger.close())
+        turns = 0
+        while not closing.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert turns >= 5, "the event loop stood still"
+        assert not report.done()
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(outcome, LedgerUnavailable) and "closed" in str(outcome)
+    assert await report == "read"
+    other = opened()
+    assert (await other.account("a")).held == 0
+
+
 async def test_books_locked_by_another_program_are_unavailable_and_unchanged(
     path: Path, monkeypatch: pytest.MonkeyPatch, opened: Any
 ) -> None:
@@ -775,6 +892,32 @@ async def test_a_corrupted_page_is_told_in_one_line_and_gives_nothing_away(
 
 
 # --- PostgreSQL ---
+
+
+async def test_a_connection_that_postgresql_lost_without_a_word_is_given_up_within_seconds(postgres_url: str) -> None:
+    expected = {
+        "keepalives_idle": "5",
+        "keepalives_interval": "2",
+        "keepalives_count": "3",
+        "tcp_user_timeout": "10000",
+    }
+    ledger = SqlLedger.open(postgres_url)
+    with ledger._engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert expected.items() <= driver.info.get_parameters().items()
+    await ledger.close()
+    with audit.Store(postgres_url) as store:
+        assert expected.items() <= store._connection.info.get_parameters().items()
+
+
+def test_postgresql_without_its_driver_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    url = "postgresql://mekd@/books"
+    said = r"expected psycopg for postgresql://, found none; pip install 'mekd\[postgres\]'"
+    with pytest.raises(LedgerError, match=said):
+        SqlLedger.open(url)
+    with pytest.raises(audit.AuditError, match=said), audit.Store(url):
+        pass
 
 
 async def test_postgresql_syncs_before_it_answers_whatever_role_and_database_say(postgres_url: str) -> None:

@@ -59,6 +59,19 @@ def test_a_burst_is_one_second_where_that_is_more_than_a_batch() -> None:
     assert refusal is not None and refusal.retry_seconds == pytest.approx(1 / 3, abs=0.001)
 
 
+def test_a_batch_larger_than_any_allowance_takes_a_full_one_and_no_more() -> None:
+    clock = Clock()
+    found, slow = limits(clock), Terms(pictures_per_second=2)
+    assert ask(found, slow, 1) is None
+    assert ask(found, slow, 25) == Refusal.of(Reason.RATE_LIMITED, limit="2", wait="0.5").after(0.5)
+    clock.seconds += 0.5
+    assert ask(found, slow, 25) is None
+    refusal = ask(found, slow, 10)
+    assert refusal is not None and refusal.retry_seconds == 5.0
+    clock.seconds += 5
+    assert ask(found, slow, 10) is None
+
+
 def test_a_refusal_uses_nothing_up_and_accounts_are_apart() -> None:
     clock = Clock()
     found, slow = limits(clock), Terms(pictures_per_second=1)

@@ -13,7 +13,9 @@ import pytest
 
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service import metrics as metrics_module
 from teacher_service.metrics import Metrics, RpcCounters
+from teacher_service.tls import Certificates
 from tests.teacher_service.certificates import Authority
 from tests.teacher_service.parts import Service, pictures, serving, until
 
@@ -31,7 +33,7 @@ def texts(metrics: Metrics) -> dict[str, dict[tuple[str, ...], float]]:
 
 
 def used() -> Metrics:
-    metrics = Metrics(max_accounts=2, queue_pictures=lambda: 7)
+    metrics = Metrics(max_accounts=2, queue_pictures=lambda: 7, is_ready=lambda: True)
     metrics.batch_done(protocol="mekd", account="a", outcome="charged", pictures=5, seconds=0.02)
     metrics.batch_done(protocol="mekd", account="a", outcome="charged", pictures=4, seconds=0.3)
     metrics.batch_done(protocol="mekd", account="b", outcome="overloaded", pictures=3, seconds=0.001)
@@ -66,6 +68,7 @@ def test_names_and_labels_are_those_of_the_contract() -> None:
         "mekd_engine_seconds": set(),
         "mekd_queue_wait_seconds": set(),
         "mekd_queue_pictures": set(),
+        "mekd_ready": set(),
         "mekd_account_balance_pictures": {"account"},
     }
 
@@ -76,7 +79,7 @@ def test_what_happened_is_counted_once() -> None:
         ("account=a", "outcome=charged"): 9.0,
         ("account=b", "outcome=overloaded"): 3.0,
     }
-    assert found["mekd_requests_total"] == {
+    assert {labels: value for labels, value in found["mekd_requests_total"].items() if value} == {
         ("protocol=mekd", "outcome=charged"): 2.0,
         ("protocol=mekd", "outcome=overloaded"): 1.0,
     }
@@ -86,6 +89,14 @@ def test_what_happened_is_counted_once() -> None:
     assert (found["mekd_queue_wait_seconds_sum"], found["mekd_queue_wait_seconds_count"]) == ({(): 1.5}, {(): 2.0})
     assert found["mekd_queue_pictures"] == {(): 7.0}
     assert found["mekd_account_balance_pictures"] == {("account=a",): 91.0}
+
+
+def test_readiness_is_told_as_it_is_when_asked() -> None:
+    ready = False
+    metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: ready)
+    assert texts(metrics)["mekd_ready"] == {(): 0.0}
+    ready = True
+    assert texts(metrics)["mekd_ready"] == {(): 1.0}
 
 
 def test_accounts_beyond_the_limit_are_counted_together() -> None:
@@ -103,7 +114,9 @@ def test_accounts_beyond_the_limit_are_counted_together() -> None:
 
 def test_two_servers_in_one_process_count_apart() -> None:
     used()
-    assert "mekd_pictures_total" not in texts(Metrics(max_accounts=1, queue_pictures=lambda: 0))
+    assert "mekd_pictures_total" not in texts(
+        Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True)
+    )
 
 
 def test_metrics_are_served_over_http() -> None:
@@ -171,6 +184,43 @@ def test_metrics_beyond_loopback_ask_for_a_certificate_where_the_port_does(start
 def test_metrics_beyond_loopback_without_tls_need_leave(start_server: Any) -> None:
     server = start_server("--metrics-host", "0.0.0.0", "--insecure-listen")
     assert "mekd_" in page(f"http://127.0.0.1:{server.metrics_port()}/metrics")
+
+
+def test_metrics_are_served_to_so_many_at_once_and_further_connections_are_closed() -> None:
+    port = used().serve("127.0.0.1", 0)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(16)]
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as further:
+            assert further.recv(1) == b""
+        silent[0].close()
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(OSError):
+                assert "mekd_" in page(f"http://127.0.0.1:{port}/metrics")
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_who_sends_a_byte_now_and_then_is_cut_off(tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "_HTTP_WHOLE_SECONDS", 0.5)
+    authority = Authority(tmp_path)
+    certificates = Certificates(*authority.issue("IP:127.0.0.1"))
+    port = used().serve("127.0.0.1", 0, certificates.context if tls else None)
+    client = socket.create_connection(("127.0.0.1", port), timeout=5)
+    if tls:
+        trusting = ssl.create_default_context(cafile=authority.pem)
+        client = trusting.wrap_socket(client, server_hostname="127.0.0.1")
+    started = time.monotonic()
+    with client, contextlib.suppress(OSError):
+        client.settimeout(0.1)
+        while time.monotonic() - started < 5:
+            client.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                if client.recv(1) == b"":
+                    break
+    assert time.monotonic() - started < 5
 
 
 # --- calls ---
@@ -277,6 +327,17 @@ def test_every_metric_that_dashboards_and_alerts_name_is_one_of_ours() -> None:
         text = (ROOT / path).read_text("utf-8")
         named = set(re.findall(r"\b(?:mekd|grpc_server|process)_[a-z_]+\b", text))
         assert named and named <= ours, f"{path}: {named - ours}"
+
+
+def test_every_outcome_that_alerts_wait_for_is_there_before_the_first_of_them() -> None:
+    rules = (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8")
+    named = re.findall(r'mekd_requests_total\{outcome=~?"([a-z_|]+)"', rules)
+    outcomes = {outcome for names in named for outcome in names.split("|")}
+    assert "ledger_unavailable" in outcomes
+    metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True)
+    found = texts(metrics)["mekd_requests_total"]
+    expected = {(f"protocol={name}", f"outcome={outcome}") for name in ("mekd", "kserve") for outcome in outcomes}
+    assert found == dict.fromkeys(expected, 0.0)
 
 
 def test_dashboard_and_rules_are_well_formed() -> None:

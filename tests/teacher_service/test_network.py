@@ -135,6 +135,25 @@ async def test_who_connects_and_says_nothing_is_cut_off(monkeypatch: pytest.Monk
         assert await channel.unary_unary("/test.Echo/Once")(b"x") == b"x"
 
 
+async def test_a_connection_without_a_call_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server_module.MAX_CONNECTION_IDLE_MS == 60_000
+    monkeypatch.setattr(server_module, "MAX_CONNECTION_IDLE_MS", 500)
+    async with echoing() as (port, channel):
+        each = channel.stream_stream("/test.Echo/Each")()
+        await each.write(b"before")
+        assert await each.read() == b"before"
+
+        def idle() -> tuple[bytes, bool]:
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(PREFACE + frame(SETTINGS))
+                return received(connection)
+
+        _, closed = await asyncio.to_thread(idle)
+        assert closed
+        await each.write(b"after")  # a stream is a call, also while nothing is said
+        assert await each.read() == b"after"
+
+
 async def test_who_answers_no_ping_gives_its_streams_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (server_module.KEEPALIVE_MS, server_module.KEEPALIVE_TIMEOUT_MS) == (60_000, 20_000)
     monkeypatch.setattr(server_module, "KEEPALIVE_MS", 1000)

@@ -27,7 +27,7 @@ async def outcomes(service: Service) -> dict[tuple[str, str], float]:
         (sample.labels["protocol"], sample.labels["outcome"]): sample.value
         for family in service.metrics.registry.collect()
         for sample in family.samples
-        if sample.name == "mekd_requests_total"
+        if sample.name == "mekd_requests_total" and sample.value
     }
 
 

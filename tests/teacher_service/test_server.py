@@ -159,7 +159,15 @@ def test_every_address_that_cannot_be_served_is_one_clear_line(start_server: Any
                 "127.0.0.1:0",
                 "--metrics-port",
                 metrics,
-            ): f"--metrics-port {metrics}: Address",
+            ): f"--metrics-port {metrics}: Address already in use; give another --metrics-port",
+            (
+                *(*TEACHER, "--listen", "127.0.0.1:0", "--insecure-listen"),
+                *("--metrics-host", "no.such.host.invalid"),
+            ): "--metrics-host no.such.host.invalid, --metrics-port 0: ",
+            (
+                *(*TEACHER, "--listen", "127.0.0.1:0", "--insecure-listen"),
+                *("--metrics-host", "192.0.2.1"),
+            ): "--metrics-port 0: Cannot assign requested address; give another --metrics-host",
         }
         for flags, said in cases.items():
             assert said in fails(*flags, cwd=tmp_path)
@@ -173,19 +181,19 @@ def test_limits_that_contradict_each_other_are_refused_before_a_ledger_is_made(t
 
 
 def test_a_message_is_never_promised_larger_than_it_may_be() -> None:
-    config = ServerConfig(model=Path("x"), max_message_bytes=2**20)
+    config = ServerConfig(max_message_bytes=2**20)
     large_pictures = ArrayEngine(class_count=10, channels=3, height=64, width=64)
     assert _fitting(config, large_pictures).max_batch_pictures == (2**20 - 4096) // (3 * 64 * 64) == 85
     large_answers = ArrayEngine(class_count=5000)
     assert _fitting(config, large_answers).max_batch_pictures == (2**20 - 4096) // 30_000 == 34
     assert _fitting(config, ArrayEngine()).max_batch_pictures == 512
     with pytest.raises(StartError, match="expected a picture and its answer to fit into a message of 5000 bytes"):
-        _fitting(ServerConfig(model=Path("x"), max_message_bytes=5000), large_pictures)
+        _fitting(ServerConfig(max_message_bytes=5000), large_pictures)
 
 
 def test_what_is_read_does_not_shrink_with_the_model_or_the_batch() -> None:
     """Else what was paid for under a larger one could not be repeated, nor answers of other teachers be posted."""
-    config = ServerConfig(model=Path("x"), max_batch_pictures=1)
+    config = ServerConfig(max_batch_pictures=1)
     assert _fitting(config, ArrayEngine()).max_message_bytes == config.max_message_bytes == 64 * 2**20
 
 

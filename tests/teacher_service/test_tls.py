@@ -232,7 +232,10 @@ def test_the_client_authority_needs_a_pair_and_must_be_one(authority: Authority,
     serve = ("--model", "array:10,1,8,8", "--listen", "127.0.0.1:0", "--metrics-port", "0")
     cert, key = map(str, authority.issue(HERE))
     pair = ("--tls-cert", cert, "--tls-key", key)
+    empty = tmp_path / "empty.pem"
+    empty.touch()
     cases = {
+        (*pair, "--tls-client-ca", str(empty)): f"--tls-client-ca {empty}: expected certificates in PEM (",
         ("--tls-client-ca", str(authority.pem)): "--tls-client-ca: expected --tls-cert and --tls-key with it",
         (*pair, "--tls-client-ca", key): f"--tls-client-ca {key}: expected certificates in PEM",
         (*pair, "--tls-client-ca", str(tmp_path / "none")): "none: No such file or directory",
@@ -244,7 +247,8 @@ def test_the_client_authority_needs_a_pair_and_must_be_one(authority: Authority,
 
 def test_check_shows_a_certificate_where_it_has_one(mutual: Any, authority: Authority) -> None:
     cert, key = map(str, authority.issue("DNS:probe"))
-    for flags, expected in ((("--tls-cert", cert, "--tls-key", key), 0), ((), 1)):
+    pair = ("--tls-cert", cert, "--tls-key", key)
+    for flags, expected in ((pair, 0), ((*pair, "--liveness"), 0), ((), 1)):
         check = [program("teacher-serve"), "--check", mutual.address, "--tls-ca", str(authority.pem), *flags]
         assert subprocess.run(check, capture_output=True, timeout=60).returncode == expected
 

@@ -129,6 +129,26 @@ def test_a_model_that_cannot_answer_does_not_start(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([3.0, 3.0, 3.0], "a row with sum 9 and smallest 3;"),
+        ([1.5, -0.5, 0.0], "a row with sum 1 and smallest -0.5;"),
+    ],
+)
+def test_the_row_that_is_told_of_is_the_one_that_is_wrong(wrong: list[float], said: str) -> None:
+    def last_row_wrong_on_white(images: Tensor) -> Tensor:
+        means = channel_means(images)
+        answers = means.softmax(1)
+        if (means > 3.5).any():
+            answers[-1] = torch.tensor(wrong)
+        return answers
+
+    engine = TorchEngine(loaded(Function(last_row_wrong_on_white), "probabilities"))
+    with pytest.raises(EngineError, match=said):
+        engine.answer(np.full((3, 3, 8, 12), 255, np.uint8))
+
+
 @pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     with pytest.raises(EngineError, match=f"device '{device}'"):
