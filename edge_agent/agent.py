@@ -343,7 +343,9 @@ class Agent:
         with self._console.bar("deprivatize", "steps") as tell:
             generator = self._train_generator(self._folder.checkpoint("deprivatize", inputs), tell)
         learning_rate = self._config.deprivatize.generator_learning_rate
-        refuse_runaway(generator, "the generator", "deprivatize.generator_learning_rate", learning_rate)
+        # Answers that were paid for are bound to the settings of their generator.
+        where = ", in another --run-dir" if self._journal.totals().planned_pictures > 0 else ""
+        refuse_runaway(generator, "the generator", "deprivatize.generator_learning_rate", learning_rate, where=where)
         self._folder.write_tensors("generator.pt", generators.to_content(generator.cpu()))
         self._folder.finish("deprivatize", inputs)
 

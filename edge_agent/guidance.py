@@ -16,7 +16,7 @@ from edge_agent import pool as pools
 from edge_agent.deprivatize import Guide
 from edge_agent.egress import CopyGate
 from edge_agent.failures import BudgetSpent
-from edge_agent.journal import GONE, Batch, Journal
+from edge_agent.journal import Batch, Journal
 from edge_agent.teacher import Description, Teacher
 from networks.gan import Generator
 from protos import codec
@@ -49,6 +49,7 @@ class TeachersConfidence(Guide):
         self._outbox = outbox
         self._make_gate = make_gate
         self._gate: CopyGate | None = None
+        self._most_pictures: int | None = None  # in one question, as far as the teacher has said
 
     def begin(self, generator: Generator) -> None:
         self._gate = self._make_gate(generator)
@@ -66,6 +67,8 @@ class TeachersConfidence(Guide):
                 return latents_NL[passing_N][:count], images_NCHW[passing_N][:count], dropped
 
             outbox = self._outbox(source, number)
+            if self._most_pictures is not None:
+                outbox.limit(self._most_pictures)
             try:
                 pools.fill_pool(
                     self._teacher(), self._journal, outbox, self._description, progress=lambda answered: None
@@ -74,8 +77,10 @@ class TeachersConfidence(Guide):
                 # Where nobody else counts, what was sent in vain used up the budget: more of it won't be had here.
                 if outbox.given_up_pictures == 0:
                     raise
+            self._most_pictures = outbox.batch_pictures
             kept = self._kept(number)
-        if kept is not None and kept.answer != GONE:
+        # What is no answer of this teacher's to those pictures weighs as without.
+        if kept is not None and pools.usable(kept, self._description) is not None:
             # By latents, which a resumed run draws to the bit: what the gate let pass may differ by a hair.
             asked_ML = torch.from_numpy(np.frombuffer(kept.latents, "<f4").reshape(kept.picture_count, -1).copy())
             same_NM = (latents_NL[:, None] == asked_ML[None]).all(dim=2)

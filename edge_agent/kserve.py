@@ -432,14 +432,13 @@ class KServeTeacher:
         self._tell(f"{self._address}: every picture sent counts against the budget, resends too")
         if reading.max_batch_pictures == 1:
             self._tell(f"{self._address} takes one picture a call, which is slow; a batch dimension would help")
-        fitting = (MAX_MESSAGE_BYTES - MESSAGE_MARGIN_BYTES) // reading.picture_bytes()
         return Description(
             model_digest=digest,
             labels=reading.labels,
             channels=reading.channels,
             height=reading.height,
             width=reading.width,
-            max_batch_pictures=max(1, min(reading.max_batch_pictures, fitting)),
+            max_batch_pictures=_most_pictures(reading),
             indices_only=reading.output_kind == "labels",
         )
 
@@ -455,6 +454,7 @@ class KServeTeacher:
         patience = Patience(self._wait_seconds, LONGEST_PAUSE_SECONDS)
         attempts: dict[str, int] = {}
         reading = self._same_model(model_digest)
+        outbox.limit(_most_pictures(reading))
         window, most = 1, WINDOW  # it grows with every answer: a wrong setting or an overload costs one batch
         failed: list[tuple[Batch, Any]] = []
         problem: BadInput | None = None  # with an answer; those under way with it are paid for, and kept first
@@ -495,6 +495,7 @@ class KServeTeacher:
                 if pauses:
                     self._link.sleep(pauses[max(pauses)], patience, at_least_seconds=max(pauses))
                     reading = self._same_model(model_digest)  # answers before anything is sent again
+                    outbox.limit(_most_pictures(reading))
                     window = 1
         finally:
             calls.cancel()
@@ -565,7 +566,7 @@ class KServeTeacher:
         refusal = _refusal(call)
         if refusal is not None and refusal.retry_seconds is not None:
             return refusal.retry_seconds
-        if refusal is not None and refusal.reason is Reason.BUDGET_EXHAUSTED:
+        if refusal is not None and refusal.reason in (Reason.BUDGET_EXHAUSTED, Reason.ANSWER_EXPIRED):
             return Refused(batch, refusal)
         if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
             raise BadInput(
@@ -659,6 +660,12 @@ def _digest(metadata: Any, said: str, reading: Reading) -> str:
         "reading": read,
     }
     return f"metadata-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}"
+
+
+def _most_pictures(reading: Reading) -> int:
+    """In one call: an operator may tune it while a run goes on."""
+    fitting = (MAX_MESSAGE_BYTES - MESSAGE_MARGIN_BYTES) // reading.picture_bytes()
+    return max(1, min(reading.max_batch_pictures, fitting))
 
 
 def _refusal(call: Any) -> Refusal | None:

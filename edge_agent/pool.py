@@ -95,7 +95,8 @@ class PoolOutbox:
         self._only_slot = only_slot
         self._description = description
         self._budget = budget
-        self._batch_pictures = min(batch_pictures, description.max_batch_pictures)
+        self.batch_pictures = min(batch_pictures, description.max_batch_pictures)
+        """Most pictures in a new batch."""
         self._again: deque[Batch] = deque(journal.unanswered(phase))
         totals = journal.totals()
         self._planned_pictures = totals.planned_pictures
@@ -111,7 +112,7 @@ class PoolOutbox:
             if again is not None:
                 self.repeated(again)
             return again
-        count = min(self._batch_pictures, self._left())
+        count = min(self.batch_pictures, self._left())
         if self._only_slot not in (None, self._next_slot):
             return None
         if count <= 0 or self._on_trial is not None or self.failure is not None:
@@ -152,6 +153,11 @@ class PoolOutbox:
                 "lossless, which costs more bytes"
             )
 
+    def gone(self, batch: Batch) -> None:
+        """Told that a batch will have no answer to compare by: another goes on trial in its place."""
+        if self._on_trial == batch.batch_id:
+            self._on_trial = None
+
     def shrink(self, refused: Batch, picture_count: int) -> None:
         """Plans the first pictures of a refused batch under a new id, in its place."""
         message = wire.Batch.FromString(refused.request)
@@ -166,11 +172,11 @@ class PoolOutbox:
 
     def limit(self, picture_count: int) -> None:
         """New batches have so many pictures at most from here on."""
-        self._batch_pictures = min(self._batch_pictures, picture_count)
+        self.batch_pictures = min(self.batch_pictures, picture_count)
 
     def again(self, batch: Batch) -> bool:
         self._again.append(batch)
-        return not self.counts_sent or self._left() > 0
+        return not self._stopped and (not self.counts_sent or self._left() > 0)
 
     def stop(self) -> None:
         """Nothing more is sent; what is planned stays in the journal for the next run."""
@@ -190,7 +196,7 @@ class PoolOutbox:
         while self._again:
             batch = self._again.popleft()
             # A teacher that keeps books has charged a batch once at most, and under its id alone: it stays whole.
-            fitting = min(batch.picture_count, self._batch_pictures, self._left()) if self.counts_sent else None
+            fitting = min(batch.picture_count, self.batch_pictures, self._left()) if self.counts_sent else None
             if fitting is None or fitting == batch.picture_count:
                 return batch
             if fitting > 0:
@@ -277,49 +283,57 @@ def fill_pool(
     answered = journal.totals(outbox.phase).charged_pictures
     progress(answered)
     waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
-    is_lowered = False  # the teacher's limit, since the last start
+    waited_for: set[str] = set()  # batches that are larger than what the teacher takes by now
     spent: str | None = None
     problem: Failure | None = None
-    for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
-        if isinstance(settled, Answered):
-            try:
-                outbox.compared(settled.batch, alike=keep(journal, settled, description))
-            except BadInput as error:
-                problem = problem or error
-                outbox.stop()
-            answered += settled.batch.picture_count
-            waiting_since = None
-            progress(answered)
-        elif settled.refusal.reason is Reason.BUDGET_EXHAUSTED:
-            waiting_since = waiting_since or time.monotonic()
-            waited = time.monotonic() - waiting_since
-            available, held = (int(settled.refusal.variables[name]) for name in ("available", "held"))
-            if available > 0:
-                outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
-            elif held > 0 and waited < HOLD_EXPIRY_SECONDS:
-                # Where asking costs, it is asked once.
-                time.sleep(HOLD_EXPIRY_SECONDS if outbox.counts_sent else PAUSE_SECONDS)
-                outbox.again(settled.batch)
+    try:
+        for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
+            if isinstance(settled, Answered):
+                try:
+                    outbox.compared(settled.batch, alike=keep(journal, settled, description))
+                except BadInput as error:
+                    problem = problem or error
+                    outbox.stop()
+                answered += settled.batch.picture_count
+                waiting_since = None
+                progress(answered)
+            elif settled.refusal.reason is Reason.BUDGET_EXHAUSTED:
+                waiting_since = waiting_since or time.monotonic()
+                waited = time.monotonic() - waiting_since
+                available, held = (int(settled.refusal.variables[name]) for name in ("available", "held"))
+                if available > 0:
+                    outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
+                elif held > 0 and waited < HOLD_EXPIRY_SECONDS:
+                    # Where asking costs, it is asked once.
+                    time.sleep(HOLD_EXPIRY_SECONDS if outbox.counts_sent else PAUSE_SECONDS)
+                    outbox.again(settled.batch)
+                else:
+                    spent = settled.refusal.message
+                    outbox.stop()
+            elif (most := _lowered_limit(teacher, settled)) > 0:
+                outbox.limit(most)
+                # A server with the former limit may have it under way, and charge for it, as long as a hold lives.
+                if settled.batch.batch_id in waited_for:
+                    outbox.shrink(settled.batch, most)
+                else:
+                    if not waited_for:
+                        time.sleep(HOLD_EXPIRY_SECONDS)
+                    waited_for.add(settled.batch.batch_id)
+                    outbox.again(settled.batch)
+            elif settled.refusal.reason is Reason.ANSWER_EXPIRED:
+                # Paid for by a process that was stopped before it came; the rest of the budget is as good as before.
+                count = settled.batch.picture_count
+                journal.keep_answer(settled.batch.batch_id, answer=GONE, charged_count=count, received_bytes=0)
+                outbox.gone(settled.batch)
+                answered += count
+                progress(answered)
             else:
-                spent = settled.refusal.message
+                problem = problem or BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
                 outbox.stop()
-        elif (most := _lowered_limit(teacher, settled)) > 0:
-            outbox.limit(most)
-            if not is_lowered:  # another server, with the former limit, may have it under way for so long
-                is_lowered = True
-                time.sleep(HOLD_EXPIRY_SECONDS)
-                outbox.again(settled.batch)
-            else:
-                outbox.shrink(settled.batch, most)
-        elif settled.refusal.reason is Reason.ANSWER_EXPIRED:
-            # Paid for by a process that was stopped before it came; the rest of the budget is as good as before.
-            count = settled.batch.picture_count
-            journal.keep_answer(settled.batch.batch_id, answer=GONE, charged_count=count, received_bytes=0)
-            answered += count
-            progress(answered)
-        else:
-            problem = problem or BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
-            outbox.stop()
+    except Failure as error:  # such as a teacher that went away before all was settled
+        if (stopped := problem or outbox.failure) is not None:
+            raise stopped from error
+        raise
     if (stopped := problem or outbox.failure) is not None:
         raise stopped
     if spent is not None:
@@ -381,10 +395,10 @@ def load_pool(
     answers: list[codec.Float32Array | codec.Int64Array] = []
     epsilons: list[Tensor] = []
     for batch in journal.answered(PHASE):
-        usable = _usable(batch, description)
-        if usable is None:
+        found = usable(batch, description)
+        if found is None:
             continue
-        sent_NCHW, answer, decimals = usable
+        sent_NCHW, answer, decimals = found
         images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
         # Of mixes that were asked about before their plans were kept there is none; the answers are good without.
         columns = 0 if isinstance(generator, Mixes) and not batch.latents else generator.latent_count
@@ -412,7 +426,7 @@ def load_pool(
 
 def left_out(journal: Journal, description: Description) -> int:
     """Pictures that were paid for and are not trained on (``load_pool``)."""
-    return sum(batch.picture_count for batch in journal.answered(PHASE) if _usable(batch, description) is None)
+    return sum(batch.picture_count for batch in journal.answered(PHASE) if usable(batch, description) is None)
 
 
 def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
@@ -487,7 +501,7 @@ def _checked(
     return sent_NCHW, decoded, alike
 
 
-def _usable(
+def usable(
     batch: Batch, description: Description
 ) -> tuple[codec.UInt8Array, codec.Float32Array | codec.Int64Array, int | None] | None:
     """The pictures of an answered batch, the answer and its decimals; None where it is nothing to train on."""

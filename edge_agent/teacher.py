@@ -110,7 +110,10 @@ class Outbox(Protocol):
         """Told that a batch is about to be sent once more."""
 
     def again(self, batch: Batch) -> bool:
-        """Takes a batch back, to be sent once more as far as the budget allows; False where it allows nothing."""
+        """Takes a batch back, to be sent once more as far as the budget allows; False where nothing more is sent."""
+
+    def limit(self, picture_count: int) -> None:
+        """Told how many pictures the teacher takes in one batch, at most."""
 
 
 class Teacher(Protocol):

@@ -149,10 +149,10 @@ def name_of(generation: int) -> str:
     return "assistant" if generation == 1 else f"assistant-{generation}"
 
 
-def refuse_runaway(network: nn.Module, name: str, setting: str, learning_rate: float) -> None:
+def refuse_runaway(network: nn.Module, name: str, setting: str, learning_rate: float, *, where: str = "") -> None:
     """Raise BadInput for a network whose weights are no numbers any more, naming the setting to lower."""
     if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise BadInput(
             f"the training of {name} ran away: its weights are no longer numbers. What was paid for is kept; train "
-            f"again with --set {setting}={learning_rate / 10:g}"
+            f"again with --set {setting}={learning_rate / 10:g}{where}"
         )

@@ -700,6 +700,42 @@ def test_budget_of_an_account_behind_the_protocol_ends_the_run(journal, generato
         ask(address, journal, generator, budget=160)
 
 
+def test_answer_that_is_kept_no_longer_behind_the_protocol_is_counted_and_the_run_goes_on(journal, generator):
+    def expired(number, context):
+        if number == 1:
+            refuse(context, Refusal.of(Reason.ANSWER_EXPIRED, batch_id="b"))
+
+    with serving(Model(before=expired)) as address:
+        ask(address, journal, generator, budget=48)
+    totals = journal.totals()
+    assert (totals.sent_pictures, totals.charged_pictures) == (48, 48)
+    assert sorted(journal.bought().items()) == [("gone", 16), ("soft", 32)]
+
+
+def test_a_batch_size_that_was_lowered_since_the_run_began_is_kept_to(journal, generator):
+    with serving(model := Model()) as address:
+        teacher = open_teacher(address)
+        description = teacher.describe()
+        model.max_batch = 7
+
+        def box():
+            return PoolOutbox(
+                journal,
+                synthetic(generator, NOTHING_NEAR, seed=0),
+                NOTHING_LOCAL,
+                description,
+                budget=48,
+                batch_pictures=16,
+                counts_sent=True,
+            )
+
+        box().next_batch()  # of 16, by a process that was killed
+        fill_pool(teacher, journal, box(), description, progress=lambda answered: None)
+        teacher.close()
+    assert max(map(len, model.received)) == 7 and model.received_pictures == 32
+    assert journal.totals().sent_pictures == 48
+
+
 # --- the door ---
 
 

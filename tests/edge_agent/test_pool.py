@@ -8,7 +8,7 @@ import torch
 
 from edge_agent import pool as pools
 from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
-from edge_agent.failures import BadInput, BudgetSpent
+from edge_agent.failures import BadInput, BudgetSpent, TeacherAway
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Journal
 from edge_agent.packing import Packing
@@ -259,10 +259,15 @@ def test_generator_that_begins_to_copy_later_is_stopped_before_that_batch_is_pla
     assert totals.planned_pictures == totals.charged_pictures == 32, "what was under way is answered first"
 
 
-def test_generator_that_copies_does_not_keep_answers_of_a_killed_process_from_being_fetched(journal, generator):
+def test_outbox_that_can_make_nothing_new_still_sends_what_a_killed_process_left(journal, generator):
     box = outbox(journal, generator)
     killed_with = [box.next_batch(), box.next_batch()]
-    gate = CopyGate(NO_PICTURES, 0.0, seen=100, dropped=2)  # as the killed one had counted
+    sample = Journal.open(journal._path.with_name("sample.db"))
+    whole = outbox(sample, generator, budget=48)
+    while whole.next_batch() is not None:
+        pass
+    gate = CopyGate(torch.from_numpy(pixels_planned(sample)[32:]), 0.5, seen=500)
+    sample.close()
     account = Windowed(1000)
     with pytest.raises(CopiesStopped):
         fill(account, journal, outbox(journal, generator, gate=gate))
@@ -559,6 +564,57 @@ def test_an_answer_that_is_kept_no_longer_is_paid_for_in_vain_and_the_run_goes_o
     assert not again.asked
 
 
+def test_what_another_server_was_paid_for_meanwhile_is_not_cut_but_asked_for_once_more(
+    journal, generator, monkeypatch
+):
+    """Two batches are under way there when the connection is lost; one is answered, the other is given up."""
+    monkeypatch.setattr(pools.time, "sleep", lambda seconds: None)
+    box = outbox(journal, generator, budget=32)
+    first, second = box.next_batch(), box.next_batch()
+
+    class Elsewhere(Windowed):
+        def describe(self):
+            return Description(**{**DESCRIPTION.__dict__, "max_batch_pictures": 5})
+
+        def settled(self, batch):
+            paid_there = batch.batch_id == second.batch_id and self.asked.count(second.batch_id) > 1
+            if batch.picture_count <= 5 or paid_there:
+                return super().settled(batch)
+            field = codec.PICTURE_COUNT_FIELD
+            return Refused(
+                batch, Refusal.of(Reason.INVALID_IMAGES, field=field, expected="1 to 5", got=batch.picture_count)
+            )
+
+    fill(Elsewhere(1000), journal, outbox(journal, generator, budget=32))
+    assert journal.charges()[second.batch_id] == 16 and first.batch_id not in journal.charges()
+    assert journal.totals().charged_pictures == 32
+
+
+def test_a_teacher_that_goes_away_does_not_hide_why_the_run_stops(journal, generator):
+    account = Windowed(1000)
+    account.settled = lambda batch: Answered(batch, account.result(batch, model_digest="other"))
+
+    def away(run_id, model_digest, box):
+        yield account.settled(box.next_batch())
+        raise TeacherAway("no answer for 600 s")
+
+    account.answers = away
+    with pytest.raises(BadInput, match="answered by other"):
+        fill(account, journal, outbox(journal, generator))
+
+
+def test_a_lossy_batch_on_trial_whose_answer_is_gone_makes_room_for_another(journal, generator):
+    account = Windowed(1000)
+    settled = account.settled
+    account.settled = lambda batch: (
+        Refused(batch, Refusal.of(Reason.ANSWER_EXPIRED, batch_id=batch.batch_id))
+        if batch.slot == 0
+        else settled(batch)
+    )
+    fill(account, journal, jpeg(journal, generator))
+    assert journal.totals().charged_pictures == 256 and journal.bought() == {"soft": 192, "gone": 64}
+
+
 def test_a_limit_that_was_lowered_since_a_batch_was_planned_cuts_it_where_it_was_not_paid_for(
     journal, generator, monkeypatch
 ):
@@ -593,6 +649,17 @@ def test_guidance_whose_answer_is_kept_no_longer_weighs_as_without(journal, gene
     for _ in range(2):
         assert not guidance(journal, account).confidence(0, latents_NL, images_NCHW).any()
     assert len(account.asked) == 1 and journal.totals("deprivatize").charged_pictures == len(images_NCHW)
+
+
+@pytest.mark.parametrize("changes", [{"model_digest": "other"}, {"charged_count": 99}], ids="".join)
+def test_guidance_by_a_wrong_answer_stops_once_and_weighs_as_without_later(journal, generator, changes):
+    account = Account(1000)
+    original = account.result
+    account.result = lambda batch: original(batch, **changes)
+    latents_NL, images_NCHW = question(0)
+    with pytest.raises(BadInput):
+        guidance(journal, account).confidence(0, latents_NL, images_NCHW)
+    assert not guidance(journal, account).confidence(0, latents_NL, images_NCHW).any()
 
 
 def test_bytes_of_a_refused_batch_stay_counted_and_those_of_the_smaller_one_count_once(journal, generator):
