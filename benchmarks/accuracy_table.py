@@ -64,6 +64,7 @@ students measured are of the settings shown. The diffusion model under the last 
 
 The generators under `cifar10-diffusion-generations`, seed 2, and `mnist-10k*`, seed 0, were begun at an earlier
 commit than their lines name (6fc77e2 and 4a356ce); what trains them and draws with them did not change in between.
+So were generator, answers and the first assistant under `cifar10-generations`, seed 1 (c2eaac8).
 The pool under `mnist-10k*` was bought anew: it is not that of `mnist-soft`, seed 0, and its students' views have no
 dark borders, so the ends of the curve differ in more than queries.
 
