@@ -34,13 +34,13 @@ from edge_agent.agent import choose_device
 from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError
-from edge_agent.distill import Pool
+from edge_agent.distill import Pool, assistants_own
 from edge_agent.failures import Failure
 from edge_agent.generators import AnyGenerator, from_content
 from edge_agent.mixes import mixed_pictures
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
-from edge_agent.training import student_of
+from edge_agent.training import Lessons, assistant_of, student_of
 from networks.modelfile import ModelFacts, ModelFileError, load_model, save_model
 
 RUNS = Path("runs/accuracy")
@@ -220,7 +220,7 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
         **{name: summary[name] for name in ("ledger", "private_images_sent", *as_bought)},
-        "seconds": {"deprivatize": summary["seconds"]["deprivatize"], "distill": seconds},
+        "seconds": {"deprivatize": summary["seconds"]["deprivatize"], **seconds},
     }
 
 
@@ -241,7 +241,7 @@ def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": queries,
         "private_images_sent": queries["charged"],
-        "seconds": {"distill": seconds},
+        "seconds": seconds,
     }
 
 
@@ -272,8 +272,8 @@ def _train(
     facts: ModelFacts,
     folder: Path,
     local_NCHW: Tensor | None = None,
-) -> float | None:
-    """The agent's training, checkpointed in a run folder of its own; returns its seconds over all starts."""
+) -> dict[str, float | None]:
+    """The agent's training, checkpointed in a run folder of its own; returns seconds over all starts."""
     answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
     assert answers is not None
     asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
@@ -292,27 +292,39 @@ def _train(
             **learnt_from,
         }
     )
+    lessons = Lessons(
+        pool=pool,
+        facts=facts,
+        config=config.distill,
+        seed=config.seed,
+        device=choose_device(config.device),
+        console=Console(),
+        local_NCHW=local_NCHW,
+        mixed_MCHW=mixed_MCHW,
+    )
+    assistant, seconds = None, {}
+    if config.distill.assistant:
+        with RunFolder(_assistants_folder(row, lessons, learnt_from)) as shared:
+            with shared.clock("assistant"):
+                assistant = assistant_of(shared, lessons, learnt_from=learnt_from)
+            seconds["assistant"] = shared.seconds("assistant")
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
             with own.clock("distill"):
                 student = student_of(
-                    own,
-                    pool,
-                    facts,
-                    generator=generator,
-                    inputs=inputs,
-                    learnt_from=learnt_from,
-                    config=config.distill,
-                    seed=config.seed,
-                    device=choose_device(config.device),
-                    console=Console(),
-                    title=folder.name,
-                    local_NCHW=local_NCHW,
-                    mixed_MCHW=mixed_MCHW,
+                    own, lessons, assistant=assistant, generator=generator, inputs=inputs, title=folder.name
                 )
             own.write_network("student.pt", student.cpu(), facts)
             own.finish("distill", inputs)
-        return own.seconds("distill")
+        return seconds | {"distill": own.seconds("distill")}
+
+
+def _assistants_folder(row: Row, lessons: Lessons, learnt_from: dict[str, Any]) -> Path:
+    """Of all rows whose assistants learn the same from the same answers: they are trained once."""
+    mixes = lessons.mixed_MCHW is not None
+    settings = [in_use(assistants_own(lessons.config, first=first), mixes=mixes) for first in (True, False)]
+    name = digest_of({"assistant": lessons.config.assistant, "settings": settings, **learnt_from})[:8]
+    return RUNS / f"{row.of}-{lessons.seed}-assistants-{name}"
 
 
 def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[str, Any]:

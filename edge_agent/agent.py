@@ -41,7 +41,7 @@ from edge_agent.pixels import normalise
 from edge_agent.privacy_record import PrivacyRecord, attackers_parts
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
-from edge_agent.training import refuse_runaway, student_of
+from edge_agent.training import Lessons, assistant_of, refuse_runaway, student_of
 from networks import registry
 from networks.autoencoder import latent_side
 from networks.mixes import Mixes
@@ -382,20 +382,23 @@ class Agent:
         self._begin("distill", "adapt")
         self._journal.set_facts(trained_on=self._answers_digest())
         train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
-        student = student_of(
-            self._folder,
-            train,
-            facts,
-            generator=generator,
-            inputs=inputs,
-            learnt_from=learnt_from,
+        lessons = Lessons(
+            pool=train,
+            facts=facts,
             config=self._config.distill,
             seed=self._config.seed,
             device=self._device,
             console=self._console,
-            title="distill: train",
             local_NCHW=torch.from_numpy(self._local.images_NCHW),
             mixed_MCHW=mixed_pictures(generator, self._split[0]),
+        )
+        student = student_of(
+            self._folder,
+            lessons,
+            assistant=assistant_of(self._folder, lessons, learnt_from=learnt_from),
+            generator=generator,
+            inputs=inputs,
+            title="distill: train",
         )
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
         self._folder.write_network("student.pt", student.cpu(), facts)

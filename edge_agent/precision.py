@@ -6,12 +6,15 @@ import torch
 def training_precision(device: torch.device) -> torch.autocast:
     """Return a context for forward passes: bfloat16 where the processor is built for it, else float32.
 
-    On a CPU that means matrix units (AMX): elsewhere bfloat16 is emulated, many times slower than float32.
+    On a CPU that means matrix units (AMX) or instructions for vectors of it (AVX512-BF16): elsewhere bfloat16 is
+    emulated, many times slower than float32. With those vectors alone, one core of an EPYC took for a step of ResNet8
+    65 %, of ResNet20 71 %, of a GAN's generator 43 % and of diffusion 63 % of the time that float32 took.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Older releases of torch cannot say; float32 is right everywhere.
         get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-        fast = get_capabilities is not None and bool(get_capabilities().get("amx_bf16", False))
+        able = get_capabilities() if get_capabilities is not None else {}
+        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)

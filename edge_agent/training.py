@@ -3,7 +3,7 @@
 How and why they learn is in `distill`; here is what of it is kept in the run folder, and taken from there.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,123 +21,104 @@ from networks.gan import Generator
 from networks.modelfile import ModelFacts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What assistants and student of a run learn from, and how."""
+
+    pool: Pool
+    facts: ModelFacts
+    """Of the student; an assistant's differ by the architecture."""
+    config: DistillConfig
+    seed: int
+    device: torch.device
+    console: Console
+    """Is shown the progress."""
+    local_NCHW: Tensor | None
+    mixed_MCHW: Tensor | None
+    """Both as for `train_student`."""
+
+
 def student_of(
     folder: RunFolder,
-    pool: Pool,
-    facts: ModelFacts,
+    lessons: Lessons,
     *,
+    assistant: Classifier | None,
     generator: AnyGenerator | None,
     inputs: str,
-    learnt_from: dict[str, Any],
-    config: DistillConfig,
-    seed: int,
-    device: torch.device,
-    console: Console,
     title: str,
-    local_NCHW: Tensor | None,
-    mixed_MCHW: Tensor | None,
 ) -> Classifier:
-    """Return the student that `facts` describe, trained on `pool` after the assistants that `config` asks for.
+    """Return the student that the lessons' facts describe, trained.
 
     Args:
-        folder: keeps the assistants and the training that is under way, not the student: that is the caller's.
-        pool: what it learns from.
-        facts: of the student, its architecture among them.
+        folder: keeps the training that is under way, not the student: that is the caller's.
+        lessons: what it learns from.
+        assistant: who teaches it, too (`assistant_of`).
         generator: what the pool's pictures are by; only a GAN's takes part. None where there is none.
         inputs: a digest of all that the student depends on.
-        learnt_from: plain values that name the pool (`assistant_of`).
-        config, seed, device: of phase 2.
-        console, title: show the progress of the student's training, and of its assistants'.
-        local_NCHW, mixed_MCHW: as for `train_student`.
+        title: of its progress.
 
-    Raises BadInput where a training ran away.
+    Raises BadInput where the training ran away.
     """
-    assistant = assistant_of(
-        folder,
-        pool,
-        facts,
-        learnt_from=learnt_from,
-        config=config,
-        seed=seed,
-        device=device,
-        console=console,
-        local_NCHW=local_NCHW,
-        mixed_MCHW=mixed_MCHW,
-    )
+    facts, config, seed = lessons.facts, lessons.config, lessons.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = registry.build(facts.architecture, class_count=len(facts.labels), channels=facts.channels)
-    with console.bar(title, "steps") as tell:
+    with lessons.console.bar(title, "steps") as tell:
         student = train_student(
             student,
             generator if isinstance(generator, Generator) else None,
-            pool,
+            lessons.pool,
             class_count=len(facts.labels),
             config=config,
             seed=seed,
-            device=device,
+            device=lessons.device,
             checkpoint=folder.checkpoint("distill", inputs),
             progress=tell,
-            local_NCHW=local_NCHW,
-            mixed_MCHW=mixed_MCHW,
+            local_NCHW=lessons.local_NCHW,
+            mixed_MCHW=lessons.mixed_MCHW,
             assistant=assistant,
         )
     refuse_runaway(student, facts.architecture, "distill.learning_rate", config.learning_rate)
     return student
 
 
-def assistant_of(
-    folder: RunFolder,
-    pool: Pool,
-    facts: ModelFacts,
-    *,
-    learnt_from: dict[str, Any],
-    config: DistillConfig,
-    seed: int,
-    device: torch.device,
-    console: Console,
-    local_NCHW: Tensor | None,
-    mixed_MCHW: Tensor | None,
-) -> Classifier | None:
-    """Return the assistant that `config` asks for, from the folder where it lies there; None if it asks for none.
+def assistant_of(folder: RunFolder, lessons: Lessons, *, learnt_from: dict[str, Any]) -> Classifier | None:
+    """Return the assistant that the settings ask for, from the folder where it lies there; None if they ask for none.
 
     Args:
         folder: keeps each generation's when it is trained, and the training that is under way.
-        pool: what it learns from.
-        facts: of the student; the assistant's differ by the architecture.
+        lessons: what it learns from.
         learnt_from: plain values that name the pool: the assistant is trained again where they are others.
-        config, seed, device: of phase 2.
-        console: is shown the progress.
-        local_NCHW, mixed_MCHW: as for `train_student`.
 
     Raises BadInput where its training ran away.
     """
+    config, seed = lessons.config, lessons.seed
     if not config.assistant:
         return None
     assistant: Classifier | None = None
     depends_on = {"assistant": config.assistant, "seed": seed, **learnt_from}
     for generation in range(1, config.assistant_generations + 1):
-        settings = in_use(assistants_own(config, first=generation == 1), mixes=mixed_MCHW is not None)
+        settings = in_use(assistants_own(config, first=generation == 1), mixes=lessons.mixed_MCHW is not None)
         inputs = digest_of({"settings": settings, **depends_on})
         name = name_of(generation)
         if not (folder.done(name, inputs) and folder.has(f"{name}.pt")):
             # The file will be another's before that is said to be done.
             folder.journal.set_facts(**{f"done.{name}": None})
-            with console.bar(f"distill: {name}", "steps") as tell:
+            with lessons.console.bar(f"distill: {name}", "steps") as tell:
                 trained = train_assistant(
-                    pool,
-                    class_count=len(facts.labels),
+                    lessons.pool,
+                    class_count=len(lessons.facts.labels),
                     config=config,
                     seed=seed + generation - 1,  # another beginning, or it would go the same way again
-                    device=device,
+                    device=lessons.device,
                     checkpoint=folder.checkpoint(name, inputs),
                     progress=tell,
-                    local_NCHW=local_NCHW,
-                    mixed_MCHW=mixed_MCHW,
+                    local_NCHW=lessons.local_NCHW,
+                    mixed_MCHW=lessons.mixed_MCHW,
                     before=assistant,
                 ).cpu()
             refuse_runaway(trained, config.assistant, "distill.learning_rate", config.learning_rate)
-            folder.write_network(f"{name}.pt", trained, replace(facts, architecture=config.assistant))
+            folder.write_network(f"{name}.pt", trained, replace(lessons.facts, architecture=config.assistant))
             folder.finish(name, inputs)
         assistant = folder.read_network(f"{name}.pt")
         depends_on = {"assistant": config.assistant, "seed": seed, "before": inputs}

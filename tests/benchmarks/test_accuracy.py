@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import accuracy, accuracy_table, datasets, record, references, rows
 from benchmarks.evaluation import correct
+from edge_agent import training
 from edge_agent.config import build_config, preset_layer
 from edge_agent.distill import Pool
 from networks import registry
@@ -148,6 +149,14 @@ def test_row_on_anothers_answers_buys_them_without_training_that_rows_student(
     assert "bytes" not in part and "privacy" not in part  # those of all 96, with probabilities
     bought = tmp_path / "runs" / "accuracy" / "below-0"
     assert (bought / "generator.pt").exists() and not (bought / "student.pt").exists()
+
+    taught = 'of = "below"\nseeds = [0]\n[run.distill]\nassistant = "resnet8"\nassistant_passes = 1\n'
+    (tmp_path / "taught.toml").write_text(taught)
+    (tmp_path / "longer.toml").write_text(taught + "passes = 2\n")
+    assert accuracy.measure(rows.read("taught"), 0, tmp_path)["seconds"]["assistant"] > 0
+    monkeypatch.setattr(training, "train_assistant", None)  # another row's assistant learns the same
+    accuracy.measure(rows.read("longer"), 0, tmp_path)
+    assert len(list(bought.parent.glob("below-0-assistants-*"))) == 1
 
 
 def test_paired_bootstrap_excludes_zero_only_for_a_difference_that_is_there() -> None:

@@ -140,15 +140,15 @@ def test_the_student_is_given_the_assistant_of_its_answers_and_what_that_learnt_
 ):
     seen, made, assistant = {}, mixes(), object()
 
-    def asking(folder, pool, facts, *, learnt_from, config, mixed_MCHW, **options):
-        seen.update(folder=folder, pool=pool, facts=facts, mixed=mixed_MCHW, learnt_from=learnt_from)
+    def asking(folder, lessons, *, learnt_from):
+        seen.update(folder=folder, pool=lessons.pool, mixed=lessons.mixed_MCHW, learnt_from=learnt_from)
         return assistant
 
     def noting(student, generator, pool, *, assistant, mixed_MCHW, local_NCHW, **options):
         seen.update(given=assistant, students_pool=pool, students_mixed=mixed_MCHW, local=local_NCHW)
         return student.eval()
 
-    monkeypatch.setattr(training, "assistant_of", asking)
+    monkeypatch.setattr(agents, "assistant_of", asking)
     monkeypatch.setattr(training, "train_student", noting)
     settings = {"deprivatize": {"generator": "mixes"}, "distill": {"image_weight": 0, "assistant": "resnet14"}}
     with RunFolder(tmp_path / "run") as folder:

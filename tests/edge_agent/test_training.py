@@ -14,7 +14,7 @@ from edge_agent.console import Console
 from edge_agent.distill import Pool
 from edge_agent.failures import BadInput
 from edge_agent.runs import RunFolder
-from edge_agent.training import assistant_of
+from edge_agent.training import Lessons, assistant_of
 from networks.modelfile import load_model
 from tests.models import resnet8_facts
 
@@ -48,11 +48,9 @@ def pool() -> Pool:
 
 
 def ask(folder: RunFolder, config: DistillConfig = CONFIG, *, answers: int = 24, seed: int = 0) -> Any:
-    return assistant_of(
-        folder,
-        pool(),
-        resnet8_facts(8, channels=1, labels="ab"),
-        learnt_from={"answers": answers},
+    lessons = Lessons(
+        pool=pool(),
+        facts=resnet8_facts(8, channels=1, labels="ab"),
         config=config,
         seed=seed,
         device=torch.device("cpu"),
@@ -60,6 +58,7 @@ def ask(folder: RunFolder, config: DistillConfig = CONFIG, *, answers: int = 24,
         local_NCHW=pool().images_NCHW,
         mixed_MCHW=None,
     )
+    return assistant_of(folder, lessons, learnt_from={"answers": answers})
 
 
 def test_none_is_asked_for_none_is_trained(folder: RunFolder, trained: list[DistillConfig]) -> None:
