@@ -280,73 +280,124 @@ def fill_pool(
     BadInput when the teacher refuses for good or answers nonsense, what stopped the outbox, and TeacherAway. Whatever
     it is, what is under way is answered and kept first: it may be paid for.
     """
-    answered = journal.totals(outbox.phase).charged_pictures
-    progress(answered)
-    waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
-    waited_for: set[str] = set()  # batches that are larger than what the teacher takes by now
-    spent: str | None = None
-    problem: Failure | None = None
+    filling = _Filling(teacher, journal, outbox, description, progress)
     try:
         for settled in teacher.answers(journal.run_id, description.model_digest, outbox):
             if isinstance(settled, Answered):
-                try:
-                    outbox.compared(settled.batch, alike=keep(journal, settled, description))
-                except BadInput as error:
-                    problem = problem or error
-                    outbox.stop()
-                answered += settled.batch.picture_count
-                waiting_since = None
-                progress(answered)
-            elif settled.refusal.reason is Reason.BUDGET_EXHAUSTED:
-                waiting_since = waiting_since or time.monotonic()
-                waited = time.monotonic() - waiting_since
-                available, held = (int(settled.refusal.variables[name]) for name in ("available", "held"))
-                if available > 0:
-                    outbox.shrink(settled.batch, min(available, settled.batch.picture_count))
-                elif held > 0 and waited < HOLD_EXPIRY_SECONDS:
-                    # Where asking costs, it is asked once.
-                    time.sleep(HOLD_EXPIRY_SECONDS if outbox.counts_sent else PAUSE_SECONDS)
-                    outbox.again(settled.batch)
-                else:
-                    spent = settled.refusal.message
-                    outbox.stop()
-            elif (most := _lowered_limit(teacher, settled)) > 0:
-                outbox.limit(most)
-                # A server with the former limit may have it under way, and charge for it, as long as a hold lives.
-                if settled.batch.batch_id in waited_for:
-                    outbox.shrink(settled.batch, most)
-                else:
-                    if not waited_for:
-                        time.sleep(HOLD_EXPIRY_SECONDS)
-                    waited_for.add(settled.batch.batch_id)
-                    outbox.again(settled.batch)
-            elif settled.refusal.reason is Reason.ANSWER_EXPIRED:
-                # Paid for by a process that was stopped before it came; the rest of the budget is as good as before.
-                count = settled.batch.picture_count
-                journal.keep_answer(settled.batch.batch_id, answer=GONE, charged_count=count, received_bytes=0)
-                outbox.gone(settled.batch)
-                answered += count
-                progress(answered)
+                filling.keep(settled)
             else:
-                problem = problem or BadInput(f"the teacher refused a batch for good: {settled.refusal.message}")
-                outbox.stop()
+                filling.refused(settled)
     except Failure as error:  # such as a teacher that went away before all was settled
-        if (stopped := problem or outbox.failure) is not None:
-            raise stopped from error
+        if filling.problem is not None:
+            raise filling.problem from error
         raise
-    if (stopped := problem or outbox.failure) is not None:
-        raise stopped
-    if spent is not None:
-        raise BudgetSpent(
-            f"the account's budget is spent after {answered} answers of this run ({spent}); they are kept. "
-            "Start the same command again after a grant"
-        )
-    if outbox.given_up_pictures > 0:
-        raise BudgetSpent(
-            f"the budget is used: {outbox.given_up_pictures} pictures were sent and not answered, and sending them "
-            f"again would be more than --budget. {answered} answers are kept: raise --budget, or start the same "
-            "command again to train on those"
-        )
+    filling.finish()
+
+
+class _Filling:
+    """A pool while it is bought: what each answer and each kind of refusal means for the batches to come."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        journal: Journal,
+        outbox: PoolOutbox,
+        description: Description,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._teacher = teacher
+        self._journal = journal
+        self._outbox = outbox
+        self._description = description
+        self._progress = progress
+        self._answered = 0  # pictures, of this run's former starts too
+        self._waiting_since: float | None = None  # for pictures held elsewhere, since the last answer
+        self._waited_for: set[str] = set()  # batches that are larger than what the teacher takes by now
+        self._spent: str | None = None
+        self._problem: Failure | None = None
+        self._count(journal.totals(outbox.phase).charged_pictures)
+
+    @property
+    def problem(self) -> Failure | None:
+        """What stops the run once all that was sent is settled."""
+        return self._problem or self._outbox.failure
+
+    def keep(self, answered: Answered) -> None:
+        """Keeps an answer; one that is not what was expected ends the sending."""
+        try:
+            self._outbox.compared(answered.batch, alike=keep(self._journal, answered, self._description))
+        except BadInput as error:
+            self._stop(error)
+        self._waiting_since = None
+        self._count(answered.batch.picture_count)
+
+    def refused(self, refused: Refused) -> None:
+        """Sends a refused batch again, sends less of it, or sends nothing more."""
+        reason = refused.refusal.reason
+        if reason is Reason.BUDGET_EXHAUSTED:
+            self._budget_exhausted(refused)
+        elif reason is Reason.ANSWER_EXPIRED:
+            self._answer_expired(refused.batch)
+        elif (most := _lowered_limit(self._teacher, refused)) > 0:
+            self._too_large(refused.batch, most)
+        else:
+            self._stop(BadInput(f"the teacher refused a batch for good: {refused.refusal.message}"))
+
+    def finish(self) -> None:
+        """Raises what stopped the run before its budget was used, if anything did."""
+        if self.problem is not None:
+            raise self.problem
+        if self._spent is not None:
+            raise BudgetSpent(
+                f"the account's budget is spent after {self._answered} answers of this run ({self._spent}); they are "
+                "kept. Start the same command again after a grant"
+            )
+        if (given_up := self._outbox.given_up_pictures) > 0:
+            raise BudgetSpent(
+                f"the budget is used: {given_up} pictures were sent and not answered, and sending them again would "
+                f"be more than --budget. {self._answered} answers are kept: raise --budget, or start the same "
+                "command again to train on those"
+            )
+
+    def _budget_exhausted(self, refused: Refused) -> None:
+        batch, variables = refused.batch, refused.refusal.variables
+        available, held = (int(variables[name]) for name in ("available", "held"))
+        self._waiting_since = self._waiting_since or time.monotonic()
+        if available > 0:
+            self._outbox.shrink(batch, min(available, batch.picture_count))
+        elif held > 0 and time.monotonic() - self._waiting_since < HOLD_EXPIRY_SECONDS:
+            # Where asking costs, it is asked once.
+            time.sleep(HOLD_EXPIRY_SECONDS if self._outbox.counts_sent else PAUSE_SECONDS)
+            self._outbox.again(batch)
+        else:
+            self._spent = refused.refusal.message
+            self._outbox.stop()
+
+    def _too_large(self, batch: Batch, most: int) -> None:
+        """A server with the former limit may have it under way, and charge for it, as long as a hold lives."""
+        self._outbox.limit(most)
+        if batch.batch_id in self._waited_for:
+            self._outbox.shrink(batch, most)
+            return
+        if not self._waited_for:
+            time.sleep(HOLD_EXPIRY_SECONDS)
+        self._waited_for.add(batch.batch_id)
+        self._outbox.again(batch)
+
+    def _answer_expired(self, batch: Batch) -> None:
+        """Paid for by a process that was stopped before it came; the rest of the budget is as good as before."""
+        count = batch.picture_count
+        self._journal.keep_answer(batch.batch_id, answer=GONE, charged_count=count, received_bytes=0)
+        self._outbox.gone(batch)
+        self._count(count)
+
+    def _stop(self, problem: Failure) -> None:
+        self._problem = self._problem or problem
+        self._outbox.stop()
+
+    def _count(self, picture_count: int) -> None:
+        self._answered += picture_count
+        self._progress(self._answered)
 
 
 def _lowered_limit(teacher: Teacher, refused: Refused) -> int:
