@@ -1,8 +1,10 @@
 import contextlib
 import json
 import re
+import shutil
 import socket
 import ssl
+import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -338,6 +340,20 @@ def test_every_outcome_that_alerts_wait_for_is_there_before_the_first_of_them() 
     found = texts(metrics)["mekd_requests_total"]
     expected = {(f"protocol={name}", f"outcome={outcome}") for name in ("mekd", "kserve") for outcome in outcomes}
     assert found == dict.fromkeys(expected, 0.0)
+
+
+def test_every_alert_fires_on_what_it_is_there_for_and_is_silent_beside_it() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    rules = ROOT / "tests" / "teacher_service" / "alerts_test.yml"
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8"))
+    named = set(re.findall(r'alertname="(\w+)"', rules.read_text("utf-8")))
+    assert set(alerts) == named
+    ended = subprocess.run(
+        [promtool, "test", "rules", rules], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_dashboard_and_rules_are_well_formed() -> None:
