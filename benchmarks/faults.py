@@ -117,9 +117,9 @@ class DrillOutbox:
 
     def shrink(self, refused: Batch, picture_count: int) -> None:
         """The first pictures of a refused batch under a new id, in its place."""
-        images_NCHW = codec.decode_images(wire.Batch.FromString(refused.request).images)[:picture_count]
-        smaller = self._batch(refused.slot, images_NCHW)
-        self._journal.replan(PHASE, refused.batch_id, smaller)
+        images_NCHW = codec.decode_images(wire.Batch.FromString(refused.request).images)
+        smaller = self._batch(refused.slot, images_NCHW[:picture_count])
+        self._journal.replan(PHASE, refused.batch_id, smaller, rest=None)
         self._planned -= refused.picture_count - picture_count
         self._again.append(smaller)
 

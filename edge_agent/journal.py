@@ -2,7 +2,8 @@
 
 A batch is planned at a position (phase, slot). One synced transaction stores position, id, the very bytes to be sent
 and the latents they came from; only then is it sent; its answer is added when it comes. On resume the journal wins:
-an unanswered row is sent again byte for byte, an answered one is read and never asked again.
+an unanswered row is sent again byte for byte, an answered one is read and never asked again. What travelled in a
+batch that was refused, and is not asked about again, is kept, too: the teacher has seen it.
 """
 
 import json
@@ -18,9 +19,13 @@ from edge_agent.failures import DiskProblem, RunFolderProblem
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
-FORMAT = 4
+FORMAT = 5
 
-_SCHEMA = """
+_REFUSED = (
+    "CREATE TABLE refused (phase TEXT NOT NULL, batch_id TEXT PRIMARY KEY, picture_count INTEGER NOT NULL, "
+    "request BLOB NOT NULL) STRICT;"
+)
+_SCHEMA = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE batches (
     phase TEXT NOT NULL,
@@ -40,6 +45,7 @@ CREATE TABLE batches (
     dropped_pictures INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (phase, slot)
 ) STRICT;
+{_REFUSED}
 """
 
 # The format that a journal has -> what makes it the next one, a statement a line.
@@ -61,6 +67,11 @@ UPDATE facts SET value = '3' WHERE name = 'format';
     3: """
 ALTER TABLE batches ADD COLUMN dropped_pictures INTEGER NOT NULL DEFAULT 0;
 UPDATE facts SET value = '4' WHERE name = 'format';
+""",
+    # Format 4 forgot what it had sent in batches that were refused.
+    4: f"""
+{_REFUSED}
+UPDATE facts SET value = '5' WHERE name = 'format';
 """,
 }
 
@@ -95,6 +106,8 @@ class Totals:
     """Sums over a phase's rows. Bytes are of messages as they travel, repeats included."""
 
     planned_pictures: int
+    refused_pictures: int
+    """Sent in batches that were refused, and not planned again: the teacher has seen them, without a charge."""
     sent_pictures: int
     """Every sending counts, a repeat too, and it counts before it is sent."""
     charged_pictures: int
@@ -165,8 +178,11 @@ class Journal:
         with self._transaction() as connection:
             self._insert(connection, phase, batch, bytes_now, batch.picture_count, dropped_pictures)
 
-    def replan(self, phase: str, refused_id: str, batch: Batch) -> None:
-        """Puts another batch in the place of one that the teacher refused (and so never charged)."""
+    def replan(self, phase: str, refused_id: str, batch: Batch, *, rest: Batch | None) -> None:
+        """Puts another batch in the place of one that the teacher refused (and so never charged).
+
+        ``rest``: the refused pictures that the other does not have, None where it has all.
+        """
         with self._transaction() as connection:
             # What the refused one cost on the wire stays counted; the new one counts when it is sent.
             gone = connection.execute(
@@ -175,6 +191,9 @@ class Journal:
                 (refused_id,),
             ).fetchone()
             self._insert(connection, phase, batch, *(gone or (0, 0, 0)))
+            if rest is not None:
+                values = (phase, refused_id, rest.picture_count, rest.request)
+                connection.execute("INSERT INTO refused VALUES (?, ?, ?, ?)", values)
 
     def count_repeat(self, batch_id: str, *, sent_bytes: int | None = None) -> None:
         """Adds one more sending to a row's pictures and bytes, durable before it is sent; ``sent_bytes`` as above."""
@@ -232,8 +251,12 @@ class Journal:
             "coalesce(sum(dropped_pictures), 0) FROM batches WHERE ?1 IS NULL OR phase = ?1",
             phase,
         )
+        (refused,) = self._one(
+            "SELECT coalesce(sum(picture_count), 0) FROM refused WHERE ?1 IS NULL OR phase = ?1", phase
+        )
         return Totals(
             planned_pictures=planned,
+            refused_pictures=refused,
             sent_pictures=sent_pictures,
             charged_pictures=charged,
             sent_bytes=sent_bytes,
@@ -257,16 +280,26 @@ class Journal:
             ):
                 yield batch_id, Receipt(account=account, sequence=sequence, head=head)
 
+    def sent_ids(self) -> set[str]:
+        """Ids of all that was ever planned to be sent."""
+        with _store_problems(self._path):
+            rows = self._connection.execute("SELECT batch_id FROM batches UNION SELECT batch_id FROM refused")
+            return {row[0] for row in rows}
+
     def open_ids(self) -> set[str]:
         """Ids planned and not answered."""
         with _store_problems(self._path):
             return {row[0] for row in self._connection.execute("SELECT batch_id FROM batches WHERE answer IS NULL")}
 
     def requests(self) -> Iterator[bytes]:
-        """The bytes of every batch that was planned, and so was or will be sent."""
+        """Serialised batches of all that was ever planned to be sent, each picture once."""
         with _store_problems(self._path):
-            for row in self._connection.execute("SELECT request FROM batches ORDER BY phase, slot"):
-                yield row[0]
+            for statement in (
+                "SELECT request FROM batches ORDER BY phase, slot",
+                "SELECT request FROM refused ORDER BY rowid",
+            ):
+                for row in self._connection.execute(statement):
+                    yield row[0]
 
     def close(self) -> None:
         """Closes the file."""

@@ -160,11 +160,15 @@ class PoolOutbox:
 
     def shrink(self, refused: Batch, picture_count: int) -> None:
         """Plans the first pictures of a refused batch under a new id, in its place."""
-        message = wire.Batch.FromString(refused.request)
-        images_NCHW = codec.decode_images(message.images)[:picture_count]
+        images_NCHW = codec.decode_images(wire.Batch.FromString(refused.request).images)
         latent_bytes = len(refused.latents) // refused.picture_count * picture_count
-        smaller = _batch(refused.slot, self._packing.pack(images_NCHW), refused.latents[:latent_bytes])
-        self._journal.replan(self.phase, refused.batch_id, smaller)
+        first = self._packing.pack(images_NCHW[:picture_count])
+        smaller = _batch(refused.slot, first, refused.latents[:latent_bytes])
+        rest = None
+        if picture_count < refused.picture_count:
+            as_decoded = codec.encode_images(images_NCHW[picture_count:])
+            rest = _batch(refused.slot, as_decoded, refused.latents[latent_bytes:])
+        self._journal.replan(self.phase, refused.batch_id, smaller, rest=rest)
         self._planned_pictures -= refused.picture_count - picture_count
         self._again.appendleft(smaller)
         if self._on_trial == refused.batch_id:

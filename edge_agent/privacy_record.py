@@ -70,7 +70,8 @@ class PrivacyRecord:
         if known is not None and known["inputs"] == inputs:
             return
         training_NCHW, reference_NCHW = self._split()
-        sent_pictures = self._journal.totals().planned_pictures
+        totals = self._journal.totals()
+        sent_pictures = totals.planned_pictures + totals.refused_pictures
         side = training_NCHW.shape[-1]
         with console.bar("distill: membership attack", "pictures") as tell:
             near_NK, near_NP = privacy.nearest_by_parts(
@@ -117,12 +118,12 @@ class PrivacyRecord:
         """Pictures that the gate has looked at in this run, and how many of them it dropped."""
         totals = self._journal.totals()
         dropped = gate["dropped"] + totals.dropped_pictures
-        return gate["probed"] + totals.planned_pictures + totals.dropped_pictures, dropped
+        passed = totals.planned_pictures + totals.refused_pictures
+        return gate["probed"] + passed + totals.dropped_pictures, dropped
 
     def _attacked(self) -> str:
         """Of the ids of all that was ever planned to be sent, and the attacks' names: fewer would understate."""
-        sent = sorted(self._journal.charges().keys() | self._journal.open_ids())
-        return digest_of({"sent": sent, "attacks": privacy.ATTACKS})
+        return digest_of({"sent": sorted(self._journal.sent_ids()), "attacks": privacy.ATTACKS})
 
     def _sent_blocks(self, side: int, tell: Callable[[int], None]) -> Iterator[Tensor]:
         """All pictures ever planned to be sent, at the generator's size, in blocks worth a multiplication."""

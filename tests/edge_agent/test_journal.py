@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from edge_agent.failures import DiskProblem, RunFolderProblem
-from edge_agent.journal import Batch, Journal, Receipt
+from edge_agent.journal import FORMAT, Batch, Journal, Receipt
 
 
 def batch(slot: int = 0, batch_id: str = "a", count: int = 3) -> Batch:
@@ -94,7 +94,7 @@ def test_bytes_count_as_they_travel_where_that_is_another_message(journal):
 def test_pictures_sent_stay_counted_when_a_smaller_batch_takes_the_place(journal):
     journal.plan("distill", batch())
     journal.count_repeat("a")
-    journal.replan("distill", "a", batch(batch_id="b", count=1))
+    journal.replan("distill", "a", batch(batch_id="b", count=1), rest=batch(batch_id="c", count=2))
     assert journal.totals().sent_pictures == 6
     journal.count_repeat("b")
     assert journal.totals().sent_pictures == 7
@@ -128,16 +128,25 @@ def test_position_and_id_are_taken_once(journal):
 
 def test_replan_puts_a_smaller_batch_in_the_place_of_a_refused_one(journal):
     journal.plan("distill", batch())
-    journal.replan("distill", "a", batch(batch_id="b", count=1))
+    journal.replan("distill", "a", batch(batch_id="b", count=1), rest=batch(batch_id="c", count=2))
     assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
     assert journal.totals().planned_pictures == 1
+
+
+def test_what_travelled_in_a_refused_batch_and_is_not_asked_again_stays_known(journal):
+    journal.plan("distill", batch())
+    journal.replan("distill", "a", batch(batch_id="b", count=1), rest=batch(batch_id="c", count=2))
+    journal.replan("distill", "b", batch(batch_id="d", count=1), rest=None)
+    assert journal.sent_ids() == {"a", "d"} and len(list(journal.requests())) == 2
+    assert journal.totals().refused_pictures == journal.totals("distill").refused_pictures == 2
+    assert journal.totals("deprivatize").refused_pictures == 0
 
 
 def test_replan_never_drops_an_answered_batch(journal):
     journal.plan("distill", batch())
     journal.keep_answer("a", answer=b"paid", charged_count=3, received_bytes=1)
     with pytest.raises(sqlite3.IntegrityError):
-        journal.replan("distill", "a", batch(batch_id="b", count=1))
+        journal.replan("distill", "a", batch(batch_id="b", count=1), rest=batch(batch_id="c", count=2))
     assert journal.charges() == {"a": 3}
 
 
@@ -159,7 +168,7 @@ def test_journal_of_another_format_is_refused(tmp_path):
     journal = Journal.open(tmp_path / "journal.db")
     journal.set_facts(format=99)
     journal.close()
-    with pytest.raises(RunFolderProblem, match="format 4, got 99"):
+    with pytest.raises(RunFolderProblem, match=f"format {FORMAT}, got 99"):
         Journal.open(tmp_path / "journal.db")
 
 
@@ -202,7 +211,7 @@ def test_journal_of_format_1_is_upgraded_in_place_and_loses_nothing(tmp_path):
     old.close()
     for _ in range(2):
         journal = Journal.open(path)
-        assert (journal.run_id, journal.fact("format")) == ("old", 4)
+        assert (journal.run_id, journal.fact("format")) == ("old", FORMAT)
         assert journal.totals().sent_pictures == 6
         assert journal.charges() == {"a": 3}
         assert [row.batch_id for row in journal.unanswered("distill")] == ["b"]
@@ -245,7 +254,7 @@ def test_journal_of_format_2_is_upgraded_in_place_and_knows_what_was_sent(tmp_pa
     old.close()
     for _ in range(2):
         journal = Journal.open(path)
-        assert (journal.run_id, journal.fact("format")) == ("old", 4)
+        assert (journal.run_id, journal.fact("format")) == ("old", FORMAT)
         assert journal.totals().sent_pictures == 3 + 3 * 5
         assert journal.charges() == {"a": 3}
         assert list(journal.receipts()) == [("a", Receipt(account="device", sequence=3, head=b"\x04"))]

@@ -235,6 +235,15 @@ def test_near_copies_are_replaced_from_the_slots_own_stream_and_counted(tmp_path
     assert dropped_mirrored == 2 and np.array_equal(mirrored_NCHW, gated_NCHW)
 
 
+def test_what_a_refused_batch_showed_the_teacher_stays_known_when_it_is_shrunk(journal, generator):
+    box = outbox(journal, generator)
+    whole = box.next_batch()
+    shown_NCHW = pixels_planned(journal)
+    box.shrink(whole, 5)
+    assert journal.totals().planned_pictures == 5 and journal.totals().refused_pictures == len(shown_NCHW) - 5
+    assert np.array_equal(pixels_planned(journal), shown_NCHW)
+
+
 def test_drops_of_a_batch_stay_counted_when_it_is_shrunk(journal, generator):
     sample = Journal.open(journal._path.with_name("sample.db"))
     outbox(sample, generator, budget=16).next_batch()
