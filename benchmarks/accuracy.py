@@ -11,6 +11,7 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +36,14 @@ from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
 from edge_agent.data import DataError
 from edge_agent.distill import Pool, assistants_own
-from edge_agent.failures import Failure
+from edge_agent.failures import Failure, FolderInUse
 from edge_agent.generators import AnyGenerator, from_content
 from edge_agent.mixes import mixed_pictures
+from edge_agent.precision import training_dtype
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Description
-from edge_agent.training import Lessons, assistant_of, student_of
+from edge_agent.training import Lessons, assistant_of, name_of, student_of
+from networks.classifiers import Classifier
 from networks.modelfile import ModelFacts, ModelFileError, load_model, save_model
 
 RUNS = Path("runs/accuracy")
@@ -53,8 +56,11 @@ CIFAR_TEACHER = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
+ASSISTANT_WAIT_SECONDS = 12 * 3600.0
 KEPT_TEST_PICTURES = 1000
 """Up to so many test pictures a line also says which of them were right, for paired comparisons."""
+
+_ASSISTANTS_SECONDS = "seconds of assistants"
 
 
 class _OutOfTime(BaseException):
@@ -115,6 +121,7 @@ def facts_of(row: Row, seed: int) -> dict[str, Any]:
         "config": row.text,
         **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
+        "precision": str(training_dtype(choose_device("auto"))).removeprefix("torch."),
     }
 
 
@@ -302,29 +309,47 @@ def _train(
         local_NCHW=local_NCHW,
         mixed_MCHW=mixed_MCHW,
     )
-    assistant, seconds = None, {}
-    if config.distill.assistant:
-        with RunFolder(_assistants_folder(row, lessons, learnt_from)) as shared:
-            with shared.clock("assistant"):
-                assistant = assistant_of(shared, lessons, learnt_from=learnt_from)
-            seconds["assistant"] = shared.seconds("assistant")
     with RunFolder(folder) as own:
         if not (own.done("distill", inputs) and own.has("student.pt")):
+            assistant = _assistant(row, lessons, learnt_from, own)
             with own.clock("distill"):
                 student = student_of(
                     own, lessons, assistant=assistant, generator=generator, inputs=inputs, title=folder.name
                 )
             own.write_network("student.pt", student.cpu(), facts)
             own.finish("distill", inputs)
-        return seconds | {"distill": own.seconds("distill")}
+        return {"distill": own.seconds("distill"), **(own.journal.fact(_ASSISTANTS_SECONDS) or {})}
 
 
-def _assistants_folder(row: Row, lessons: Lessons, learnt_from: dict[str, Any]) -> Path:
-    """Of all rows whose assistants learn the same from the same answers: they are trained once."""
-    mixes = lessons.mixed_MCHW is not None
-    settings = [in_use(assistants_own(lessons.config, first=first), mixes=mixes) for first in (True, False)]
-    name = digest_of({"assistant": lessons.config.assistant, "settings": settings, **learnt_from})[:8]
-    return RUNS / f"{row.of}-{lessons.seed}-assistants-{name}"
+def _assistant(row: Row, lessons: Lessons, learnt_from: dict[str, Any], own: RunFolder) -> Classifier | None:
+    """The row's assistant, trained once for all rows whose assistants learn the same from the same answers.
+
+    It lies in a folder of its own; its seconds are noted in the row's, `own`.
+    """
+    config = lessons.config
+    if not config.assistant:
+        return None
+    settings = [
+        in_use(assistants_own(config, first=it), mixes=lessons.mixed_MCHW is not None) for it in (True, False)
+    ]
+    name = digest_of({"assistant": config.assistant, "settings": settings, **learnt_from})[:8]
+    with _once_free(RUNS / f"{row.of}-{lessons.seed}-assistants-{name}") as shared:
+        assistant = assistant_of(shared, lessons, learnt_from=learnt_from)
+        names = [name_of(generation) for generation in range(1, config.assistant_generations + 1)]
+        own.journal.set_facts(**{_ASSISTANTS_SECONDS: {name: shared.seconds(name) for name in names}})
+    return assistant
+
+
+def _once_free(path: Path) -> RunFolder:
+    """A folder that another row may be training in: it trains what this one waits for."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return RunFolder(path)
+        except FolderInUse:
+            if time.monotonic() - begun > ASSISTANT_WAIT_SECONDS:
+                raise
+        time.sleep(1.0)
 
 
 def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def main(
             data = datasets.cifar10_root(data, unpacked=Path("runs/data"))
         scored = datasets.part(dataset, data, "development")
         layers = tomllib.loads((run_dir / "run.toml").read_text("utf-8"))
-        own = {"passes": passes, "assistant": ""}  # which would teach every student the same
+        # What teaches every student the same whatever the encoding, or would need to know more than the pool.
+        own = {"passes": passes, "assistant": "", "local_weight": 0.0, "balance_answers": False}
         config = build_config(layers, {"data": str(data), "distill": layers["distill"] | own})
         kept = (run_dir / "generator.pt").read_bytes()
         generator = generators.from_content(torch.load(io.BytesIO(kept), weights_only=True))

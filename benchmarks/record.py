@@ -24,9 +24,19 @@ def about(name: str, note: str = "") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() or None,
         "command": " ".join([f"python -m benchmarks.{name}", *map(_anywhere, sys.argv[1:])]),
-        "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"cpu, {_processor()}, {os.cpu_count()} cores",
         **({"note": note} if note else {}),
     }
+
+
+def _processor() -> str:
+    """Its name where the system tells one, and what it is built to run."""
+    try:
+        known = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        known = ""
+    names = [line.partition(":")[2].strip() for line in known.splitlines() if line.startswith("model name")]
+    return ", ".join([*names[:1], platform.machine()])
 
 
 def _anywhere(argument: str) -> str:

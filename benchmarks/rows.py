@@ -101,6 +101,10 @@ def read(name: str) -> Row:
     said["seeds"] = tuple(said["seeds"])
     if "of" in said:
         below = read(said["of"])
+        if bought := sorted(said.get("run", {}).keys() - {"student", "distill", "device", "held_out_fraction"}):
+            raise ValueError(
+                f"{name}.toml: expected {', '.join(bought)} in {below.name}.toml, whose answers it is of"
+            )
         said["dataset"] = below.dataset
         said["run"] = merged(below.run, said.get("run", {}))
         text += f"\n# --- {below.name} ---\n{below.text}"

@@ -20,9 +20,9 @@ class DeprivatizeConfig:
     batch_count: int = 64
     """Real pictures a step, of a GAN as many synthetic ones."""
     generator_width: int = 32
-    """Channels of the generator's layers at the full side of the picture; the others have twice as many."""
+    """Channels of the generator's layers at the full side of the picture; others have twice or four times as many."""
     discriminator_width: int = 32
-    """Channels of the discriminator's first layers; the deepest have four times as many."""
+    """Channels of the discriminator's first layers; the deepest have twice or four times as many."""
     noise_count: int = 54
     """Free numbers of a latent, beside one a class. 0 is the paper's generator."""
     generator_learning_rate: float = 4e-4
@@ -49,7 +49,7 @@ class DeprivatizeConfig:
     latent_channels: int = 16
     """Of mixes: numbers that say what a patch of a picture looks like; fewer blur more."""
     mix_pictures: int = 2
-    """Of mixes: local pictures in each, in equal parts."""
+    """Of mixes: local pictures in each, in equal parts; as many as it has regions at most."""
     mix_regions: int = 2
     """Of mixes: regions along each side; each is of one local picture."""
     mix_noise: float = 0.3
@@ -76,7 +76,12 @@ NO_MATTER: dict[str, tuple[str, ...]] = {
     "mixes": ("drawing_steps",),
 }
 """Kind of generator -> settings of `DeprivatizeConfig` that its pictures do not depend on. Of a GAN and of mixes not
-all: folders of former versions name the rest."""
+all: folders of former versions name the rest (`_IDLE_TOO`)."""
+_IDLE_TOO = {
+    "gan": (),
+    "diffusion": (),
+    "mixes": ("noise_count", "recolour_strength", "shift_fraction", "cutout_fraction", "im_weight"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,12 +318,14 @@ def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
 
 def idle_settings(config: RunConfig) -> list[str]:
     """The settings that are not at their defaults and yet change nothing, by their full names."""
-    used = in_use(config.distill, mixes=config.deprivatize.generator == "mixes")
+    kind = config.deprivatize.generator
+    used = in_use(config.distill, mixes=kind == "mixes")
+    generators = {*NO_MATTER[kind], *_IDLE_TOO[kind], *(["im_weight"] if config.deprivatize.im_queries == 0 else [])}
+    students = {field.name for field in fields(DistillConfig)} - used.keys()
+    if config.distill.image_weight == 0:
+        students.add("image_fraction")
     found = []
-    for section, idle in (
-        ("deprivatize", set(NO_MATTER[config.deprivatize.generator]) - {"generator"}),
-        ("distill", {field.name for field in fields(DistillConfig)} - used.keys()),
-    ):
+    for section, idle in (("deprivatize", generators - {"generator"}), ("distill", students)):
         own = getattr(config, section)
         found += [f"{section}.{name}" for name in sorted(idle) if getattr(own, name) != getattr(type(own)(), name)]
     return found
@@ -406,8 +413,12 @@ def _check_ranges(config: RunConfig) -> None:
         ("seed", 0 <= config.seed < 2**31, "0 to 2147483647"),
         ("deprivatize.generator", first.generator in NO_MATTER, " or ".join(NO_MATTER)),
         ("deprivatize.latent_channels", first.latent_channels >= 1, "1 or more"),
-        ("deprivatize.mix_pictures", 2 <= first.mix_pictures <= 64, "2 to 64"),
         ("deprivatize.mix_regions", 2 <= first.mix_regions <= 32, "2 to 32"),
+        (
+            "deprivatize.mix_pictures",
+            2 <= first.mix_pictures <= min(64, first.mix_regions**2),
+            "2 to 64, and no more than regions (mix_regions squared)",
+        ),
         ("deprivatize.mix_noise", 0 <= first.mix_noise < math.inf, "0 or more"),
         ("deprivatize.drawing_steps", 2 <= first.drawing_steps <= 1000, "2 to 1000"),
         ("distill.image_weight", gan or distill.image_weight == 0, without),
@@ -428,6 +439,11 @@ def _check_ranges(config: RunConfig) -> None:
         ("deprivatize.shift_fraction", 0 <= first.shift_fraction <= 1, "0 to 1"),
         ("deprivatize.loss", first.loss in ("hinge", "bce"), "hinge or bce"),
         ("deprivatize.im_queries", 0 <= first.im_queries < config.budget, "0 to less than the budget"),
+        (
+            "deprivatize.im_queries",
+            first.im_queries == 0 or first.im_queries >= first.batch_count,
+            "0, or one step's (deprivatize.batch_count) or more",
+        ),
         ("deprivatize.im_weight", 0 <= first.im_weight < math.inf, "0 or more"),
         ("deprivatize.cutout_fraction", 0 <= first.cutout_fraction <= 1, "0 to 1"),
         ("distill.passes", distill.passes >= 1, "1 or more"),

@@ -160,7 +160,9 @@ def train_student(
     """
     if config.shift_px >= min(pool.images_NCHW.shape[2:]):
         raise ValueError(f"shift_px: expected less than the side of the pictures, got {config.shift_px}")
-    image_count = round(config.image_fraction * config.batch_count) if config.image_weight > 0 else 0
+    image_count = 0
+    if config.image_weight > 0 and config.image_fraction > 0:
+        image_count = max(1, round(config.image_fraction * config.batch_count))
     if image_count > 0 and generator is None:
         raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
     if local_NCHW is None and assistant is not None:
@@ -196,7 +198,8 @@ def train_student(
         weight_decay=config.weight_decay,
         nesterov=True,
     )
-    # Dropout can only draw from the global generator, so everything else does too: one state to keep.
+    # Dropout can only draw from the global generator, so everything else does too: one state to keep. On a GPU
+    # dropout has a generator of its own: there a network with it (VGG) that was interrupted ends a little otherwise.
     rng = torch.manual_seed(seed)
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
     steps_a_pass = max(1, len(images_NCHW) // config.batch_count)

@@ -41,6 +41,10 @@ class RunFolderProblem(Failure):
     exit_code = 6
 
 
+class FolderInUse(RunFolderProblem):
+    """Another process has the run folder now."""
+
+
 class DiskProblem(Failure):
     """The disk refuses to keep what must be kept."""
 

@@ -4,7 +4,12 @@ import torch
 
 
 def training_precision(device: torch.device) -> torch.autocast:
-    """Return a context for forward passes: bfloat16 where the processor is built for it, else float32.
+    """Return a context for forward passes in `training_dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=training_dtype(device) is torch.bfloat16)
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the processor is built for it, else float32.
 
     On a CPU that means matrix units (AMX) or instructions for vectors of it (AVX512-BF16): elsewhere bfloat16 is
     emulated, many times slower than float32. With those vectors alone, one core of an EPYC took for a step of ResNet8
@@ -17,4 +22,4 @@ def training_precision(device: torch.device) -> torch.autocast:
         get_capabilities = getattr(torch.cpu, "get_capabilities", None)
         able = get_capabilities() if get_capabilities is not None else {}
         fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.bfloat16 if fast else torch.float32

@@ -31,7 +31,7 @@ import tomli_w
 import torch
 from torch import nn
 
-from edge_agent.failures import DiskProblem, RunFolderProblem, disk_problems
+from edge_agent.failures import DiskProblem, FolderInUse, RunFolderProblem, disk_problems
 from edge_agent.journal import Journal
 from networks.classifiers import Classifier
 from networks.modelfile import ModelFacts, ModelFileError, load_model, model_bytes
@@ -59,7 +59,7 @@ class RunFolder:
         except OSError as error:
             self._lock.close()
             if isinstance(error, BlockingIOError):
-                raise RunFolderProblem(
+                raise FolderInUse(
                     f"{path} is in use by another edge-agent; wait for it, or give another --run-dir"
                 ) from None
             raise RunFolderProblem(
@@ -128,9 +128,12 @@ class RunFolder:
         try:
             content = torch.load(self.path / name, weights_only=True, map_location="cpu")
         except Exception as error:  # torch raises many kinds for a damaged file
+            # Made again it may be another one, and the answers are about this one's pictures.
+            is_paid_for = name == "generator.pt" and self.journal.totals().planned_pictures > 0
+            remedy = "put a copy of it back: answers were paid for" if is_paid_for else "remove it to make it again"
             raise RunFolderProblem(
                 f"{self.path / name}: expected a file of this project, got another or a damaged one "
-                f"({type(error).__name__}); remove it to make it again"
+                f"({type(error).__name__}); {remedy}"
             ) from None
         if not isinstance(content, dict):
             raise RunFolderProblem(f"{self.path / name}: expected a dict, got {type(content).__name__}")

@@ -3,6 +3,7 @@
 How and why they learn is in `distill`; here is what of it is kept in the run folder, and taken from there.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,7 @@ def student_of(
             config=config,
             seed=seed,
             device=lessons.device,
-            checkpoint=folder.checkpoint("distill", inputs),
+            checkpoint=folder.checkpoint("distill", inputs if assistant is None else inputs + _digest(assistant)),
             progress=tell,
             local_NCHW=lessons.local_NCHW,
             mixed_MCHW=lessons.mixed_MCHW,
@@ -104,7 +105,7 @@ def assistant_of(folder: RunFolder, lessons: Lessons, *, learnt_from: dict[str, 
         if not (folder.done(name, inputs) and folder.has(f"{name}.pt")):
             # The file will be another's before that is said to be done.
             folder.journal.set_facts(**{f"done.{name}": None})
-            with lessons.console.bar(f"distill: {name}", "steps") as tell:
+            with folder.clock(name), lessons.console.bar(f"distill: {name}", "steps") as tell:
                 trained = train_assistant(
                     lessons.pool,
                     class_count=len(lessons.facts.labels),
@@ -123,6 +124,14 @@ def assistant_of(folder: RunFolder, lessons: Lessons, *, learnt_from: dict[str, 
         assistant = folder.read_network(f"{name}.pt")
         depends_on = {"assistant": config.assistant, "seed": seed, "before": inputs}
     return assistant
+
+
+def _digest(network: nn.Module) -> str:
+    """Of its weights: a training that was begun by one assistant is not ended by another."""
+    found = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def name_of(generation: int) -> str:

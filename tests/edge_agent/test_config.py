@@ -64,6 +64,11 @@ def test_resolved_config_reads_back_as_itself():
             {"images": "a", "deprivatize": {"generator": "vae"}},
             r"deprivatize\.generator: expected gan or diffusion or mixes",
         ),
+        (
+            {"images": "a", "deprivatize": {"mix_pictures": 5}},
+            r"mix_pictures: expected 2 to 64, and no more than reg",
+        ),
+        ({"images": "a", "deprivatize": {"im_queries": 63}}, r"im_queries: expected 0, or one step's"),
         ({"images": "a", "deprivatize": {"mix_regions": 0}}, r"deprivatize\.mix_regions: expected 2 to 32"),
         ({"images": "a", "deprivatize": {"drawing_steps": 1}}, r"deprivatize\.drawing_steps: expected 2 to 1000"),
         (
@@ -180,9 +185,17 @@ def test_settings_that_change_nothing_are_named():
         "distill.mosaic_fraction",
     ]
     useful = {"deprivatize": {"generator": "mixes"}, "distill": {"assistant": "resnet20"}}
-    assert idle_settings(build_config({"images": "x"}, diffusion, {"distill": idle}, useful)) == []
+    useful["distill"]["image_weight"] = 0.0
+    assert idle_settings(build_config({"images": "x"}, {"distill": idle}, useful)) == []
     assert idle_settings(build_config({"images": "x", "deprivatize": {"drawing_steps": 9}})) == [
         "deprivatize.drawing_steps"
+    ]
+    mixes = {"deprivatize": {"generator": "mixes", "noise_count": 9, "loss": "bce"}}
+    of_nothing = {"deprivatize": {"im_weight": 0.1}, "distill": {"image_weight": 0.0, "image_fraction": 0.5}}
+    assert idle_settings(build_config({"images": "x"}, mixes, of_nothing)) == [
+        "deprivatize.im_weight",
+        "deprivatize.noise_count",
+        "distill.image_fraction",
     ]
 
 
