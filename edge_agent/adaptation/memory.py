@@ -52,7 +52,8 @@ class Memory:
     @classmethod
     def load(cls, path: Path) -> "Memory":
         """Read the file of a run folder. Raises OSError or, for another file, whatever numpy makes of it."""
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: of a damaged file numpy leaves its own open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return cls.from_arrays({name: arrays[name] for name in arrays.files})
 
     @classmethod

@@ -41,6 +41,7 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.batch = -1  # first dimension in the metadata; None: there is none
         self.max_batch: int | None = 64  # None: a server without ModelConfig
         self.format: str | None = None
+        self.digest = ""  # that the configuration tells of the weights
         self.scale, self.mean, self.std = 255.0, 0.0, 1.0
         self.output, self.kind, self.answer_type = "output", "logits", "FP32"
         self.raw = True
@@ -70,6 +71,8 @@ class Model(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not implemented!")
         answer = service_pb2.ModelConfigResponse()
         answer.config.max_batch_size = self.max_batch
+        if self.digest:
+            answer.config.parameters["model_digest"].string_value = self.digest
         tensor = answer.config.input.add(name="pictures")
         if self.format is not None:
             tensor.format = type(tensor).Format.Value(f"FORMAT_{self.format}")

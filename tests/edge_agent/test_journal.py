@@ -30,21 +30,6 @@ def test_planned_batch_is_found_again_byte_for_byte_after_reopening(tmp_path):
     second.close()
 
 
-def test_planned_batch_survives_a_kill_right_after_plan_returns(tmp_path):
-    script = f"""
-import os, signal
-from pathlib import Path
-from edge_agent.journal import Batch, Journal
-journal = Journal.open(Path({str(tmp_path / "journal.db")!r}))
-journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=3, request=b"request", latents=b""))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    subprocess.run([sys.executable, "-c", script], timeout=60)
-    journal = Journal.open(tmp_path / "journal.db")
-    assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]
-    journal.close()
-
-
 def test_every_commit_is_synced(journal):
     assert journal._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
@@ -101,7 +86,7 @@ def test_pictures_sent_stay_counted_when_a_smaller_batch_takes_the_place(journal
 
 
 @pytest.mark.parametrize("counted", ["plan", "count_repeat"])
-def test_a_sending_is_counted_durably_when_the_call_returns(tmp_path, counted):
+def test_a_batch_and_its_sendings_survive_a_kill_right_after_the_call_returns(tmp_path, counted):
     repeat = 'journal.count_repeat("a")' if counted == "count_repeat" else "pass"
     script = f"""
 import os, signal
@@ -114,6 +99,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", script], timeout=60)
     journal = Journal.open(tmp_path / "journal.db")
+    assert [row.batch_id for row in journal.unanswered("distill")] == ["a"]
     assert journal.totals().sent_pictures == (6 if counted == "count_repeat" else 3)
     journal.close()
 

@@ -598,6 +598,7 @@ def test_slow_server_runs_into_the_deadline_and_is_asked_again(journal, generato
 
     def slow_once(number, context):
         if number == 1:
+            monkeypatch.setattr(kserve, "CALL_SECONDS", 60.0)  # that call alone has so little time
             time.sleep(0.8)
 
     model = Model(before=slow_once)
@@ -991,6 +992,27 @@ def digest(address, given=LOGITS):
         return teacher.describe().model_digest
     finally:
         teacher.close()
+
+
+def test_weights_that_a_server_names_are_part_of_the_digest_and_answers_by_others_end_the_run(journal, generator):
+    model = Model(digest="first")
+    with serving(model) as address:
+        first = digest(address)
+        model.digest = "second"
+        assert digest(address) != first
+        answers = []
+
+        def other_weights(response):
+            answers.append(response)
+            response.parameters["model_digest"].string_param = "second" if len(answers) <= 2 else "third"
+
+        model.change = other_weights
+        with pytest.raises(
+            BadInput, match=r"began with the model second of .* answered by third; give another"
+        ) as error:
+            ask(address, journal, generator, budget=128)
+    one_line(error)
+    assert journal.totals().charged_pictures >= 2 * 16, "what was answered by the model of the run is kept"
 
 
 def test_digest_follows_metadata_and_settings_and_says_that_weights_are_unknown():

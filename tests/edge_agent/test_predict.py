@@ -96,3 +96,33 @@ def test_student_of_colour_pictures_has_the_scale_in_every_channel(tmp_path: Pat
     assert predict(finished(tmp_path / "run", colour), images).exit_code == 0
     colour = replace(colour, std=(0.5, 0.5, 0.4))
     assert "0.4" in one_line(predict(finished(tmp_path / "another", colour), images), 6)
+
+
+def stream(run_dir: Path, *paths: Path | str) -> list[object]:
+    """What is said of each picture of a stream, one by one; an empty path ends it and begins another."""
+    lines = "".join(f"{path}\n" for path in paths)
+    asked = ["predict", "--run-dir", str(run_dir), "--images", "-", "--batch", "1"]
+    done = CliRunner().invoke(main, asked, input=lines)
+    assert done.exit_code == 0, done.output
+    return [json.loads(line)["after"] for line in done.stdout.splitlines()]
+
+
+def test_an_empty_line_forgets_the_stream_before_it(tmp_path: Path, images: Path) -> None:
+    run_dir, first, second = finished(tmp_path / "run"), images / "1.png", images / "2.png"
+    alone = stream(run_dir, first, second)
+    assert stream(run_dir, first, second, "", first, second) == alone + alone
+    assert stream(run_dir, first, second, first, second) != alone + alone
+
+
+def test_memory_that_is_not_this_students_is_refused(tmp_path: Path, images: Path) -> None:
+    run_dir = finished(tmp_path / "run")
+    memory = run_dir / "memory.npz"
+    whole = memory.read_bytes()
+    memory.unlink()
+    assert "run --phase adapt" in one_line(predict(run_dir, images), 6)
+    memory.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in one_line(predict(run_dir, images), 6)
+    memory.write_bytes(whole)
+    torch.manual_seed(1)
+    save_model(run_dir / "student.pt", registry.build("resnet8", class_count=3, channels=1).eval(), FACTS)
+    assert "expected one made with student.pt, got another's" in one_line(predict(run_dir, images), 6)
