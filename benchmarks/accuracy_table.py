@@ -80,6 +80,11 @@ assistants of 7ea5cfc are under `cifar10-hard-generations`, seed 1, whose studen
 The pool under `mnist-10k*` was bought anew: it is not that of `mnist-soft`, seed 0, and its students' views have no
 dark borders, so the ends of the curve differ in more than queries.
 
+Lines name the `precision` that networks trained in where it was written down; the others are of bfloat16 or float32,
+as the processor of that day had matrix units or not. `seconds.distill` of a row `of` another has its assistants' in
+it up to 2026-11-22, 10:50 UTC; later ones have figures of their own, and none where the assistants were there before:
+those under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, are those of `cifar10-generations`, seed 1.
+
 Ideas that were tried on the development part alone have no line here; their figures stand where the idea would be,
 in [distill.py](../edge_agent/distill.py) and [diffusion.py](../edge_agent/diffusion.py).
 """
