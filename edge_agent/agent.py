@@ -30,7 +30,7 @@ from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool
 from edge_agent.egress import CopyGate, EgressDoor
-from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem
+from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem, TeacherAway
 from edge_agent.generators import AnyGenerator, PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
@@ -180,10 +180,16 @@ class Agent:
         now = {"deprivatize.generator": self._config.deprivatize.generator} | identity
         changed = [name for name in now if known.get(name) != now[name] and not self._may_change(name, charged)]
         if changed and planned > 0:
+            refusal = f"{self._folder.path} has paid answers for other {changed[0]}: "
+            if changed[0] == "pictures":
+                before = str(known.get("reference pictures")).partition(",")[0].rpartition(" of ")[2]
+                raise RunFolderProblem(
+                    f"{refusal}it began with {before}, now there are {len(self._local.images_NCHW)} in "
+                    f"{self._config.images}, and not the same; bring those back, or give another --run-dir"
+                )
             raise RunFolderProblem(
-                f"{self._folder.path} has paid answers for other {changed[0]}: it began with "
-                f"{known.get(changed[0])!r}, now it is {now[changed[0]]!r}; give another --run-dir, or the "
-                f"former value (all of them: --config {self._folder.path / 'run.toml'})"
+                f"{refusal}it began with {known.get(changed[0])!r}, now it is {now[changed[0]]!r}; give another "
+                f"--run-dir, or the former value (all of them: --config {self._folder.path / 'run.toml'})"
             )
         if changed and self._folder.has("generator.pt"):
             self._console.warn(
@@ -339,6 +345,11 @@ class Agent:
         if self._folder.done("deprivatize", inputs) and self._folder.has("generator.pt"):
             self._console.say("deprivatize: done before")
             return
+        if self._may_connect:
+            try:
+                self._check_account(within_seconds=SUMMARY_SECONDS)
+            except TeacherAway:
+                self._console.say("nothing is asked yet; the account is looked at when it is")
         self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
             generator = self._train_generator(self._folder.checkpoint("deprivatize", inputs), tell)
@@ -402,7 +413,7 @@ class Agent:
         )
         agreement = agreement_with_answers(student, held_out) if len(held_out) else None
         self._folder.write_network("student.pt", student.cpu(), facts)
-        self._journal.set_facts(agreement_synthetic=agreement)
+        self._journal.set_facts(agreement_synthetic=agreement, held_out=len(held_out))
         self._folder.finish("distill", inputs)
 
     def adapt(self) -> None:
@@ -510,7 +521,7 @@ class Agent:
         """Takes back that phases are done: their results are of other inputs from here on."""
         self._journal.set_facts(**{f"done.{phase}": None for phase in phases})
         if "distill" in phases:
-            self._journal.set_facts(agreement_synthetic=None)
+            self._journal.set_facts(agreement_synthetic=None, held_out=None)
 
     def _answers_digest(self) -> str:
         """Which answers were paid for so far."""
@@ -565,6 +576,7 @@ class Agent:
                 self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
         gate = self._gate(generator, digest)
+        self._check_account()
         outbox = self._outbox(pools.synthetic(generator, gate, seed=self._config.seed))
         teacher = self._connected()
         with self._console.bar("distill: ask", "pictures") as tell:
@@ -574,6 +586,26 @@ class Agent:
                 outbox,
                 self._description,
                 progress=lambda answered: tell(answered, self._config.budget),
+            )
+
+    def _check_account(self, *, within_seconds: float | None = None) -> None:
+        """Refuses another account than the one that has paid so far; warns of one that cannot pay for the rest."""
+        books = self._books()
+        if books is None:
+            return
+        account = books.balance(self._journal.run_id, within_seconds=within_seconds)
+        paid_by = {receipt.account for _, receipt in self._journal.receipts()} - {account.account}
+        if paid_by:
+            raise RunFolderProblem(
+                f"{self._folder.path}: its answers were bought by account {', '.join(sorted(paid_by))}, and this key "
+                f"is {account.account}'s; give a key of that account, or another --run-dir"
+            )
+        # What is held may be this run's own, from before it was stopped.
+        missing = self._config.budget - self._journal.totals().charged_pictures - account.balance - account.held
+        if missing > 0:
+            self._console.warn(
+                f"account {account.account} has {account.balance} pictures, {missing} fewer than --budget "
+                f"{self._config.budget} needs; have it granted more meanwhile, or lower --budget"
             )
 
     def _packing(self) -> Packing:
@@ -651,6 +683,7 @@ class Agent:
             "accuracy": {"teacher": None, "student": None, "student_adapted": None},
             "agreement": None,
             "agreement_synthetic": self._journal.fact("agreement_synthetic"),
+            "held_out": self._journal.fact("held_out"),
             "queries": {
                 "budget": self._config.budget,
                 "charged": self._charged(total),

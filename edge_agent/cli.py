@@ -176,7 +176,9 @@ def _outcome(run_dir: Path, summary: dict[str, Any]) -> str:
     if "distill" in summary["phases_done"]:
         found.append(f"the student is {run_dir / 'student.pt'}")
         if summary["agreement_synthetic"] is not None:
-            found.append(f"it agrees with {summary['agreement_synthetic']:.1%} of answers it was not trained on")
+            among = "" if summary["held_out"] is None else f" ({summary['held_out']})"
+            agreement = f"{summary['agreement_synthetic']:.1%} of answers it was not trained on{among}"
+            found.append(f"it agrees with {agreement}")
     return f"{', '.join(found)}; all figures: {run_dir / 'summary.json'}"
 
 
@@ -256,7 +258,7 @@ def status(run_dir: str, form: str) -> None:
     if not path.is_file():
         _fail(f"expected a run folder with a journal, found no {path}", 6)
     try:
-        journal = Journal.open(path)
+        journal = Journal.open(path, to_read=True)
         totals = journal.totals()
         metered_by = journal.fact("metered_by") or "teacher"
         found: dict[str, Any] = {
@@ -304,7 +306,7 @@ def receipts(run_dir: str) -> None:
     if not path.is_file():
         _fail(f"expected a run folder with a journal, found no {path}", 6)
     try:
-        journal = Journal.open(path)
+        journal = Journal.open(path, to_read=True)
         for batch_id, receipt in journal.receipts():
             row = {"account": receipt.account, "batch_id": batch_id, "sequence": receipt.sequence}
             click.echo(json.dumps(row | {"head": receipt.head.hex()}))
@@ -328,12 +330,11 @@ def _config(
         # The run.toml of a run folder speaks of that folder, from wherever it is read and however it was moved.
         if (path.parent / "journal.db").is_file():
             layers[0]["run_dir"] = str(path.parent)
-    given = [
-        *([preset_layer(preset)] if preset else []),
-        *layers,
-        flags,
-        *(parse_setting(setting) for setting in settings),
-    ]
+    set_ones = [parse_setting(setting) for setting in settings]
+    for layer in set_ones:
+        if twice := [name for name in layer if flags.get(name, layer[name]) != layer[name]]:
+            raise ConfigError(f"{twice[0]}: given twice, as {flags[twice[0]]!r} and by --set as {layer[twice[0]]!r}")
+    given = [*([preset_layer(preset)] if preset else []), *layers, flags, *set_ones]
     # Money is never spent because a flag was left out: a budget is changed by giving another.
     run_dir = next((layer["run_dir"] for layer in reversed(given) if "run_dir" in layer), RunConfig.run_dir)
     before = _budget_of(Path(run_dir)) if isinstance(run_dir, str) else None

@@ -7,6 +7,7 @@ batch that was refused, and is not asked about again, is kept, too: the teacher 
 """
 
 import json
+import os
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -125,10 +126,15 @@ class Journal:
         self._connection = connection
 
     @classmethod
-    def open(cls, path: Path) -> "Journal":
-        """Opens or makes the journal. Raises RunFolderProblem for a file that is none, DiskProblem."""
+    def open(cls, path: Path, *, to_read: bool = False) -> "Journal":
+        """Opens or makes the journal. Raises RunFolderProblem for a file that is none, DiskProblem.
+
+        ``to_read``: it is there, and may be where nothing can be written.
+        """
         with _store_problems(path):
-            connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            fixed = "?immutable=1" if to_read and not os.access(path.parent, os.W_OK) else ""
+            name = path.absolute().as_uri() + fixed
+            connection = sqlite3.connect(name, uri=True, isolation_level=None, timeout=5.0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}

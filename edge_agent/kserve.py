@@ -48,7 +48,7 @@ from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
 SCHEMES = {"kserve": False, "kserves": True}
-FORM = "kserve://HOST:PORT/MODEL[/VERSION], or kserves:// for TLS"
+FORM = "HOST:PORT of a teacher-serve, or kserve://HOST:PORT/MODEL[/VERSION] (kserves:// for TLS) of another server"
 WINDOW = 4  # calls at once: one is computed while others travel, and a server with a batcher has something to join
 CALL_SECONDS = 120.0
 LONGEST_PAUSE_SECONDS = 60.0  # every attempt costs pictures of the budget
@@ -760,11 +760,16 @@ def _put_sold(
 def _probabilities(values: npt.NDArray[Any], count: int, reading: Reading) -> codec.Float32Array:
     """Probabilities (N, K) as float32; logits become some by softmax, in double precision. Raises ValueError."""
     rows_NK = _rows(values, count, reading)
+    sums_N = rows_NK.sum(axis=1)
     if reading.output_kind == "logits":
+        if rows_NK.min() >= 0.0 and np.abs(sums_N - 1.0).max() <= codec.SUM_TOLERANCE:
+            raise ValueError(
+                "expected logits, got numbers of at least 0 that sum to 1 for each picture; they are probabilities: "
+                "say so, output_kind"
+            )
         rows_NK = np.exp(rows_NK - rows_NK.max(axis=1, keepdims=True))
         rows_NK /= rows_NK.sum(axis=1, keepdims=True)
     else:
-        sums_N = rows_NK.sum(axis=1)
         worst = float(sums_N[np.abs(sums_N - 1.0).argmax()])
         if rows_NK.min() < 0.0 or abs(worst - 1.0) > codec.SUM_TOLERANCE:
             raise ValueError(

@@ -352,9 +352,11 @@ class _Filling:
         if self.problem is not None:
             raise self.problem
         if self._spent is not None:
+            charged = self._journal.totals().charged_pictures
+            or_train = f", or with --budget {charged} to train on what is there" if charged > 0 else ""
             raise BudgetSpent(
                 f"the account's budget is spent after {self._answered} answers of this run ({self._spent}); they are "
-                "kept. Start the same command again after a grant"
+                f"kept. Start the same command again after a grant{or_train}"
             )
         if (given_up := self._outbox.given_up_pictures) > 0:
             raise BudgetSpent(

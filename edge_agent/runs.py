@@ -38,6 +38,7 @@ from networks.modelfile import ModelFacts, ModelFileError, load_model, model_byt
 
 CHECKPOINT_SECONDS = 30.0
 MEMORY_LIMIT_BYTES = 4 * 2**20
+_RESULTS = ("generator.pt", "student.pt", "memory.npz", "summary.json")
 
 
 class RunFolder:
@@ -66,6 +67,12 @@ class RunFolder:
                 f"{path}: expected a file system that can lock files, got: {error.strerror}; give another --run-dir"
             ) from None
         self.path = path
+        if not (path / "journal.db").exists() and (results := [name for name in _RESULTS if self.has(name)]):
+            self._lock.close()
+            raise RunFolderProblem(
+                f"{path} has {', '.join(results)} and no journal.db, which knows what was paid for; put it back, or "
+                "give another --run-dir"
+            )
         try:
             self.journal = Journal.open(path / "journal.db")
         except BaseException:
@@ -155,8 +162,11 @@ class RunFolder:
         """What ``write_network`` wrote, in eval mode. Raises RunFolderProblem."""
         try:
             network = load_model(self.path / name).module
-        except ModelFileError as error:
-            raise RunFolderProblem(str(error)) from None
+        except ModelFileError:
+            raise RunFolderProblem(
+                f"{self.path / name}: expected what a run wrote there, got a damaged or another file; remove it, and "
+                "--phase distill makes it again of the answers that are there"
+            ) from None
         if not isinstance(network, Classifier):
             raise RunFolderProblem(f"{self.path / name}: expected a checkpoint of this project, got another file")
         return network

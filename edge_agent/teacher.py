@@ -7,6 +7,7 @@ ever repeated with the very same bytes.
 
 import ipaddress
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,12 @@ _PAIR_FLAGS = ("--tls-cert", "--tls-key")
 LARGEST_WINDOW = 256  # batches: they are kept in memory, and the queues of a stream are bounded
 
 _CREDENTIAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_HOPELESS = {
+    "Hostname Verification Check failed": "its certificate is for another name; give the name that is in it",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority in --tls-ca, or no longer valid",
+    "Failed parsing HTTP/2": "that port speaks no gRPC; look at what teacher-serve says it listens on",
+}
+"""What gRPC says of an address that was never reached -> what to do; waiting changes nothing."""
 _PASSING = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -75,6 +82,7 @@ class Description:
 class Balance:
     """The account's books, in pictures, and what this run has posted."""
 
+    account: str
     run_posted: int
     held: int
     balance: int
@@ -204,7 +212,12 @@ class RemoteTeacher:
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
         request = ledger_wire.GetBalanceRequest(run_id=run_id)
         answer = self._link.unary(self._ledger.GetBalance, request, within_seconds)
-        return Balance(run_posted=answer.run_posted_count, held=answer.held_count, balance=answer.balance_count)
+        return Balance(
+            account=answer.account,
+            run_posted=answer.run_posted_count,
+            held=answer.held_count,
+            balance=answer.balance_count,
+        )
 
     def posts(self, run_id: str) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -269,6 +282,7 @@ class Link:
         self._address = address
         self._wait_seconds = wait_seconds
         self._tell = tell
+        self._was_reached = False
         self.metadata: tuple[tuple[str, str], ...] = ()
         if api_key is not None:
             self.metadata = (("authorization", f"Bearer {api_key}"),)
@@ -279,9 +293,12 @@ class Link:
         timeout_seconds = UNARY_TIMEOUT_SECONDS if within_seconds is None else within_seconds
         while True:
             try:
-                return call(request, metadata=self.metadata, timeout=timeout_seconds)
+                answer = call(request, metadata=self.metadata, timeout=timeout_seconds)
             except grpc.RpcError as error:
                 self.wait_out(error, patience)
+            else:
+                self._was_reached = True
+                return answer
 
     def wait_out(self, error: grpc.RpcError, patience: "Patience") -> None:
         """Sleeps before the next attempt. Raises what is final as its failure, and TeacherAway."""
@@ -292,8 +309,11 @@ class Link:
 
     def sleep(self, error: grpc.RpcError, patience: "Patience", at_least_seconds: float = 0.0) -> None:
         """Sleeps before the next attempt, and says why. Raises TeacherAway."""
-        pause = patience.pause(f"the teacher at {self._address} is away ({brief(error)})", at_least_seconds)
-        self._tell(f"the teacher at {self._address} is away ({brief(error)}); trying again in {pause:.1f} s")
+        why = f"the teacher at {self._address} is away ({brief(error)})"
+        if not self._was_reached and error.code() is grpc.StatusCode.UNAVAILABLE:
+            why += ", and was never reached: is that its address, and does it want TLS (--tls-ca)?"
+        pause = patience.pause(why, at_least_seconds)
+        self._tell(f"{why}; trying again in {pause:.1f} s")
         time.sleep(pause)
 
     def raise_if_final(self, error: grpc.RpcError) -> None:
@@ -311,6 +331,9 @@ class Link:
             ) from None
         if code not in _PASSING:
             raise BadInput(f"the teacher at {self._address} refuses: {brief(error)}") from None
+        for words, remedy in _HOPELESS.items() if not self._was_reached else ():
+            if words in (error.details() or ""):
+                raise BadInput(f"--teacher {self._address}: {remedy} ({brief(error)})") from None
 
 
 class Patience:
@@ -554,6 +577,8 @@ def open_channel(
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy would send loopback traffic to a stranger
     if tls:
         cert, key = (_pem(path, flag) for path, flag in zip(tls_pair or (None, None), _PAIR_FLAGS, strict=True))
+        if tls_pair is not None:
+            _check_pair(*tls_pair)
         credentials = grpc.ssl_channel_credentials(_pem(tls_ca, "--tls-ca"), key, cert)
         return grpc.secure_channel(address, credentials, options)
     if not is_loopback(address) and not insecure:
@@ -568,6 +593,17 @@ def _pem(path: Path | None, flag: str) -> bytes | None:
         return None if path is None else path.read_bytes()
     except OSError as error:
         raise BadInput(f"{flag} {path}: {error.strerror}") from None
+
+
+def _check_pair(cert: Path, key: Path) -> None:
+    """Refuses what gRPC would find out at each connection, and take for a teacher that is away."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password="")  # asks nobody for one
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise BadInput(
+            f"--tls-cert {cert}, --tls-key {key}: expected a certificate and its key, unencrypted, got {reason}"
+        ) from None
 
 
 def _advised_wait(error: grpc.RpcError) -> float | None:

@@ -147,7 +147,8 @@ class Authenticator:
         scheme, _, text = header.partition(" ")
         found = _KEY.fullmatch(text.strip())
         if scheme.lower() != "bearer" or found is None:
-            raise Refusal.of(Reason.UNAUTHENTICATED, got="another form")
+            what = "a key that is not whole" if scheme.lower() == "bearer" else "another form"
+            raise Refusal.of(Reason.UNAUTHENTICATED, got=what)
         cached_under = _sha256(text.strip())  # the cache holds no secret
         until, caller = self._good.get(cached_under, (0.0, None))
         if caller is not None and self._clock() < until:

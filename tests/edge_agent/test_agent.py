@@ -138,7 +138,7 @@ def test_all_local_pictures_reach_the_training_and_the_student_is_trained_again_
 def test_the_student_is_given_the_assistant_of_its_answers_and_what_that_learnt_from_is_what_it_learns_from(
     tmp_path, pictures_NHW, monkeypatch
 ):
-    seen, made, assistant = {}, mixes(), object()
+    seen, made, assistant = {}, mixes(), torch.nn.Linear(1, 1)
 
     def asking(folder, lessons, *, learnt_from):
         seen.update(folder=folder, pool=lessons.pool, mixed=lessons.mixed_MCHW, learnt_from=learnt_from)

@@ -178,6 +178,12 @@ def test_a_budget_that_is_left_out_is_the_one_the_folder_was_given(tmp_path, mon
     assert _config(None, (), {"images": "a"}).budget == 50_000
 
 
+def test_setting_that_is_given_twice_otherwise_is_refused():
+    with pytest.raises(ConfigError, match=r"run_dir: given twice, as 'a' and by --set as 'b'"):
+        _config(None, ("run_dir=b",), {"images": "x", "run_dir": "a"})
+    assert _config(None, ("run_dir=a",), {"images": "x", "run_dir": "a"}).run_dir == "a"
+
+
 def test_a_mistake_is_blamed_on_the_file_where_it_is_in_the_file_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text('images = "a"\n[distill]\npasses = 0\n')

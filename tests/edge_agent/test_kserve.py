@@ -428,8 +428,8 @@ def test_encrypted_connection_trusts_the_authority_and_shows_its_own_certificate
     with serving(Model(), credentials=credentials) as address:
         ask(address, journal, generator, budget=4, tls_ca=authority.pem, tls_pair=own, api_key="k")
         assert journal.totals().charged_pictures == 4
-        for trusted, shown in ((stranger.pem, own), (authority.pem, None)):
-            with pytest.raises(TeacherAway):
+        for trusted, shown, failure in ((stranger.pem, own, BadInput), (authority.pem, None, TeacherAway)):
+            with pytest.raises(failure):
                 ask(address, journal, generator, budget=8, tls_ca=trusted, tls_pair=shown, wait_seconds=0.2)
     assert journal.totals().sent_pictures == 4
 
@@ -1013,6 +1013,13 @@ def test_weights_that_a_server_names_are_part_of_the_digest_and_answers_by_other
             ask(address, journal, generator, budget=128)
     one_line(error)
     assert journal.totals().charged_pictures >= 2 * 16, "what was answered by the model of the run is kept"
+
+
+def test_probabilities_that_are_called_logits_cost_a_batch_and_not_the_budget(journal, generator):
+    model = Model(kind="probabilities")
+    with serving(model) as address, pytest.raises(BadInput, match=r"they are probabilities: say so, output_kind"):
+        ask(address, journal, generator, budget=1000, given=LOGITS)
+    assert journal.totals().charged_pictures == 0 and model.received_pictures <= kserve.WINDOW * 16
 
 
 def test_digest_follows_metadata_and_settings_and_says_that_weights_are_unknown():

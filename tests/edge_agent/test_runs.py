@@ -8,6 +8,7 @@ import torch
 
 from edge_agent import runs
 from edge_agent.failures import DiskProblem, RunFolderProblem
+from edge_agent.journal import Batch
 from edge_agent.runs import RunFolder, digest_of
 
 
@@ -169,3 +170,28 @@ def test_a_path_that_cannot_be_a_folder_is_no_full_disk(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderProblem, match=r"expected a folder to write in[^\n]*--run-dir"):
         RunFolder(tmp_path / name)
+
+
+def test_results_without_the_journal_that_knows_what_they_cost_are_no_new_run(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.write("student.pt", b"paid for")
+    (tmp_path / "journal.db").unlink()
+    for _ in range(2):  # and no journal was made meanwhile
+        with pytest.raises(RunFolderProblem, match=r"has student\.pt and no journal\.db, .*; put it back, or give"):
+            RunFolder(tmp_path)
+    (tmp_path / "student.pt").unlink()
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_damaged_generator_is_to_be_put_back_once_answers_were_paid_for_and_a_student_made_again(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        for name in ("generator.pt", "student.pt"):
+            folder.write(name, b"damaged")
+        with pytest.raises(RunFolderProblem, match=r"generator\.pt: .*; remove it to make it again"):
+            folder.read_tensors("generator.pt")
+        folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"", latents=b""))
+        with pytest.raises(RunFolderProblem, match=r"generator\.pt: .*; put a copy of it back"):
+            folder.read_tensors("generator.pt")
+        with pytest.raises(RunFolderProblem, match=r"student\.pt: .*; remove it, and --phase distill makes it again"):
+            folder.read_network("student.pt")

@@ -1,6 +1,8 @@
 """RemoteTeacher against a real gRPC server whose behaviour each test writes down."""
 
 import queue
+import socketserver
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,16 @@ from protos.mekd.v1.teacher_inference_pb2_grpc import (
     TeacherInferenceServicer,
     add_TeacherInferenceServicer_to_server,
 )
+from tests.teacher_service.certificates import Authority
 
 WINDOW = 3
+
+
+class NoGrpc(socketserver.BaseRequestHandler):
+    """What a port says that is another program's."""
+
+    def handle(self):
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
 
 
 class Script(TeacherInferenceServicer):
@@ -342,3 +352,43 @@ def test_balance_for_a_summary_does_not_wait_for_a_teacher_that_is_away():
         teacher.balance("r", within_seconds=0.5)
     assert time.monotonic() - started < 10
     teacher.close()
+
+
+def test_address_that_was_never_reached_says_so_and_an_hopeless_one_is_not_waited_for(tmp_path):
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("DNS:elsewhere.example")
+    server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    address = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    web = socketserver.TCPServer(("127.0.0.1", 0), NoGrpc)
+    threading.Thread(target=web.serve_forever).start()
+    try:
+        for wrong, options, expected in (
+            (address, {"tls_ca": authority.pem}, "its certificate is for another name"),
+            (
+                address,
+                {"tls_ca": Authority(tmp_path / "other").pem},
+                "its certificate is of no authority in --tls-ca",
+            ),
+            (f"127.0.0.1:{web.server_address[1]}", {}, "that port speaks no gRPC"),
+        ):
+            teacher = RemoteTeacher(wrong, api_key="k", check_egress=lambda batch: None, **options)
+            with pytest.raises(BadInput, match=f"--teacher {wrong}: {expected}"):
+                teacher.describe()
+            teacher.close()
+    finally:
+        web.shutdown()
+        web.server_close()
+        server.stop(None).wait()
+    teacher = RemoteTeacher("127.0.0.1:1", api_key="k", wait_seconds=0.3, check_egress=lambda batch: None)
+    with pytest.raises(TeacherAway, match="was never reached: is that its address, and does it want TLS"):
+        teacher.describe()
+    teacher.close()
+
+
+def test_certificate_and_a_key_that_is_not_its_own_are_refused_before_anything_is_called(tmp_path):
+    authority = Authority(tmp_path)
+    (cert, _), (_, key) = authority.issue(""), authority.issue("")
+    with pytest.raises(BadInput, match=r"--tls-cert .*, --tls-key .*: expected a certificate and its key"):
+        RemoteTeacher("127.0.0.1:1", api_key=None, tls_ca=authority.pem, tls_pair=(cert, key), check_egress=print)
