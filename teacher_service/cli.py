@@ -19,6 +19,7 @@ from teacher_service.health import LIVENESS
 from teacher_service.ledger import IDENTIFIER, OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.server import StartError, open_ledger, serve_ledger
+from teacher_service.server import check as check_config
 from teacher_service.server import serve as run_server
 from teacher_service.terms import FIELDS, Terms, TermsError
 
@@ -378,6 +379,7 @@ def serve(
     given = _given_facts(arch, input_shape, mean, std, labels, output)
     config = ServerConfig(model_given=given, ledger_key=_ledger_key(), **settings)
     try:
+        check_config(config)
         if model is None:
             asyncio.run(serve_ledger(config))
         else:

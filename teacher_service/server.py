@@ -274,14 +274,16 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
         insecure=config.ledger_insecure,
         lease_ms=round(config.lease_seconds * 1000),
     )
-    if isinstance(ledger, SqlLedger) and config.answers_keep_seconds is not None:
-        ledger.begin_pruning(round(config.answers_keep_seconds * 1000))
-    if isinstance(ledger, RemoteLedger):
-        try:
+    try:
+        if isinstance(ledger, RemoteLedger):
             await ledger.begin()  # a wrong key or address is told now, and not to the first customer
-        except BaseException:
-            await ledger.close()
-            raise
+        elif not await ledger.accounts(limit=1):  # such as one made just now, in another folder than was meant
+            log.warning("the ledger has no account: every key is refused until teacher-admin makes one")
+        if isinstance(ledger, SqlLedger) and config.answers_keep_seconds is not None:
+            ledger.begin_pruning(round(config.answers_keep_seconds * 1000))
+    except BaseException:
+        await ledger.close()
+        raise
     return ledger
 
 
@@ -367,8 +369,15 @@ def _certificates(config: ServerConfig) -> Certificates | None:
         raise StartError(str(error)) from None
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certificates | None) -> str:
-    """Binds the port and returns HOST:PORT. Raises StartError."""
+def check(config: ServerConfig) -> None:
+    """Refuses what needs no model to be refused: loading one may take long. Raises StartError."""
+    certificates = _certificates(config)
+    _listening_on(config, certificates)
+    _metrics_certificates(config, certificates)
+
+
+def _listening_on(config: ServerConfig, certificates: Certificates | None) -> str:
+    """The host that --listen names, where a server may and can listen. Raises StartError."""
     host, _, port = config.listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StartError(f"--listen: expected HOST:PORT, got {config.listen!r}")
@@ -379,16 +388,26 @@ def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certifica
         )
     try:
         _try_address(host.strip("[]"), int(port))
+    except OSError as error:
+        raise _cannot_listen(config, error.strerror) from None
+    return host
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certificates | None) -> str:
+    """Binds the port and returns HOST:PORT. Raises StartError."""
+    host = _listening_on(config, certificates)
+    try:
         if certificates is not None:
             bound = server.add_secure_port(config.listen, certificates.credentials())
         else:
             bound = server.add_insecure_port(config.listen)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StartError(
-            f"cannot listen on {config.listen}: {reason}; give another --listen (port 0 picks a free one)"
-        ) from None
+    except RuntimeError as error:
+        raise _cannot_listen(config, error) from None
     return f"{host}:{bound}"
+
+
+def _cannot_listen(config: ServerConfig, reason: object) -> StartError:
+    return StartError(f"cannot listen on {config.listen}: {reason}; give another --listen (port 0 picks a free one)")
 
 
 def _try_address(host: str, port: int) -> None:
@@ -410,19 +429,24 @@ def _try_address(host: str, port: int) -> None:
         raise failure
 
 
-def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certificates | None) -> int:
-    """Plain HTTP on loopback; beyond it as --listen: with TLS, or with leave. Raises StartError."""
+def _metrics_certificates(config: ServerConfig, certificates: Certificates | None) -> Certificates | None:
+    """Plain HTTP on loopback (None); beyond it as --listen: with TLS, or with leave. Raises StartError."""
     host = config.metrics_host.strip("[]")
-    tls = None
-    if not is_loopback(host):
-        if certificates is None and not config.insecure_listen:
-            raise StartError(
-                f"--metrics-host {host} is not loopback: give --tls-cert and --tls-key, "
-                "or --insecure-listen if metrics may travel unencrypted"
-            )
-        tls = certificates.context if certificates is not None else None
+    if is_loopback(host):
+        return None
+    if certificates is None and not config.insecure_listen:
+        raise StartError(
+            f"--metrics-host {host} is not loopback: give --tls-cert and --tls-key, "
+            "or --insecure-listen if metrics may travel unencrypted"
+        )
+    return certificates
+
+
+def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certificates | None) -> int:
+    """Returns the port. Raises StartError."""
+    shown = _metrics_certificates(config, certificates)
     try:
-        return metrics.serve(host, config.metrics_port, tls)
+        return metrics.serve(config.metrics_host.strip("[]"), config.metrics_port, shown.context if shown else None)
     except OSError as error:
         of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)  # the latter: a port that is for root alone
         advice = "--metrics-port (0 picks a free one)" if of_port else "--metrics-host"

@@ -136,6 +136,8 @@ class TorchEngine:
         self._lanes.put(_Lane(self._device))
         try_out = _pictures(16, self.channels, self.height, self.width)
         exact_NK = self.answer(try_out)
+        if self._gives_logits:
+            self._refuse_probabilities(try_out)
         if precision != "fp32":
             self._type = _TYPES[precision]
             self._module = copy.deepcopy(self._module).to(self._type)  # whoever gave it keeps it as it is
@@ -197,16 +199,30 @@ class TorchEngine:
     @torch.inference_mode()
     def _forward(self, images_NCHW: Tensor) -> Tensor:
         """Pictures on the device -> the output there; of logits the probabilities, NaN where they are not finite."""
+        output_NK = self._output(images_NCHW)
+        if not self._gives_logits:
+            return output_NK
+        is_finite_N1 = torch.isfinite(output_NK).all(dim=1, keepdim=True)
+        return output_NK.softmax(dim=1).masked_fill_(~is_finite_N1, torch.nan)
+
+    def _output(self, images_NCHW: Tensor) -> Tensor:
+        """Pictures on the device -> what the model says of them, as it says it."""
         normalised = images_NCHW.float().div_(255).sub_(self._mean_C11).div_(self._std_C11)
         output_NK: Tensor = self._module(normalised.to(self._type, memory_format=self._layout)).float()
         if output_NK.shape != (len(images_NCHW), len(self.labels)):
             raise EngineError(
                 f"expected answers {(len(images_NCHW), len(self.labels))}, got {tuple(output_NK.shape)}"
             )
-        if not self._gives_logits:
-            return output_NK
-        is_finite_N1 = torch.isfinite(output_NK).all(dim=1, keepdim=True)
-        return output_NK.softmax(dim=1).masked_fill_(~is_finite_N1, torch.nan)
+        return output_NK
+
+    @torch.inference_mode()
+    def _refuse_probabilities(self, images_NCHW: UInt8Array) -> None:
+        """Softmax of a softmax is nearly even: such answers would be sold without a word, and be worth little."""
+        output_NK = self._output(torch.tensor(images_NCHW, device=self._device))
+        if (output_NK >= 0).all() and ((output_NK.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE).all():
+            raise EngineError(
+                "expected logits, the model gave probabilities; describe it with --output probabilities"
+            )
 
     def _checked(self, answers_NK: Float32Array) -> Float32Array:
         if not np.isfinite(answers_NK).all():
