@@ -123,6 +123,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         batcher.start()
         await server.start()
         following = _now_ready(health, ledger)
+        await _tell_if_empty(ledger)
         log.info("serving", address=address, metrics_port=metrics_port, model_digest=engine.model_digest)
         print(f"serving on {address}", flush=True)
         if config.ledger == IN_MEMORY:
@@ -161,6 +162,7 @@ async def serve_ledger(config: ServerConfig) -> None:
         address = _bind(server, config, certificates)
         await server.start()
         following = _now_ready(health, ledger)
+        await _tell_if_empty(ledger)
         log.info("serving the ledger", address=address)
         print(f"serving on {address}", flush=True)
         await stopping.asked.wait()
@@ -277,14 +279,18 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
     try:
         if isinstance(ledger, RemoteLedger):
             await ledger.begin()  # a wrong key or address is told now, and not to the first customer
-        elif not await ledger.accounts(limit=1):  # such as one made just now, in another folder than was meant
-            log.warning("the ledger has no account: every key is refused until teacher-admin makes one")
         if isinstance(ledger, SqlLedger) and config.answers_keep_seconds is not None:
             ledger.begin_pruning(round(config.answers_keep_seconds * 1000))
     except BaseException:
         await ledger.close()
         raise
     return ledger
+
+
+async def _tell_if_empty(ledger: Ledger) -> None:
+    """Of a ledger that was made just now, maybe in another folder than was meant."""
+    if isinstance(ledger, SqlLedger) and not await ledger.accounts(limit=1):
+        log.warning("the ledger has no account: every key is refused until teacher-admin makes one")
 
 
 def _books_in_memory(config: ServerConfig) -> Ledger:
