@@ -363,7 +363,8 @@ def _section(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
     known = {field.name: field for field in fields(kind)}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"{prefix}{name}: expected one of {', '.join(known)}; got an unknown name")
+            names = ", ".join(each for each in known if each != "kserve")  # that one is a section, [teacher]
+            raise ConfigError(f"{prefix}{name}: expected one of {names}; got an unknown name")
         wanted = known[name].type
         if wanted == _NUMBERS:
             if not _are_numbers(value):

@@ -24,7 +24,7 @@ def commented_defaults() -> str:
     for name, kind in SECTIONS.items():
         lines += [f"[{name}]", *_settings(kind, meanings)]
     lines += [
-        "# For a kserve:// teacher, where its metadata leave it open; its address stands here, too.",
+        "# For a kserve:// teacher, where its metadata leave it open; its address is here, and none above.",
         "#[teacher]",
     ]
     lines += ['#address = "kserve://HOST:PORT/MODEL"', *_settings(KServeConfig, meanings)]
