@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2_grpc
 from tritonclient.grpc.service_pb2_grpc import (
     GRPCInferenceServiceStub,
     add_GRPCInferenceServiceServicer_to_server,
@@ -26,6 +27,7 @@ from teacher_service.auth import Authenticator, AuthInterceptor, new_key
 from teacher_service.batcher import Batcher, EngineCall
 from teacher_service.config import ServerConfig
 from teacher_service.engine import ArrayEngine
+from teacher_service.health import Health
 from teacher_service.inference import InferenceServicer
 from teacher_service.interceptors import Gate, RpcMetrics
 from teacher_service.kserve import KserveServicer
@@ -261,6 +263,7 @@ async def serving(
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
     add_GRPCInferenceServiceServicer_to_server(open_inference, server)
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
+    health_pb2_grpc.add_HealthServicer_to_server(Health(()), server)
     port = server.add_insecure_port("127.0.0.1:0")
     batcher.start()
     await server.start()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -235,9 +236,30 @@ async def test_a_teacher_is_not_ready_while_the_books_elsewhere_cannot_be_writte
 
 # --- stopping ---
 
+# teacher-serve with an engine that waits for a file before every answer but the first, which the server makes itself.
+HELD_SERVER = """
+import pathlib, sys, time
+from teacher_service.cli import serve
+from teacher_service.engine import ArrayEngine
+answer, file, asked = ArrayEngine.answer, pathlib.Path(sys.argv.pop(1)), []
+def when_let_go(self, images):
+    asked.append(len(images))
+    time.sleep(0.05)
+    give_up = time.monotonic() + 60
+    while len(asked) > 1 and not file.exists() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return answer(self, images)
 
-def test_a_draining_server_is_first_not_ready_then_takes_nothing_new_and_is_alive(start_server: Any) -> None:
-    server = start_server("--grace-seconds", "20", command=slow(3.0))
+ArrayEngine.answer = when_let_go
+serve()
+"""
+
+
+def test_a_draining_server_is_first_not_ready_then_takes_nothing_new_and_is_alive(
+    start_server: Any, tmp_path: Path
+) -> None:
+    let_go = tmp_path / "let-go"
+    server = start_server("--grace-seconds", "60", command=(sys.executable, "-c", HELD_SERVER, str(let_go)))
     key = server.create_account()
     metadata = (("authorization", f"Bearer {key}"),)
     with connect(server.address) as channel:
@@ -247,7 +269,8 @@ def test_a_draining_server_is_first_not_ready_then_takes_nothing_new_and_is_aliv
         assert next(watching).status == READY
         client = Client(channel, key)
         client.send("under-way", 5)
-        wait_for(lambda: "held 5" in teacher_admin(server.ledger, "account", "show", "device"))
+        with contextlib.closing(sqlite3.connect(server.ledger.removeprefix("sqlite:///"))) as books:
+            wait_for(lambda: books.execute("SELECT held FROM accounts").fetchone() == (5,))
         server.process.send_signal(signal.SIGTERM)
         assert next(watching).status == NOT_READY
         assert [state(channel, name) for name in ("", *SERVICES)] == [NOT_READY] * (len(SERVICES) + 1)
@@ -258,14 +281,18 @@ def test_a_draining_server_is_first_not_ready_then_takes_nothing_new_and_is_aliv
         with pytest.raises(grpc.RpcError) as ended:
             Client(channel, key)
         assert status_of(ended.value).reason is Reason.DRAINING
+        let_go.touch()
         assert [response.WhichOneof("payload") for response in client.call] == ["draining", "result"]
     assert server.process.wait(30) == 0
     assert server.balances()["posted"] == 5
 
 
-def test_an_engine_that_never_returns_does_not_keep_the_process_nor_its_holds(start_server: Any) -> None:
-    server = start_server("--grace-seconds", "0.5", command=slow(1000.0))
-    key = server.create_account()
+def test_an_engine_that_never_returns_does_not_keep_the_process_nor_its_holds(
+    start_server: Any, tmp_path: Path
+) -> None:
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    key = teacher_admin(ledger, "account", "create", "device", "--budget", "1000").strip()
+    server = start_server("--grace-seconds", "0.5", command=slow(1000.0), ledger=ledger)
     with connect(server.address) as channel:
         client = Client(channel, key)
         client.send("stuck", 150)
@@ -328,12 +355,34 @@ def test_a_ledger_that_hangs_does_not_keep_a_server_that_is_stopped(start_server
             time.sleep(0.5)
             started = time.monotonic()
             teacher.process.send_signal(signal.SIGTERM)
-            teacher.process.wait(60)
+            assert teacher.process.wait(60) == 0  # closing gave up in time: what was held lapses there
             assert time.monotonic() - started < 0.5 + 10
         finally:
             ledger.process.send_signal(signal.SIGCONT)
     wait_for(lambda: ledger.balances()["held"] == 0)
     assert ledger.balances()["posted"] == 2
+
+
+# teacher-serve with books that never close, and little time for a last resort.
+STUCK_SERVER = """
+import asyncio, threading
+from teacher_service import server
+from teacher_service.cli import serve
+from teacher_service.ledger_sql import SqlLedger
+async def never(self):
+    await asyncio.to_thread(threading.Event().wait)
+
+SqlLedger.close = never
+server.LAST_RESORT_SECONDS = 1.0
+serve()
+"""
+
+
+def test_books_that_could_not_be_closed_in_time_are_told_by_the_exit_status(start_server: Any) -> None:
+    server = start_server("--grace-seconds", "0.1", command=(sys.executable, "-c", STUCK_SERVER))
+    assert server.stop() == 1
+    last = json.loads(server.log().splitlines()[-1])
+    assert (last["event"], last["waited_for"]) == ("ended without waiting any longer", "the ledger")
 
 
 # --- what is told without a key ---

@@ -18,7 +18,7 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from benchmarks import triton
+from benchmarks import services, triton
 from protos.errors import Reason
 from teacher_service import kserve
 from teacher_service.auth import ALLOWED, CACHE_SECONDS, new_key
@@ -27,9 +27,9 @@ from teacher_service.engine import ArrayEngine
 from teacher_service.kserve import DEFAULT_RUN_ID, SERVICE
 from teacher_service.ledger import OPERATORS, Role
 from teacher_service.terms import Terms
-from tests.conftest import StartServer
+from tests.conftest import StartServer, teacher_admin
 from tests.teacher_service.lanes import infer_request, kserve_result
-from tests.teacher_service.parts import TIMEOUT_SECONDS, Service, pictures, refusal_of, serving, until
+from tests.teacher_service.parts import TIMEOUT_SECONDS, Service, pictures, refusal_of, serving
 
 MOST = 16
 PIXELS = pictures(2)
@@ -74,16 +74,26 @@ class Server:
 
 
 @pytest.fixture(params=["this server", "Triton"])
-def server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     if request.param == "Triton":
         address, headers = request.getfixturevalue("triton_address"), {}
     else:
-        ours = start_server("--max-batch-pictures", str(MOST))
-        address, headers = ours.address, {"authorization": f"Bearer {ours.create_account(budget=100_000)}"}
+        address, headers = request.getfixturevalue("our_server")
     client = stock.InferenceServerClient(address)
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         yield Server(request.param, client, service_pb2_grpc.GRPCInferenceServiceStub(channel), headers)
     client.close()
+
+
+@pytest.fixture(scope="module")
+def our_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """One server for all cases, as there is one Triton for them, and the headers of its one account."""
+    folder = tmp_path_factory.mktemp("ours")
+    ledger = f"sqlite:///{folder}/ledger.db"
+    key = teacher_admin(ledger, "account", "create", "device", "--budget", "100000").strip()
+    flags = ("--max-batch-pictures", str(MOST))
+    with services.serving(Path("array:10,1,8,8"), ledger, log=folder / "log", more=flags) as address:
+        yield address, {"authorization": f"Bearer {key}"}
 
 
 @pytest.fixture(scope="module")
@@ -606,22 +616,7 @@ async def test_typed_values_of_a_shape_that_is_not_served_are_not_converted(
         assert looked_at == [size]
 
 
-# --- callers who leave, and draining ---
-
-
-async def test_a_batch_past_its_deadline_is_not_computed() -> None:
-    async with serving(max_engine_pictures=2) as service:
-        service.engine.gate.clear()
-        first = service.kserve.ModelInfer(infer_request("first", PIXELS), metadata=service.metadata())
-        await until(lambda: service.engine.calls)
-        with pytest.raises(grpc.aio.AioRpcError) as told:
-            await service.kserve.ModelInfer(infer_request("late", PIXELS), metadata=service.metadata(), timeout=0.3)
-        assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await asyncio.sleep(0.1)
-        service.engine.gate.set()
-        await first
-        await until(lambda: not service.calls.batches)
-        assert service.engine.calls == [2] and await service.balances() == (2, 0, 998)
+# --- draining ---
 
 
 async def test_a_draining_server_ends_streams_with_an_error_that_the_stock_client_reports() -> None:
@@ -708,9 +703,10 @@ async def test_other_callers_statistics_are_told_to_no_customer() -> None:
 # --- the log, and the docs ---
 
 
-def test_what_is_not_offered_leaves_no_traceback_in_the_log(start_server: StartServer) -> None:
-    ours = start_server()
-    headers = {"authorization": f"Bearer {ours.create_account()}"}
+def test_what_is_not_offered_leaves_no_traceback_in_the_log(start_server: StartServer, tmp_path: Path) -> None:
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    key = teacher_admin(ledger, "account", "create", "device", "--budget", "5").strip()
+    ours, headers = start_server(ledger=ledger), {"authorization": f"Bearer {key}"}
     client = stock.InferenceServerClient(ours.address)
     for ask in (client.get_trace_settings, client.get_log_settings, client.get_system_shared_memory_status):
         with pytest.raises(InferenceServerException) as told:

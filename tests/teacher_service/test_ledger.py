@@ -3,11 +3,14 @@
 import asyncio
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from protos.errors import Reason, Refusal
 from teacher_service import ledger as rules
@@ -665,8 +668,18 @@ def die(ledger: SqlLedger) -> None:
     asyncio.run(ledger.close())
 
 
+async def let_lapse(books: SqlLedger, dead: SqlLedger) -> None:
+    """Ends the lease of a dead server, whatever the time is."""
+    lapse = sa.text("UPDATE instances SET lease_until_ms = 0 WHERE instance_id = :dead")
+
+    def apply(transaction: Any) -> None:
+        assert transaction.connection.execute(lapse, {"dead": dead.instance_id}).rowcount == 1
+
+    await books._write(apply)
+
+
 async def test_the_death_of_one_server_expires_its_own_holds_alone(opened: Callable[..., SqlLedger]) -> None:
-    living, dying = opened(clock=rules.now_ms), opened(clock=rules.now_ms, lease_ms=300)
+    living, dying = opened(clock=rules.now_ms), opened(clock=rules.now_ms)
     await living.create_account("a", 100)
     await living.hold(wish("alive", 3))
     await dying.hold(wish("posted", 4))
@@ -677,7 +690,7 @@ async def test_the_death_of_one_server_expires_its_own_holds_alone(opened: Calla
     third = opened(clock=rules.now_ms)
     assert await state(third) == (100, 4, 8, 88)  # nobody knows yet
     assert (await refused(living, wish("dead", 5))).reason is Reason.BATCH_IN_FLIGHT
-    await asyncio.sleep(0.35)
+    await let_lapse(living, dying)
     await opened(clock=rules.now_ms).close()  # a starting server sweeps
     assert await state(third) == (100, 4, 3, 93)
     last = (await third.statement("a"))[-1]
@@ -693,12 +706,12 @@ async def test_the_death_of_one_server_expires_its_own_holds_alone(opened: Calla
 async def test_a_repeat_of_a_dead_servers_batch_expires_and_holds_it_at_once(
     opened: Callable[..., SqlLedger],
 ) -> None:
-    living, dying = opened(clock=rules.now_ms), opened(clock=rules.now_ms, lease_ms=50)
+    living, dying = opened(clock=rules.now_ms), opened(clock=rules.now_ms)
     await living.create_account("a", 100)
     await dying.hold(wish())
     await settled(dying)
     await asyncio.to_thread(die, dying)
-    await asyncio.sleep(0.1)
+    await let_lapse(living, dying)
     assert await living.hold(wish()) == Held()
     assert (await living.post("a", "b", b"answer")).account.posted == 5
     kinds = [entry.kind.value for entry in await living.statement("a")]
@@ -900,8 +913,8 @@ async def test_a_server_prunes_in_the_background_until_it_is_closed(opened: Call
     ledger, other = opened(clock=rules.now_ms), opened(clock=rules.now_ms)
     await ledger.create_account("a", 100)
     await charge(ledger, "x")
-    ledger.begin_pruning(300)
     assert (await repeat(other, "x")).answer == b"answer x"
+    ledger.begin_pruning(300)
 
     async def gone() -> bool:
         return (await repeat(other, "x")).answer is None
@@ -913,29 +926,71 @@ async def test_a_server_prunes_in_the_background_until_it_is_closed(opened: Call
     assert (await repeat(other, "y")).answer == b"answer y"
 
 
+class Clocks:
+    """The wall clock and the monotonic one of a server; they stand still until the test moves them."""
+
+    def __init__(self) -> None:
+        self.ahead_ms = 0  # what the wall clock says too much
+        self.seconds = 0.0
+        self.looks = 0  # of the task that prunes: the one that asks in the loop's own thread
+
+    def now_ms(self) -> int:
+        if threading.current_thread() is threading.main_thread():
+            self.looks += 1
+        return 1_000_000_000 + self.ahead_ms + round(self.seconds * 1000)
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    async def looked_at(self) -> None:
+        """Waits until the task has looked at them as they are now, and done what it does then."""
+        looks = self.looks + 2  # the second comes after all that followed from the first
+        await until(lambda: self.looks >= looks)
+
+
 async def test_nothing_is_pruned_by_a_clock_that_has_just_jumped(
     opened: Callable[..., SqlLedger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ledger_sql, "PRUNE_SECONDS", 0.02)
-    monkeypatch.setattr(ledger_sql, "STEADY_SECONDS", 0.8)
-    ahead_ms = 7_200_000  # wrong already when the server starts
-    ledger, other = opened(clock=lambda: rules.now_ms() + ahead_ms), opened(clock=rules.now_ms)
+    clocks, hour_ms = Clocks(), 3_600_000
+    monkeypatch.setattr(ledger_sql, "PRUNE_SECONDS", 0.005)
+    monkeypatch.setattr(ledger_sql, "time", SimpleNamespace(monotonic=clocks.monotonic))
+    other = opened(clock=lambda: clocks.now_ms() - clocks.ahead_ms)
     await other.create_account("a", 100)
     await charge(other, "x")
-    ledger.begin_pruning(3_600_000)
-    await asyncio.sleep(0.3)
-    ahead_ms = 0  # put right
-    await asyncio.sleep(1.2)  # steady for long enough, and by the right clock the answer is young
-    assert (await repeat(other, "x")).answer == b"answer x"
-    ahead_ms = 7_200_000
-    await asyncio.sleep(0.3)
-    assert (await repeat(other, "x")).answer == b"answer x"
-    assert [record.getMessage() for record in caplog.records if "jumped" in record.getMessage()] != []
+    clocks.ahead_ms = 2 * hour_ms  # wrong already when the server starts
+    ledger = opened(clock=clocks.now_ms)
+    ledger.begin_pruning(hour_ms)
+    pruned: list[int] = []
+    prune = ledger.prune_answers
 
-    async def gone() -> bool:
-        return (await repeat(other, "x")).answer is None
+    async def noted(before_ms: int) -> int:
+        pruned.append(before_ms)
+        return await prune(before_ms)
 
-    await until(gone)  # a clock that stays there is taken for right
+    monkeypatch.setattr(ledger, "prune_answers", noted)
+
+    def jumps() -> int:
+        return sum("jumped" in record.getMessage() for record in caplog.records)
+
+    async def still_kept() -> bool:
+        await clocks.looked_at()
+        return (await repeat(other, "x")).answer == b"answer x"
+
+    assert await still_kept()
+    clocks.seconds += ledger_sql.STEADY_SECONDS - 1
+    assert await still_kept() and (pruned, jumps()) == ([], 0)  # it has not run steadily for long enough
+    clocks.ahead_ms = 0  # put right
+    assert await still_kept() and (pruned, jumps()) == ([], 1)
+    clocks.seconds += ledger_sql.STEADY_SECONDS
+    assert await still_kept() and pruned != []  # steady for long enough, and by the right clock the answer is young
+    pruned.clear()
+    clocks.ahead_ms = 2 * hour_ms
+    assert await still_kept() and (pruned, jumps()) == ([], 2)
+    clocks.seconds += ledger_sql.STEADY_SECONDS - 1
+    assert await still_kept() and pruned == []
+    clocks.seconds += 1
+    assert not await still_kept()  # a clock that stays there is taken for right
+    assert jumps() == 2
 
 
 # --- keys ---

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +17,13 @@ from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service import interceptors
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.limits import SMALLEST_SWEEP, Limits
 from teacher_service.terms import Terms
 from tests.conftest import teacher_admin
 from tests.teacher_service.lanes import every_protocol, every_stream, lane
-from tests.teacher_service.parts import Clock, pictures, serving, until
+from tests.teacher_service.parts import Clock, Stream, pictures, serving, until
 
 
 def limits(clock: Clock, *, burst_pictures: int = 10, max_streams: int = 100) -> Limits:
@@ -330,6 +332,42 @@ async def test_a_stream_without_a_valid_key_takes_no_place() -> None:
         await service.stream()
 
 
+async def test_watchers_without_a_key_share_places_and_take_them_from_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interceptors, "STREAMS_WITHOUT_CREDENTIAL", 2)
+    async with serving(max_streams=1) as service:
+        health = health_pb2_grpc.HealthStub(service.channel)
+        request = health_pb2.HealthCheckRequest()
+
+        async def watch() -> Any:
+            watching = health.Watch(request)
+            assert await watching.read() is not grpc.aio.EOF
+            return watching
+
+        watchers = [await watch() for _ in range(2)]
+        refusal = await Stream(health.Watch(request)).ended_by()
+        whose = "callers without a key together"
+        assert refusal == Refusal.of(Reason.TOO_MANY_STREAMS, whose=whose, limit=2)
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        stream = await service.stream()
+        await stream.send("a", pictures(2))
+        await stream.result()
+        watchers[0].cancel()
+
+        async def let_in() -> bool:  # the caller knows of its own leaving before the server does
+            try:
+                watchers.append(await watch())
+            except grpc.aio.AioRpcError:
+                return False
+            return True
+
+        await until(let_in)
+        assert (await Stream(health.Watch(request)).ended_by()) == refusal
+        for watching in watchers:
+            watching.cancel()
+
+
 # --- every protocol ---
 
 
@@ -343,20 +381,6 @@ async def test_the_rate_is_the_same_for_all_protocols_and_a_repeat_after_the_wai
         assert refused.reason is Reason.RATE_LIMITED and "send the same batch again in 1.5 s" in refused.message
         service.clock.seconds += 1.5
         assert (await asking.ask("b", pictures(6))).charged == 6
-
-
-@every_protocol
-async def test_outstanding_pictures_are_the_same_for_all_protocols(protocol: str) -> None:
-    async with limited(Terms(max_outstanding_pictures=8)) as service:
-        service.engine.gate.clear()
-        first, second = await lane(protocol, service), await lane("mekd", service)
-        await first.send("a", pictures(5))
-        await until(lambda: service.engine.calls == [5])
-        await second.send("b", pictures(4))
-        assert (await second.refusal("b")).reason is Reason.TOO_MANY_OUTSTANDING
-        service.engine.gate.set()
-        await first.result()
-        assert (await second.ask("b", pictures(4))).charged == 4
 
 
 @every_stream

@@ -19,6 +19,7 @@ from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import Terms
 from tests.teacher_service.lanes import KINDS, Lane, Result, every_protocol, every_stream, lane
 from tests.teacher_service.parts import GatedEngine, Service, pictures, serving, until, write_locked
+from tests.teacher_service.test_metrics import rpcs
 
 
 async def outcomes(service: Service) -> dict[tuple[str, str], float]:
@@ -282,19 +283,19 @@ async def test_limits_are_kept_before_anything_is_held(protocol: str) -> None:
 
 
 @every_protocol
-async def test_an_accounts_own_limits_are_kept(protocol: str) -> None:
+async def test_outstanding_pictures_of_an_account_are_bounded_over_all_protocols(protocol: str) -> None:
     async with serving() as service:
         await service.ledger.set_terms("device", Terms(max_outstanding_pictures=6))
         service.engine.gate.clear()
-        mine = await lane(protocol, service)
-        await mine.send("a", pictures(5))
+        first, mine = await lane("mekd", service), await lane(protocol, service)
+        await first.send("a", pictures(5))
         await until(lambda: service.engine.calls)
         await mine.send("b", pictures(4))
         assert (await mine.refusal("b")).reason is Reason.TOO_MANY_OUTSTANDING
         assert await service.balances() == (0, 5, 995)
         service.engine.gate.set()
-        await mine.result()
-        assert (await mine.ask("b", pictures(4))).batch_id == "b"
+        await first.result()
+        assert (await mine.ask("b", pictures(4))).charged == 4
 
 
 @every_protocol
@@ -403,6 +404,16 @@ async def test_a_half_closed_stream_ends_well_after_its_last_answer(protocol: st
 # --- callers who leave ---
 
 
+async def has_left(service: Service) -> None:
+    """Waits until the server knows that a caller has left: its one call that was cancelled has ended."""
+
+    def cancelled() -> int:
+        handled = rpcs(service, "grpc_server_handled_total")
+        return int(sum(value for labels, value in handled.items() if labels[-1] == "Canceled"))
+
+    await until(lambda: cancelled() == 1, "the end of the cancelled call")
+
+
 @every_protocol
 async def test_a_batch_still_queued_when_its_caller_leaves_is_voided_and_not_computed(protocol: str) -> None:
     async with serving(max_engine_pictures=4) as service:
@@ -411,10 +422,9 @@ async def test_a_batch_still_queued_when_its_caller_leaves_is_voided_and_not_com
         await other.send("first", pictures(4))
         await until(lambda: service.engine.calls)
         await leaver.send("queued", pictures(3))
-        await until(lambda: service.batcher.taken_pictures == 7)
-        await asyncio.sleep(0.05)  # past the hold, before the engine
+        await until(lambda: service.batcher._queue.size == 3)  # past the hold, before the engine
         leaver.leave()
-        await asyncio.sleep(0.2)
+        await has_left(service)
         service.engine.gate.set()
         await other.result()
         await until(lambda: service.batcher.taken_pictures == 0)
@@ -436,7 +446,7 @@ async def test_a_batch_with_the_engine_when_its_caller_leaves_is_posted_and_repl
         await mine.send("b", pictures(3))
         await until(lambda: service.engine.calls)
         mine.leave()
-        await asyncio.sleep(0.2)
+        await has_left(service)
         service.engine.gate.set()
         await until(lambda: not service.calls.batches)
         assert await service.balances() == (3, 0, 997)

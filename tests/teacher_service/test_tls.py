@@ -6,6 +6,8 @@ import shutil
 import socket
 import ssl
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks import services
 from edge_agent.failures import BadCredential, BadInput
 from edge_agent.teacher import RemoteTeacher
 from protos.errors import Reason, Refusal
@@ -21,7 +24,7 @@ from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from protos.mekd.v1.teacher_inference_pb2_grpc import TeacherInferenceStub
 from teacher_service.tls import Certificates, TlsError
-from tests.conftest import program
+from tests.conftest import program, teacher_admin
 from tests.teacher_service.certificates import Authority
 from tests.teacher_service.test_server import Client, connect, fails, status_of
 
@@ -123,25 +126,39 @@ def test_files_that_are_gone_for_a_moment_change_nothing(authority: Authority, t
 # --- mutual TLS ---
 
 
-@pytest.fixture
-def mutual(start_server: Any, authority: Authority) -> Any:
+@dataclass
+class Mutual:
+    """A running server that asks for certificates; one for all tests, so each has accounts of its own."""
+
+    address: str
+    ledger: str
+
+    def create_account(self, name: str, budget: int = 1000) -> str:
+        """A new account; returns its key."""
+        return teacher_admin(self.ledger, "account", "create", name, "--budget", str(budget)).strip()
+
+    def posted(self, name: str) -> int:
+        found = json.loads(teacher_admin(self.ledger, "account", "show", name, "--format", "json"))
+        return int(found["posted"])
+
+
+@pytest.fixture(scope="module")
+def mutual(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mutual]:
+    folder = tmp_path_factory.mktemp("mutual")
     cert, key = authority.issue(HERE)
-    return start_server(
-        "--tls-cert",
-        str(cert),
-        "--tls-key",
-        str(key),
-        "--tls-client-ca",
-        str(authority.pem),
-        "--metrics-host",
-        "127.0.0.2",
-    )
+    found = Mutual("", f"sqlite:///{folder}/ledger.db")
+    found.create_account("device-7")  # for the certificates that come near to naming it
+    flags = ("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.pem))
+    flags += ("--metrics-host", "127.0.0.2")
+    model = Path("array:10,1,8,8")
+    with services.serving(model, found.ledger, log=folder / "log", more=flags) as found.address:
+        yield found
 
 
 def test_who_shows_no_certificate_of_the_authority_is_not_let_in_even_with_a_key(
-    mutual: Any, authority: Authority, stranger: Authority
+    mutual: Mutual, authority: Authority, stranger: Authority
 ) -> None:
-    key = mutual.create_account()
+    key = mutual.create_account("uncertified")
     for pair in (None, stranger.issue("DNS:device")):
         with connect(mutual.address, authority.trusted_by(pair)) as channel:
             with pytest.raises(grpc.RpcError) as ended:
@@ -151,43 +168,43 @@ def test_who_shows_no_certificate_of_the_authority_is_not_let_in_even_with_a_key
                 Client(channel, key)
 
 
-def test_a_certificate_is_its_accounts_customer_and_nothing_more(mutual: Any, authority: Authority) -> None:
-    mutual.create_account("device-7", budget=10)
-    with connect(mutual.address, authority.trusted_by(authority.issue("DNS:device-7"))) as channel:
+def test_a_certificate_is_its_accounts_customer_and_nothing_more(mutual: Mutual, authority: Authority) -> None:
+    mutual.create_account("customer", budget=10)
+    with connect(mutual.address, authority.trusted_by(authority.issue("DNS:customer"))) as channel:
         client = Client(channel, None)
         assert client.ask("b", 3).answer.charged_count == 3
         ledger = QuotaLedgerStub(channel)
         found = ledger.GetBalance(quota_wire.GetBalanceRequest(), timeout=10)
-        assert (found.account, found.posted_count, found.balance_count) == ("device-7", 3, 7)
+        assert (found.account, found.posted_count, found.balance_count) == ("customer", 3, 7)
         watched = ledger.WatchBalance(quota_wire.WatchBalanceRequest(), timeout=10)
-        assert next(watched).account.name == "device-7"
+        assert next(watched).account.name == "customer"
         watched.cancel()
         assert TeacherInferenceStub(channel).Describe(wire.DescribeRequest(), timeout=10).channels == 1
         for call, request in (
-            (ledger.Grant, quota_wire.GrantRequest(account="device-7", picture_count=5)),
-            (ledger.Hold, quota_wire.HoldRequest(account="device-7")),
+            (ledger.Grant, quota_wire.GrantRequest(account="customer", picture_count=5)),
+            (ledger.Hold, quota_wire.HoldRequest(account="customer")),
             (ledger.GetBalance, quota_wire.GetBalanceRequest(account="operators")),
         ):
             with pytest.raises(grpc.RpcError) as ended:
                 call(request, timeout=10)
             assert status_of(ended.value).reason is Reason.PERMISSION_DENIED
-    assert mutual.balances("device-7")["posted"] == 3
+    assert mutual.posted("customer") == 3
 
 
-def test_a_key_wins_over_the_certificate(mutual: Any, authority: Authority) -> None:
-    mutual.create_account("device-7", budget=10)
-    key = mutual.create_account("other", budget=20)
-    with connect(mutual.address, authority.trusted_by(authority.issue("DNS:device-7"))) as channel:
+def test_a_key_wins_over_the_certificate(mutual: Mutual, authority: Authority) -> None:
+    mutual.create_account("certified", budget=10)
+    key = mutual.create_account("keyed", budget=20)
+    with connect(mutual.address, authority.trusted_by(authority.issue("DNS:certified"))) as channel:
         metadata = (("authorization", f"Bearer {key}"),)
         ledger = QuotaLedgerStub(channel)
         found = ledger.GetBalance(quota_wire.GetBalanceRequest(), metadata=metadata, timeout=10)
-        assert (found.account, found.balance_count) == ("other", 20)
+        assert (found.account, found.balance_count) == ("keyed", 20)
         assert Client(channel, key).ask("b").answer.charged_count == 2
         for wrong in ("Bearer nonsense", "Basic x"):  # a wrong key is not made good by a right certificate
             with pytest.raises(grpc.RpcError) as ended:
                 ledger.GetBalance(quota_wire.GetBalanceRequest(), metadata=(("authorization", wrong),), timeout=10)
             assert status_of(ended.value).reason is Reason.UNAUTHENTICATED
-    assert mutual.balances("device-7")["posted"] == 0 and mutual.balances("other")["posted"] == 2
+    assert mutual.posted("certified") == 0 and mutual.posted("keyed") == 2
 
 
 @pytest.mark.parametrize(
@@ -202,9 +219,8 @@ def test_a_key_wins_over_the_certificate(mutual: Any, authority: Authority) -> N
     ],
 )
 def test_a_certificate_that_names_no_account_is_refused(
-    mutual: Any, authority: Authority, names: str, common_name: str, got: str
+    mutual: Mutual, authority: Authority, names: str, common_name: str, got: str
 ) -> None:
-    mutual.create_account("device-7")
     with connect(mutual.address, authority.trusted_by(authority.issue(names, common_name))) as channel:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)  # needs no account
         with pytest.raises(grpc.RpcError) as ended:
@@ -245,7 +261,7 @@ def test_the_client_authority_needs_a_pair_and_must_be_one(authority: Authority,
         assert said in fails(*serve, *flags, cwd=tmp_path)
 
 
-def test_check_shows_a_certificate_where_it_has_one(mutual: Any, authority: Authority) -> None:
+def test_check_shows_a_certificate_where_it_has_one(mutual: Mutual, authority: Authority) -> None:
     cert, key = map(str, authority.issue("DNS:probe"))
     pair = ("--tls-cert", cert, "--tls-key", key)
     for flags, expected in ((pair, 0), ((*pair, "--liveness"), 0), ((), 1)):
@@ -256,10 +272,10 @@ def test_check_shows_a_certificate_where_it_has_one(mutual: Any, authority: Auth
 # --- the agent's side ---
 
 
-def test_an_agent_with_a_certificate_needs_no_key(mutual: Any, authority: Authority, stranger: Authority) -> None:
-    mutual.create_account("device-7", budget=10)
+def test_an_agent_with_a_certificate_needs_no_key(mutual: Mutual, authority: Authority) -> None:
+    mutual.create_account("keyless", budget=10)
     settings: dict[str, Any] = {"api_key": None, "tls_ca": authority.pem, "check_egress": lambda batch: None}
-    teacher = RemoteTeacher(mutual.address, tls_pair=authority.issue("DNS:device-7"), **settings)
+    teacher = RemoteTeacher(mutual.address, tls_pair=authority.issue("DNS:keyless"), **settings)
     assert teacher.describe().max_batch_pictures == 512
     assert teacher.balance("run").balance == 10
     teacher.close()
@@ -291,13 +307,13 @@ def test_the_agents_pair_comes_complete_and_with_the_teachers_authority(tmp_path
         assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
-def test_a_run_is_paid_by_the_certificates_account(mutual: Any, authority: Authority, tmp_path: Path) -> None:
-    mutual.create_account("device-7", budget=64)
-    cert, key = map(str, authority.issue("DNS:device-7"))
+def test_a_run_is_paid_by_the_certificates_account(mutual: Mutual, authority: Authority, tmp_path: Path) -> None:
+    mutual.create_account("payer", budget=64)
+    cert, key = map(str, authority.issue("DNS:payer"))
     small = ("deprivatize.steps=1", "deprivatize.batch_count=2", "distill.passes=1", "distill.batch_count=8")
     command = [program("edge-agent"), "run", "--phase", "all", "--images", "digits", "--quiet", "--budget", "64"]
     command += ["--teacher", mutual.address, "--tls-ca", str(authority.pem), "--tls-cert", cert, "--tls-key", key]
     command += [part for setting in small for part in ("--set", setting)]
     done = subprocess.run([*command, "--run-dir", "run"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert mutual.balances("device-7")["posted"] == 64
+    assert mutual.posted("payer") == 64

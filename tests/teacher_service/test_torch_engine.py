@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from networks.modelfile import LoadedModel, load_model
 from networks.registry import CLASSIFIERS, build
-from teacher_service import torch_engine
+from teacher_service import cli, torch_engine
+from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine, EngineError
 from teacher_service.torch_engine import (
     BATCH_TOLERANCE,
@@ -117,6 +119,7 @@ def test_an_answer_that_is_not_finite_is_an_error(number: float) -> None:
         (lambda x: channel_means(x)[:, :2], "logits", r"expected answers \(16, 3\), got \(16, 2\)"),
         (lambda x: channel_means(x)[:1], "logits", r"expected answers \(16, 3\), got \(1, 3\)"),
         (lambda x: channel_means(x) * 0 + 3, "probabilities", "sum 9 .* --output logits"),
+        (lambda x: channel_means(x).softmax(dim=1), "logits", "gave probabilities; .* --output probabilities"),
         (lambda x: channel_means(x) * 0 + torch.tensor([1.5, -0.5, 0]), "probabilities", "smallest -0.5"),
         (lambda x: x @ torch.zeros(5, 5), "logits", "cannot run on device 'cpu'"),
     ],
@@ -308,6 +311,54 @@ def test_a_network_that_fp16_cannot_hold_does_not_start() -> None:
         module.linear.weight.fill_(60_000).mul_(torch.tensor([[1.0], [-1.0], [1.0]]))
     with pytest.raises(EngineError, match="expected finite answers"):
         TorchEngine(loaded(module), device="cpu", precision="fp16")
+
+
+# --- from the command line ---
+
+
+def test_what_a_file_does_not_say_of_itself_is_said_by_flags_or_once_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, labels = tmp_path / "bare.pt", tmp_path / "labels.txt"
+    torch.save(build("resnet8", class_count=3, channels=1).state_dict(), bare)
+    labels.write_text("cat\ndog\nowl\n", "utf-8")
+    facts = ("--input-shape", "1,8,12", "--mean", "0.5", "--std", "0.25", "--labels", str(labels))
+    free = ("--listen", "127.0.0.1:0", "--metrics-port", "0")
+    engines: list[TorchEngine] = []
+    threads: list[int | None] = []
+
+    async def run_server(_config: ServerConfig, engine: TorchEngine) -> None:
+        engines.append(engine)
+
+    monkeypatch.setattr(cli, "run_server", run_server)
+    # What a server does to its whole process is not for the process of the tests.
+    monkeypatch.setattr(torch_engine, "use_threads", threads.append)
+    monkeypatch.setattr(cli.heap, "bound", lambda: None)
+    monkeypatch.setattr(cli, "_configure_logging", lambda: None)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "2000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def served(*flags: str) -> TorchEngine:
+        command = ["--model", str(bare), *free, "--device", "cpu", "--max-engine-pictures", "1", *flags]
+        done = CliRunner().invoke(cli.serve, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return engines.pop()
+
+    refused = CliRunner().invoke(cli.serve, ["--model", str(bare), *free])
+    asked_for = f"error: {bare}: missing height, width, mean, std; add with: teacher-admin model describe {bare} "
+    assert refused.exit_code == 2 and refused.output.count("\n") == 1 and refused.output.startswith(asked_for)
+    by_flags = served(*facts, "--engine-threads", "2")
+    described = CliRunner().invoke(cli.admin, ["model", "describe", str(bare), *facts])
+    assert (described.exit_code, described.output) == (0, f"wrote {bare}.toml\n")
+    beside, other, lower = served(), served("--mean", "0.25"), served("--precision", "bf16")
+    for engine in (by_flags, beside, other, lower):
+        assert engine.labels == ("cat", "dog", "owl")
+        assert (engine.channels, engine.height, engine.width) == (1, 8, 12)
+    given = {"height": 8, "width": 12, "mean": (0.5,), "std": (0.25,)}
+    assert by_flags.model_digest == beside.model_digest == load_model(bare, given=given).digest
+    assert len({engine.model_digest for engine in (beside, other, lower)}) == 3
+    assert [engine.found["precision"] for engine in (beside, lower)] == ["fp32", "bf16"]
+    assert threads == [None, 2, None, None, None]
 
 
 # --- compiled ---
