@@ -403,6 +403,11 @@ def _check_ranges(config: RunConfig) -> None:
         ("run_dir", config.run_dir != "", "a folder"),
         ("budget", config.budget >= 1, "1 or more"),
         ("batch_pictures", config.batch_pictures >= 1, "1 or more"),
+        (
+            "batch_pictures",
+            first.im_queries == 0 or config.batch_pictures >= first.batch_count,
+            "deprivatize.batch_count or more with deprivatize.im_queries: a step's questions are one batch",
+        ),
         ("image_encoding", config.image_encoding in IMAGE_ENCODINGS, " or ".join(IMAGE_ENCODINGS)),
         ("image_quality", 1 <= config.image_quality <= 100, "1 to 100"),
         ("local_pictures", config.local_pictures >= 0, "0 (all) or more"),

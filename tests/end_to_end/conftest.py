@@ -1,20 +1,26 @@
-"""Both sides as real processes: a server that can be killed and started again on its port, and agents."""
+"""A real server that can be killed and started again on its port, and agents: in this process, or killed too."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.services import lasting_address
+from edge_agent import cli
+from tests.conftest import in_process, teacher_admin
 
 MODEL = "array:4,1,8,8"
 START_SECONDS = 60
@@ -44,14 +50,7 @@ class World:
         self.run_dir = folder / "run"
 
     def admin(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [program("teacher-admin"), "--ledger", self.ledger, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return done.stdout.strip()
+        return teacher_admin(self.ledger, *arguments).strip()
 
     def account(self, budget: int) -> str:
         self.key = self.admin("account", "create", "device", "--budget", str(budget))
@@ -118,37 +117,110 @@ class World:
         return agent
 
     def agent(
-        self, *arguments: str, environment: dict[str, str] | None = None, **options: Any
+        self, *arguments: str, environment: dict[str, str] | None = None, process: bool = False, **options: Any
     ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            self.agent_command(*arguments, **options),
-            env=self.environment(**(environment or {})),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
+        changes = {"MEKD_API_KEY": self.key} | (environment or {})
+        return self.run(self.agent_command(*arguments, **options), changes, process=process)
+
+    def run(
+        self, command: Sequence[str], environment: dict[str, str], *, process: bool = False
+    ) -> "subprocess.CompletedProcess[str]":
+        """``edge-agent`` to its end; in this process unless ``process``, whose import of torch takes seconds."""
+        if process:
+            return subprocess.run(
+                command,
+                env=os.environ | environment,
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=150,
+            )
+        with (
+            contextlib.chdir(self.folder),
+            mock.patch.dict(os.environ, environment),
+            torch_as_in_a_new_process(),
+            handlers_kept(),
+        ):
+            done = in_process(cli.main, *command[1:])
+        if done.returncode > 128:  # the signal was meant for the tests
+            signal.raise_signal(done.returncode - 128)
+        return done
 
     def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
         return summary
 
-    def wait_for_answers(self, process: "subprocess.Popen[str]", pictures: int) -> None:
-        """Returns once the agent has kept so many answers, or has ended."""
-        import sqlite3
+    def kept(self) -> int:
+        """Pictures whose answers the agent has; 0 where there is no journal yet."""
+        if not (self.run_dir / "journal.db").is_file():
+            return 0
+        with contextlib.closing(sqlite3.connect(self.run_dir / "journal.db", timeout=1)) as journal:
+            try:
+                count: int = journal.execute("SELECT coalesce(sum(charged_count), 0) FROM batches").fetchone()[0]
+            except sqlite3.OperationalError:  # the journal is being made
+                return 0
+        return count
 
+    def wait_for_answers(self, process: "subprocess.Popen[str]", pictures: int) -> None:
+        """Returns once the agent has kept so many answers."""
         deadline = time.monotonic() + START_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
-            if (self.run_dir / "journal.db").is_file():
-                try:
-                    with sqlite3.connect(self.run_dir / "journal.db", timeout=1) as journal:
-                        kept = journal.execute("SELECT coalesce(sum(charged_count), 0) FROM batches").fetchone()[0]
-                    journal.close()
-                    if kept >= pictures:
-                        return
-                except sqlite3.OperationalError:  # the journal is being made
-                    pass
+        while self.kept() < pictures:
+            if process.poll() is not None:
+                assert process.stderr is not None
+                raise AssertionError(f"it ended with {process.returncode} before: {process.stderr.read()}")
+            assert time.monotonic() < deadline, f"{self.kept()} answers after {START_SECONDS} s, not {pictures}"
             time.sleep(0.002)
+
+    def wait_until_it_is_away(self, process: "subprocess.Popen[str]") -> None:
+        """Returns once the agent has said that the teacher is away."""
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            if "is away" in line:
+                return
+            said.append(line)
+        raise AssertionError("".join(said))
+
+    def kill_agent(self, process: "subprocess.Popen[str]", at_least: int, below: int) -> None:
+        """Kills the agent while it asks: at so many answers, and below as many as it wants."""
+        self.wait_for_answers(process, at_least)
+        process.kill()
+        assert process.wait(30) == -signal.SIGKILL, "it had ended before"
+        assert process.stderr is not None
+        process.stderr.close()
+        assert at_least <= self.kept() < below, "it was killed when there was nothing left to ask"
+
+    def assert_books_agree(self) -> None:
+        """Journal and ledger, to the picture and id by id."""
+        with contextlib.closing(sqlite3.connect(self.run_dir / "journal.db")) as journal:
+            kept = dict(journal.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL"))
+        assert self.posted_batches() == kept
+        books = self.books()
+        assert (books["held"], books["posted"]) == (0, sum(kept.values()))
+
+
+@contextlib.contextmanager
+def torch_as_in_a_new_process() -> Iterator[None]:
+    """As many threads and the random numbers that torch begins with; afterwards all is as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(torch.Generator().initial_seed())
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """What an agent does about signals ends with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Pictures that travel compressed, between real processes."""
 
-import signal
 import sqlite3
 import sys
 
@@ -76,11 +75,7 @@ def test_teacher_with_another_decoder_turns_the_run_lossless_loudly_and_nothing_
 def test_agent_killed_on_the_way_sends_the_same_bytes_again(world):
     world.account(2000)
     world.start_server()
-    process = world.start_agent(*JPEG, budget=1280)
-    world.wait_for_answers(process, 128)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    process.stderr.close()
+    world.kill_agent(world.start_agent(*JPEG, budget=1280), 128, 1280)
     before = rows(world)
     done = world.agent(*JPEG, budget=1280)
     assert done.returncode == 0, done.stderr

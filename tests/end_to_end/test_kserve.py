@@ -1,13 +1,13 @@
 """``edge-agent run --teacher kserve://…`` as typed: against a server in this process, a real Triton, and our own."""
 
 import json
-import os
 import random
 import re
 import shlex
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from benchmarks import triton
+from edge_agent import cli
 from networks import registry
 from networks.modelfile import load_model, save_model
-from tests.conftest import program
+from tests.conftest import in_process, program
 from tests.edge_agent.kserve_parts import Model, serving
 from tests.models import resnet8_facts
 
@@ -32,6 +33,7 @@ class Runs:
     """One folder of pictures, one run.toml, one run folder; agents one after the other."""
 
     def __init__(self, world) -> None:
+        self.world = world
         self.folder, self.pictures = world.folder, world.pictures
         self.run_dir = self.folder / "run"
         self.agents = world.agents
@@ -49,14 +51,7 @@ class Runs:
         ]
 
     def agent(self, address: str, *more: str, budget: int = 200, **environment: str):
-        return subprocess.run(
-            self.command(address, budget, *more),
-            env=os.environ | environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
+        return self.world.run(self.command(address, budget, *more), environment)
 
     def start(self, address: str, budget: int) -> "subprocess.Popen[str]":
         agent = subprocess.Popen(
@@ -114,13 +109,8 @@ def test_whole_run_counts_what_it_sent_and_a_second_one_sends_nothing(runs):
         assert model.received_pictures == 200
     offline = runs.agent(address)  # nothing is left to ask
     assert offline.returncode == 0, offline.stderr
-    status = subprocess.run(
-        [program("edge-agent"), "status", "--run-dir", str(runs.run_dir), "--format", "json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    status = in_process(cli.main, "status", "--run-dir", str(runs.run_dir), "--format", "json")
+    assert status.returncode == 0, status.stderr
     shown = json.loads(status.stdout)
     counts = {name: shown[name] for name in ("planned", "sent", "charged", "unanswered")}
     assert counts == {"planned": 200, "sent": 200, "charged": 200, "unanswered": 0}
@@ -145,14 +135,16 @@ def test_killed_at_random_moments_it_never_counts_too_little_and_never_sends_too
     model = Model(before=lambda number, context: time.sleep(0.01))
     runs.settings('output_kind = "logits"')
     with serving(model) as address:
-        for target in sorted(rng.randrange(1, 900) for _ in range(3)):
+        for _ in range(3):
+            target = model.received_pictures + rng.randrange(1, 300)  # each agent sends some before it is killed
             agent = runs.start(address, budget)
             deadline = time.monotonic() + 60
-            while model.received_pictures < target and agent.poll() is None and time.monotonic() < deadline:
+            while model.received_pictures < target:
+                assert agent.poll() is None and time.monotonic() < deadline
                 time.sleep(0.001)
             time.sleep(rng.random() * 0.02)
-            agent.send_signal(signal.SIGKILL)
-            agent.wait(30)
+            agent.kill()
+            assert agent.wait(30) == -signal.SIGKILL
             agent.stderr.close()
             assert model.received_pictures <= runs.totals().sent <= budget
         done = runs.agent(address, budget=budget)
@@ -163,13 +155,17 @@ def test_killed_at_random_moments_it_never_counts_too_little_and_never_sends_too
 
 
 def test_server_killed_under_way_is_waited_for(runs):
-    model = Model(before=lambda number, context: time.sleep(0.02))
+    # What comes after 13 calls is not answered while the first server lives, however late the test is to kill it.
+    killed = threading.Event()
+    model = Model(before=lambda number, context: killed.wait(60) if number > 13 else None)
     runs.settings('output_kind = "logits"')
     with serving(model) as address:
         agent = runs.start(address, 1000)
         deadline = time.monotonic() + 60
-        while model.received_pictures < 200 and agent.poll() is None and time.monotonic() < deadline:
+        while model.calls <= 13:
+            assert agent.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
+    killed.set()
     time.sleep(1.0)
     with serving(model, address.removeprefix("kserve://").removesuffix("/m")):
         _, errors = agent.communicate(timeout=120)

@@ -2,43 +2,40 @@
 
 import json
 import signal
-import sqlite3
-import subprocess
+import time
 from typing import Any
 
-from tests.conftest import program
+from edge_agent import cli
+from tests.conftest import in_process, teacher_admin_ends
 
 
 def receipts(world) -> list[dict[str, Any]]:
     """The agent's receipts, also in the file "receipts"."""
-    command = [program("edge-agent"), "receipts", "--run-dir", str(world.run_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = in_process(cli.main, "receipts", "--run-dir", str(world.run_dir))
+    assert done.returncode == 0, done.stderr
     (world.folder / "receipts").write_text(done.stdout)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def verify(world) -> tuple[int, dict[str, Any]]:
-    done = subprocess.run(
-        [
-            *(program("teacher-admin"), "--ledger", world.ledger, "ledger", "verify"),
-            *("--receipts", str(world.folder / "receipts"), "--format", "json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    file = str(world.folder / "receipts")
+    done = teacher_admin_ends(world.ledger, "ledger", "verify", "--receipts", file, "--format", "json")
     return done.returncode, json.loads(done.stdout)
 
 
 def test_receipts_of_a_run_through_a_killed_server_prove_the_books(world):
     world.account(1000)
     world.start_server()
-    process = world.start_agent()
+    process = world.start_agent(budget=600)
     world.wait_for_answers(process, 100)
     world.stop_server(signal.SIGKILL)
+    assert world.kept() < 600, "nothing was left to ask"
+    time.sleep(1.0)
     world.start_server()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert "is away" in errors
+    world.assert_books_agree()
     kept = receipts(world)
     posts = world.posted_batches()
     assert {row["batch_id"] for row in kept} == set(posts)
@@ -46,7 +43,7 @@ def test_receipts_of_a_run_through_a_killed_server_prove_the_books(world):
     assert {row["account"] for row in kept} == {"device"}
     status, report = verify(world)  # while the server runs
     assert (status, report["findings"]) == (0, [])
-    assert (report["receipts"], report["posted_pictures"]) == (len(posts), 200)
+    assert (report["receipts"], report["posted_pictures"]) == (len(posts), 600)
 
 
 def test_a_teacher_whose_journal_was_cut_off_is_found_out_by_the_agents_receipts(world):
@@ -67,18 +64,7 @@ def test_a_teacher_whose_journal_was_cut_off_is_found_out_by_the_agents_receipts
     assert late[0]["batch_id"] in report["findings"][0]
 
 
-def test_receipts_are_kept_beside_their_answers(world):
-    world.account(100)
-    world.start_server()
-    assert world.agent(budget=32).returncode == 0
-    journal = sqlite3.connect(world.run_dir / "journal.db")
-    rows = journal.execute("SELECT answer IS NULL, length(receipt_head), receipt_account FROM batches").fetchall()
-    journal.close()
-    assert rows == [(0, 32, "device")] * 2
-
-
 def test_receipts_of_a_folder_without_a_run_are_one_line(tmp_path):
-    command = [program("edge-agent"), "receipts", "--run-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = in_process(cli.main, "receipts", "--run-dir", str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (6, "", 1)
     assert done.stderr.startswith("error: expected a run folder with a journal")

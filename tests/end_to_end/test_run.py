@@ -12,21 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-
-def assert_books_agree(world) -> None:
-    """Journal and ledger, to the picture and id by id."""
-    journal = sqlite3.connect(world.run_dir / "journal.db")
-    kept = dict(journal.execute("SELECT batch_id, charged_count FROM batches WHERE answer IS NOT NULL"))
-    journal.close()
-    assert world.posted_batches() == kept
-    assert world.books()["held"] == 0
-    assert world.books()["posted"] == sum(kept.values())
+# So many that a kill lands between the answers, and not behind the last.
+SMALL_BATCHES = ("--set", "batch_pictures=2")
 
 
 def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_nothing(world):
     world.account(1000)
     world.start_server()
-    done = world.agent()
+    done = world.agent(process=True)
     assert done.returncode == 0, done.stderr
     summary = world.summary()
     assert summary["queries"] == {"budget": 200, "charged": 200, "deprivatize": 0, "distill": 200, "adapt": 0}
@@ -44,9 +37,9 @@ def test_whole_run_is_charged_what_the_ledger_debits_and_a_second_run_costs_noth
     for name in ("run.toml", "generator.pt", "student.pt", "memory.npz", "journal.db", "metrics.jsonl"):
         assert name == "metrics.jsonl" or (world.run_dir / name).is_file(), name
     assert (world.run_dir / "memory.npz").stat().st_size <= 4 * 2**20
-    assert_books_agree(world)
+    world.assert_books_agree()
     assert "0.5 is a coin, and 8 reference pictures tell little" in done.stderr
-    agreement = f"it agrees with {summary['agreement_synthetic']:.1%} of answers it was not trained on"
+    agreement = f"it agrees with {summary['agreement_synthetic']:.1%} of answers it was not trained on (4)"
     outcome = f"200 of 200 queries used, the student is {world.run_dir / 'student.pt'}, {agreement}; all figures: "
     assert done.stderr.splitlines()[-1].startswith(outcome)
     student = (world.run_dir / "student.pt").read_bytes()
@@ -67,12 +60,8 @@ def test_every_other_generator_makes_a_whole_run_and_a_kill_pays_for_none_twice(
     flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
     refused = world.agent(*flags)
     assert refused.returncode == 2 and "distill.image_weight: expected 0" in refused.stderr
-    flags += ["--set", "distill.image_weight=0"]
-    process = world.start_agent(*flags)
-    world.wait_for_answers(process, 48)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    process.stderr.close()
+    flags += ["--set", "distill.image_weight=0", *SMALL_BATCHES]
+    world.kill_agent(world.start_agent(*flags), 48, 200)
     done = world.agent(*flags)
     assert done.returncode == 0, done.stderr
     summary = world.summary()
@@ -82,7 +71,7 @@ def test_every_other_generator_makes_a_whole_run_and_a_kill_pays_for_none_twice(
     content = torch.load(world.run_dir / "generator.pt", weights_only=True)
     assert content["kind"] == kind
     assert kind != "mixes" or content["state_dict"]["latents_VMZhw"].dtype == torch.float16
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_student_can_be_served_as_a_teacher(world):
@@ -101,48 +90,28 @@ def test_agent_killed_at_random_moments_pays_for_no_picture_twice(world, seed):
     world.account(1000)
     world.start_server()
     rng = np.random.default_rng(seed)
-    for threshold in sorted(rng.integers(1, 190, size=3).tolist()):
-        process = world.start_agent()
-        world.wait_for_answers(process, threshold)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-        process.stderr.close()
-    done = world.agent()
+    for _ in range(3):
+        at_least = world.kept() + int(rng.integers(1, 60))  # each agent buys some before it is killed
+        world.kill_agent(world.start_agent(*SMALL_BATCHES, budget=400), at_least, 400)
+    done = world.agent(*SMALL_BATCHES, budget=400, process=True)
     assert done.returncode == 0, done.stderr
-    assert world.books()["posted"] == 200, f"seed {seed}"
-    assert_books_agree(world)
+    assert world.books()["posted"] == 400, f"seed {seed}"
+    world.assert_books_agree()
 
 
 def test_questions_of_the_first_phase_are_counted_and_a_kill_pays_for_none_twice(world):
     world.account(1000)
     world.start_server()
-    settings = {"steps": 30, "batch_count": 16, "im_queries": 160, "noise_count": 0, "loss": "bce"}
+    # Forty steps ask four pictures each.
+    settings = {"steps": 50, "batch_count": 4, "im_queries": 160, "noise_count": 0, "loss": "bce"}
     flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
-    process = world.start_agent(*flags)
-    world.wait_for_answers(process, 48)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    process.stderr.close()
+    world.kill_agent(world.start_agent(*flags), 48, 160)
     done = world.agent(*flags)
     assert done.returncode == 0, done.stderr
     queries = world.summary()["queries"]
     assert queries == {"budget": 200, "charged": 200, "deprivatize": 160, "distill": 40, "adapt": 0}
     assert world.books()["posted"] == 200
-    assert_books_agree(world)
-
-
-def test_server_killed_under_way_is_waited_for_and_no_picture_is_charged_twice(world):
-    world.account(1000)
-    world.start_server()
-    process = world.start_agent(budget=600)
-    world.wait_for_answers(process, 100)
-    world.stop_server(signal.SIGKILL)
-    time.sleep(1.0)
-    world.start_server()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert world.books()["posted"] == 600
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_server_drained_under_way_loses_nothing(world):
@@ -151,10 +120,13 @@ def test_server_drained_under_way_loses_nothing(world):
     process = world.start_agent(budget=600)
     world.wait_for_answers(process, 100)
     world.stop_server(signal.SIGTERM)
+    assert world.kept() < 600, "nothing was left to ask"
+    time.sleep(1.0)
     world.start_server()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert_books_agree(world)
+    assert "is away" in errors
+    world.assert_books_agree()
     assert world.books()["posted"] == 600
 
 
@@ -168,7 +140,7 @@ def test_spent_budget_stops_cleanly_and_goes_on_after_a_grant(world):
     world.admin("account", "grant", "device", "500")
     assert world.agent().returncode == 0
     assert world.summary()["queries"]["charged"] == 200
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_raised_budget_asks_for_the_rest_and_a_lowered_one_is_refused(world):
@@ -181,7 +153,7 @@ def test_raised_budget_asks_for_the_rest_and_a_lowered_one_is_refused(world):
     assert lowered.returncode == 2
     assert "80" in lowered.stderr
     assert world.summary()["queries"]["budget"] == 80, "a refused command is no part of the run"
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_terms_that_change_during_a_run_are_taken_as_they_come_and_told(world):
@@ -197,7 +169,7 @@ def test_terms_that_change_during_a_run_are_taken_as_they_come_and_told(world):
     assert world.books()["terms"] == {"answers": "hard", "top_k": 2, "decimals": 2}
     assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
     world.start_server()
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_summary_says_that_a_student_of_fewer_answers_is_not_done(world):
@@ -235,12 +207,13 @@ def test_agent_killed_while_it_trains_compares_the_books_when_it_goes_on(world):
     training = ("--set", "distill.passes=400")
     process = world.start_agent(*training, budget=64)
     world.wait_for_answers(process, 64)
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
     process.stderr.close()
+    assert world.kept() == 64 and not (world.run_dir / "student.pt").exists()
     assert world.agent(*training, budget=64).returncode == 0
     assert world.summary()["ledger"] == {"debited": 64, "held": 0, "balance": 936}
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_books_that_disagree_are_an_error_even_where_nothing_was_left_to_ask(world):
@@ -277,7 +250,7 @@ def test_answers_bought_by_themselves_train_a_student_when_the_teacher_is_away(w
     assert "64 of 64 queries used" in bought.stderr and not (world.run_dir / "student.pt").exists()
     summary = world.summary()
     assert summary["phases_done"] == ["deprivatize"] and summary["privacy"]["membership_auc"] is not None
-    assert_books_agree(world)
+    world.assert_books_agree()
     world.stop_server()
     trained = world.agent(budget=64, phase="distill")
     assert trained.returncode == 0, trained.stderr
@@ -296,7 +269,7 @@ def test_preset_for_photographs_runs_to_its_end(world):
     assert done.returncode == 0, done.stderr
     assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
     assert {"assistant.pt", "assistant-2.pt", "student.pt"} <= {path.name for path in world.run_dir.iterdir()}
-    assert_books_agree(world)
+    world.assert_books_agree()
     assert "--preset photographs: a file or a flag gives other deprivatize.steps, distill.passes" in done.stderr
     without = world.agent(budget=64)
     assert without.returncode == 6 and "other deprivatize.generator: it began with 'diffusion'" in without.stderr
@@ -361,14 +334,14 @@ def test_hard_answers_make_a_student_too(world):
     world.account(1000)
     world.start_server("array:4,1,8,8", "--answers", "hard")
     assert world.agent(budget=64).returncode == 0
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_proxy_in_the_environment_is_not_used_for_loopback(world):
     world.account(1000)
     world.start_server()
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    done = world.agent("--wait-seconds", "5", budget=16, environment=proxy)
+    done = world.agent("--wait-seconds", "5", budget=16, environment=proxy, process=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -403,10 +376,7 @@ def test_teacher_that_is_away_is_one_line_and_exit_4(world):
 def test_sigterm_while_the_teacher_is_away_ends_the_run_at_once(world):
     world.account(100)
     process = world.start_agent("--wait-seconds", "600")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "is away" in line:
-            break
+    world.wait_until_it_is_away(process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143, errors
@@ -416,7 +386,7 @@ def test_sigterm_while_the_teacher_is_away_ends_the_run_at_once(world):
 def test_teacher_that_comes_late_is_waited_for(world):
     world.account(100)
     process = world.start_agent("--wait-seconds", "60", budget=16)
-    time.sleep(8)
+    world.wait_until_it_is_away(process)
     world.start_server()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -427,7 +397,7 @@ def test_folder_in_use_is_exit_6(world):
     world.start_server()
     process = world.start_agent(budget=60_000)
     world.wait_for_answers(process, 16)
-    second = world.agent()
+    second = world.agent(process=True)
     assert second.returncode == 6
     assert "in use" in second.stderr
     process.send_signal(signal.SIGTERM)
@@ -457,7 +427,7 @@ def test_full_disk_is_exit_7_and_nothing_is_lost(world):
     done = world.agent(phase="distill", budget=1000)
     assert done.returncode == 0, done.stderr
     assert world.books()["posted"] == 1000
-    assert_books_agree(world)
+    world.assert_books_agree()
 
 
 def test_phases_in_the_wrong_order_say_what_to_run_first(world):
