@@ -94,6 +94,7 @@ class Agent:
         self._console = console
         self._device = choose_device(config.device)
         self._teacher: Teacher | None = None
+        self._account_is_known = False
         self._privacy = PrivacyRecord(folder.journal, lambda: self._split)
         # Of a teacher without books the agent counts what it sends; then that is what the budget bounds.
         self._counts_sent = kserve.is_address(config.teacher)
@@ -127,6 +128,8 @@ class Agent:
         if idle := idle_settings(self._config):
             self._console.warn(f"settings that change nothing in this run: {', '.join(idle)}")
         settings = self._config.deprivatize
+        if planned == 0:  # with answers, former versions took them as they are
+            self._check_counts()
         most = latent_side(self._side)
         if settings.generator == "mixes" and settings.mix_regions > most:
             raise BadInput(
@@ -169,6 +172,25 @@ class Agent:
         self._packing()  # refuses an encoding that the teacher does not take, before anything is trained
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
+
+    def _check_counts(self) -> None:
+        """Refuses counts of phase 1 that would quietly come to less than they say."""
+        settings, step = self._config.deprivatize, self._config.deprivatize.batch_count
+        if settings.generator == "mixes" and settings.mix_pictures > settings.mix_regions**2:
+            raise BadInput(
+                f"deprivatize.mix_pictures: expected one for each of {settings.mix_regions**2} regions at most, "
+                f"got {settings.mix_pictures}"
+            )
+        if 0 < settings.im_queries < step:
+            raise BadInput(
+                f"deprivatize.im_queries: expected the questions of one step ({step}, deprivatize.batch_count) or "
+                f"more, or 0, got {settings.im_queries}"
+            )
+        if settings.im_queries > 0 and self._config.batch_pictures < step:
+            raise BadInput(
+                f"batch_pictures: expected {step} (deprivatize.batch_count) or more with deprivatize.im_queries, "
+                f"whose steps ask in one batch, got {self._config.batch_pictures}"
+            )
 
     def _check_identity(self, identity: dict[str, Any], *, planned: int, charged: int) -> None:
         """Refuses another identity than answers were paid for with; says so where a generator would be replaced."""
@@ -349,6 +371,7 @@ class Agent:
             try:
                 self._check_account(within_seconds=SUMMARY_SECONDS)
             except TeacherAway:
+                self.close()  # as if it had not been looked for: where nothing is asked, there is nothing to compare
                 self._console.say("nothing is asked yet; the account is looked at when it is")
         self._begin("deprivatize", "distill", "adapt")
         with self._console.bar("deprivatize", "steps") as tell:
@@ -576,9 +599,8 @@ class Agent:
                 self._console.say(f"{unanswered} pictures were sent and never answered; the budget is used")
             return
         gate = self._gate(generator, digest)
-        self._check_account()
+        teacher = self._paid_for()
         outbox = self._outbox(pools.synthetic(generator, gate, seed=self._config.seed))
-        teacher = self._connected()
         with self._console.bar("distill: ask", "pictures") as tell:
             pools.fill_pool(
                 teacher,
@@ -588,20 +610,28 @@ class Agent:
                 progress=lambda answered: tell(answered, self._config.budget),
             )
 
+    def _paid_for(self) -> Teacher:
+        """The teacher, once it is known who pays it: no question is asked before."""
+        if not self._account_is_known:
+            self._check_account()
+        return self._connected()
+
     def _check_account(self, *, within_seconds: float | None = None) -> None:
-        """Refuses another account than the one that has paid so far; warns of one that cannot pay for the rest."""
+        """Refuses another account than one that has paid so far; warns of one that cannot pay for the rest."""
         books = self._books()
         if books is None:
             return
         account = books.balance(self._journal.run_id, within_seconds=within_seconds)
-        paid_by = {receipt.account for _, receipt in self._journal.receipts()} - {account.account}
-        if paid_by:
+        paid_by = {receipt.account for _, receipt in self._journal.receipts()}
+        if paid_by and account.account not in paid_by:
             raise RunFolderProblem(
                 f"{self._folder.path}: its answers were bought by account {', '.join(sorted(paid_by))}, and this key "
                 f"is {account.account}'s; give a key of that account, or another --run-dir"
             )
-        # What is held may be this run's own, from before it was stopped.
-        missing = self._config.budget - self._journal.totals().charged_pictures - account.balance - account.held
+        self._account_is_known = True
+        # Before it was stopped this run may have paid for more than its journal knows, and what is held may be its.
+        paid = max(self._journal.totals().charged_pictures, account.run_posted)
+        missing = self._config.budget - paid - account.balance - account.held
         if missing > 0:
             self._console.warn(
                 f"account {account.account} has {account.balance} pictures, {missing} fewer than --budget "
@@ -631,7 +661,7 @@ class Agent:
         return TeachersConfidence(
             self._journal,
             self._description,
-            teacher=self._connected,
+            teacher=self._paid_for,
             outbox=lambda source, number: self._outbox(source, phase=guidance.PHASE, only_slot=number),
             make_gate=lambda generator: self._gate(generator, "under way"),
         )
@@ -729,9 +759,10 @@ class Agent:
         return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connection; the next question opens another."""
         if self._teacher is not None:
             self._teacher.close()
+            self._teacher = None
 
 
 def choose_device(name: str) -> torch.device:

@@ -332,7 +332,9 @@ def _config(
             layers[0]["run_dir"] = str(path.parent)
     set_ones = [parse_setting(setting) for setting in settings]
     for layer in set_ones:
-        if twice := [name for name in layer if flags.get(name, layer[name]) != layer[name]]:
+        # Sections go beside a flag of their name, and a folder in the environment (--data) is a mere default.
+        flat = {name: value for name, value in layer.items() if name != "data" and not isinstance(value, dict)}
+        if twice := [name for name, value in flat.items() if flags.get(name, value) != value]:
             raise ConfigError(f"{twice[0]}: given twice, as {flags[twice[0]]!r} and by --set as {layer[twice[0]]!r}")
     given = [*([preset_layer(preset)] if preset else []), *layers, flags, *set_ones]
     # Money is never spent because a flag was left out: a budget is changed by giving another.

@@ -81,6 +81,10 @@ GONE = b""
 """Kept for an answer that was charged and that its teacher no longer has."""
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One row: what is or was sent (``request``: a serialised ``mekd.v1.Batch``), and the answer if it came."""
@@ -132,8 +136,11 @@ class Journal:
         ``to_read``: it is there, and may be where nothing can be written.
         """
         with _store_problems(path):
-            fixed = "?immutable=1" if to_read and not os.access(path.parent, os.W_OK) else ""
-            name = path.absolute().as_uri() + fixed
+            # What is still in a write-ahead log would be overlooked, and whoever writes it.
+            is_final = (
+                to_read and not os.access(path.parent, os.W_OK) and not _size(path.with_name(f"{path.name}-wal"))
+            )
+            name = path.absolute().as_uri() + ("?immutable=1" if is_final else "")
             connection = sqlite3.connect(name, uri=True, isolation_level=None, timeout=5.0)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
@@ -146,11 +153,12 @@ class Journal:
             journal._path = path
             if journal.fact("format") is None:
                 journal.set_facts(format=FORMAT, run_id=uuid.uuid4().hex)
-            while journal.fact("format") in _UPGRADES:
+            while journal.fact("format") in _UPGRADES and not is_final:
                 journal._upgrade(journal.fact("format"))
         if journal.fact("format") != FORMAT:
             raise RunFolderProblem(
                 f"{path}: expected a journal of format {FORMAT}, got {journal.fact('format')}; give another --run-dir"
+                + (", or a copy that can be written" if is_final else "")
             )
         return journal
 

@@ -352,8 +352,10 @@ class _Filling:
         if self.problem is not None:
             raise self.problem
         if self._spent is not None:
-            charged = self._journal.totals().charged_pictures
-            or_train = f", or with --budget {charged} to train on what is there" if charged > 0 else ""
+            totals = self._journal.totals()
+            paid = totals.sent_pictures if self._outbox.counts_sent else totals.charged_pictures
+            is_trainable = self._answered > 0 and self._outbox.phase == PHASE
+            or_train = f", or with --budget {paid} to train on what is there" if is_trainable else ""
             raise BudgetSpent(
                 f"the account's budget is spent after {self._answered} answers of this run ({self._spent}); they are "
                 f"kept. Start the same command again after a grant{or_train}"

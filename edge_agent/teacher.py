@@ -45,6 +45,7 @@ _HOPELESS = {
     "Failed parsing HTTP/2": "that port speaks no gRPC; look at what teacher-serve says it listens on",
 }
 """What gRPC says of an address that was never reached -> what to do; waiting changes nothing."""
+_NO_CONNECTION = ("failed to connect", "name resolution", "Domain name not found")
 _PASSING = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -255,6 +256,7 @@ class RemoteTeacher:
         """The window to keep. Raises BadInput where it serves another model than this run's."""
         stream.configure()
         response = stream.receive(UNARY_TIMEOUT_SECONDS)
+        self._link.reached()
         kind = response.WhichOneof("payload")
         if kind != "accepted":
             raise BadInput(f"the teacher at {self._address}: expected it to accept the stream, got {kind}")
@@ -297,20 +299,26 @@ class Link:
             except grpc.RpcError as error:
                 self.wait_out(error, patience)
             else:
-                self._was_reached = True
+                self.reached()
                 return answer
+
+    def reached(self) -> None:
+        """Told that a server of this protocol was there: from here on it is away when it does not answer."""
+        self._was_reached = True
 
     def wait_out(self, error: grpc.RpcError, patience: "Patience") -> None:
         """Sleeps before the next attempt. Raises what is final as its failure, and TeacherAway."""
         advised_seconds = _advised_wait(error)
         if advised_seconds is None:
             self.raise_if_final(error)
+        else:
+            self.reached()
         self.sleep(error, patience, advised_seconds or 0.0)
 
     def sleep(self, error: grpc.RpcError, patience: "Patience", at_least_seconds: float = 0.0) -> None:
         """Sleeps before the next attempt, and says why. Raises TeacherAway."""
         why = f"the teacher at {self._address} is away ({brief(error)})"
-        if not self._was_reached and error.code() is grpc.StatusCode.UNAVAILABLE:
+        if not self._was_reached and any(words in (error.details() or "") for words in _NO_CONNECTION):
             why += ", and was never reached: is that its address, and does it want TLS (--tls-ca)?"
         pause = patience.pause(why, at_least_seconds)
         self._tell(f"{why}; trying again in {pause:.1f} s")

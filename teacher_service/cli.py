@@ -379,10 +379,10 @@ def serve(
     given = _given_facts(arch, input_shape, mean, std, labels, output)
     config = ServerConfig(model_given=given, ledger_key=_ledger_key(), **settings)
     try:
-        check_config(config)
         if model is None:
             asyncio.run(serve_ledger(config))
         else:
+            check_config(config)
             asyncio.run(run_server(config, _engine(config, model)))
     except (StartError, LedgerError) as error:
         _fail(str(error))

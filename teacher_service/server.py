@@ -376,7 +376,7 @@ def _certificates(config: ServerConfig) -> Certificates | None:
 
 
 def check(config: ServerConfig) -> None:
-    """Refuses what needs no model to be refused: loading one may take long. Raises StartError."""
+    """Refuses what ``serve`` would refuse without a model: loading one may take long. Raises StartError."""
     certificates = _certificates(config)
     _listening_on(config, certificates)
     _metrics_certificates(config, certificates)

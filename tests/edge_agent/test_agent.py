@@ -61,6 +61,12 @@ def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(t
         assert door.matches(wire.Batch(images=codec.encode_images(others_NCHW))) == 0
 
 
+def plan_one(folder: RunFolder, pictures_NHW: np.ndarray) -> None:
+    images = codec.encode_images(pictures_NHW[:1, None] ^ 1)
+    request = wire.Batch(batch_id="a", images=images).SerializeToString()
+    folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=request, latents=b""))
+
+
 def asked(
     folder: RunFolder,
     tmp_path: Path,
@@ -159,6 +165,29 @@ def test_the_student_is_given_the_assistant_of_its_answers_and_what_that_learnt_
     assert seen["pool"] is seen["students_pool"] and len(seen["pool"]) == 3  # one is held out
     assert seen["mixed"] is seen["students_mixed"] and len(seen["mixed"]) == 56
     assert len(seen["local"]) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"deprivatize": {"generator": "mixes", "mix_pictures": 5}, "distill": {"image_weight": 0}},
+            r"mix_pictures: expected one for each of 4 regions at most, got 5",
+        ),
+        ({"deprivatize": {"im_queries": 63}}, r"im_queries: expected the questions of one step \(64, .* got 63"),
+        ({"deprivatize": {"im_queries": 64}, "batch_pictures": 63}, r"batch_pictures: expected 64 .* got 63"),
+    ],
+)
+def test_counts_that_would_quietly_come_to_less_are_refused_until_answers_are_bound_to_them(
+    tmp_path, pictures_NHW, settings, said
+):
+    with RunFolder(tmp_path / "run") as folder:
+        with pytest.raises(BadInput, match=said):
+            agent(folder, tmp_path, description(8, 8), budget=200, **settings).prepare()
+    with RunFolder(tmp_path / "former") as folder:
+        made = agent(folder, tmp_path, description(8, 8), budget=200, **settings)
+        plan_one(folder, pictures_NHW)
+        made.prepare()
 
 
 def test_a_shift_as_large_as_the_pictures_is_refused(tmp_path, pictures_NHW):

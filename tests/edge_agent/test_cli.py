@@ -182,6 +182,9 @@ def test_setting_that_is_given_twice_otherwise_is_refused():
     with pytest.raises(ConfigError, match=r"run_dir: given twice, as 'a' and by --set as 'b'"):
         _config(None, ("run_dir=b",), {"images": "x", "run_dir": "a"})
     assert _config(None, ("run_dir=a",), {"images": "x", "run_dir": "a"}).run_dir == "a"
+    kserve = _config(None, ("teacher.output_kind=logits",), {"images": "x", "teacher": "kserve://h:1/m"})
+    assert (kserve.teacher, kserve.kserve.output_kind) == ("kserve://h:1/m", "logits")
+    assert _config(None, ("data=b",), {"images": "x", "data": "of MEKD_DATA"}).data == "b"
 
 
 def test_a_mistake_is_blamed_on_the_file_where_it_is_in_the_file_alone(tmp_path, monkeypatch):

@@ -64,12 +64,6 @@ def test_resolved_config_reads_back_as_itself():
             {"images": "a", "deprivatize": {"generator": "vae"}},
             r"deprivatize\.generator: expected gan or diffusion or mixes",
         ),
-        (
-            {"images": "a", "deprivatize": {"mix_pictures": 5}},
-            r"mix_pictures: expected 2 to 64, and no more than reg",
-        ),
-        ({"images": "a", "batch_pictures": 63, "deprivatize": {"im_queries": 64}}, r"batch_pictures: expected depr"),
-        ({"images": "a", "deprivatize": {"im_queries": 63}}, r"im_queries: expected 0, or one step's"),
         ({"images": "a", "deprivatize": {"mix_regions": 0}}, r"deprivatize\.mix_regions: expected 2 to 32"),
         ({"images": "a", "deprivatize": {"drawing_steps": 1}}, r"deprivatize\.drawing_steps: expected 2 to 1000"),
         (

@@ -150,6 +150,23 @@ def test_file_that_is_no_journal_is_one_line(tmp_path):
         Journal.open(tmp_path / "journal.db")
 
 
+def test_a_finished_journal_is_read_where_nothing_can_be_written_and_one_at_work_is_read_to_its_end(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "journal.db"
+    working = Journal.open(path)
+    working.plan("distill", batch())
+    monkeypatch.setattr("os.access", lambda *_: False)
+    meanwhile = Journal.open(path, to_read=True)
+    assert meanwhile.totals().planned_pictures == 3
+    meanwhile.close()
+    working.close()
+    before = sorted(tmp_path.iterdir())
+    finished = Journal.open(path, to_read=True)
+    assert finished.totals().planned_pictures == 3 and sorted(tmp_path.iterdir()) == before == [path]
+    finished.close()
+
+
 def test_journal_of_another_format_is_refused(tmp_path):
     journal = Journal.open(tmp_path / "journal.db")
     journal.set_facts(format=99)
