@@ -208,12 +208,13 @@ def predict(run_dir: str, images: str, batch_count: int) -> None:
     edge-agent predict --run-dir runs/mekd --images ~/camera --batch 16 > answers.jsonl
 
     One JSON object a line: picture, class, shift (0: as in training, to 1), and the probabilities before and after
-    adaptation, in the order of the classes. A picture that cannot be read has an error instead.
+    adaptation, in the order of the classes. A picture that cannot be read has an error instead. Where pictures lie in
+    folders named as classes, the last line, on standard error, says how many were called so.
     """
     _raise_on_sigterm()
     try:
         from edge_agent.data import FORMATS, files_below
-        from edge_agent.predict import Predictor
+        from edge_agent.predict import Predictor, Score
 
         if images != "-" and not os.path.isdir(images):
             raise BadInput(f"--images: expected a folder of pictures or -, got {images!r}")
@@ -225,8 +226,12 @@ def predict(run_dir: str, images: str, batch_count: int) -> None:
             paths: Iterator[str] = (line.rstrip("\r\n") for line in lines)
         else:
             paths = map(str, files_below(Path(images)))
+        score = Score(predictor.labels)
         for answer in predictor.predict(paths, batch_count=batch_count):
             click.echo(json.dumps(answer))
+            score.add(answer)
+        if said := score.in_words():
+            click.echo(said, err=True)
     except Failure as failure:
         _fail(str(failure), failure.exit_code)
     except KeyboardInterrupt:

@@ -50,6 +50,11 @@ class Predictor:
             )
         self._adapter = Adapter(module, memory, _settings(run_dir))
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(self._facts.labels)
+
     def predict(self, paths: Iterable[str], *, batch_count: int) -> Iterator[dict[str, Any]]:
         """Yield one line a picture, in order, `batch_count` at a time; a picture that cannot be read has an error.
 
@@ -89,6 +94,33 @@ class Predictor:
                 "before": [round(float(p), _DECIMALS) for p in before_K],
                 "after": [round(float(p), _DECIMALS) for p in after_K],
             }
+
+
+class Score:
+    """How many pictures are called what the folder is called that they lie in, where that is a class's name."""
+
+    def __init__(self, labels: tuple[str, ...]) -> None:
+        self._labels = labels
+        self._known = self._right = self._right_before = 0
+
+    def add(self, answer: dict[str, Any]) -> None:
+        """Count one line of `Predictor.predict`."""
+        name = Path(answer["picture"]).parent.name
+        if name not in self._labels or "error" in answer:
+            return
+        self._known += 1
+        self._right += answer["class"] == name
+        self._right_before += self._labels[int(np.argmax(answer["before"]))] == name
+
+    def in_words(self) -> str | None:
+        """One line; None where no folder has such a name."""
+        if self._known == 0:
+            return None
+        adapted, before = self._right / self._known, self._right_before / self._known
+        return (
+            f"of {self._known} pictures in folders named as a class {adapted:.1%} are called so, "
+            f"{before:.1%} before adapting"
+        )
 
 
 def _student(run_dir: Path) -> LoadedModel:

@@ -126,3 +126,18 @@ def test_memory_that_is_not_this_students_is_refused(tmp_path: Path, images: Pat
     torch.manual_seed(1)
     save_model(run_dir / "student.pt", registry.build("resnet8", class_count=3, channels=1).eval(), FACTS)
     assert "expected one made with student.pt, got another's" in one_line(predict(run_dir, images), 6)
+
+
+def test_pictures_in_folders_named_as_classes_are_scored_and_others_are_not(tmp_path: Path, images: Path) -> None:
+    run_dir = finished(tmp_path / "run")
+    plain = predict(run_dir, images)
+    assert plain.exit_code == 0 and plain.stderr == ""
+    called = [json.loads(line)["class"] for line in plain.stdout.splitlines()[:2]]
+    assert called[0] == called[1], "both are grey, and the student never learnt anything"
+    other = next(name for name in "abc" if name != called[0])
+    for name in (called[0], other):
+        (images / name).mkdir()
+    (images / "1.png").rename(images / called[0] / "1.png")
+    (images / "2.png").rename(images / other / "2.png")
+    scored = predict(run_dir, images)
+    assert scored.stderr == ("of 2 pictures in folders named as a class 50.0% are called so, 50.0% before adapting\n")
