@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import datasets, record
-from edge_agent import generators, privacy
-from edge_agent import pool as pools
+from edge_agent import generators, privacy, sources
 from edge_agent.agent import choose_device, predict_classes
 from edge_agent.config import ConfigError, RunConfig, build_config, in_use
 from edge_agent.console import Console
@@ -117,7 +116,7 @@ def _pictures(generator: AnyGenerator, count: int, *, seed: int) -> tuple[Tensor
     """Latents (N, L) and pictures (N, C, H, W) uint8, as the slots of phase 2 make them."""
     channels = int(generator.arguments["channels"])
     nothing_local = CopyGate(torch.zeros((0, channels, generator.side, generator.side), dtype=torch.uint8), 0.0)
-    source = pools.synthetic(generator, nothing_local, seed=seed)
+    source = sources.synthetic(generator, nothing_local, seed=seed)
     slots = [source(slot, min(128, count - 128 * slot)) for slot in range(-(-count // 128))]
     return torch.cat([slot[0] for slot in slots]).float(), torch.cat([slot[1] for slot in slots])
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_agent import generators, guidance, kserve, privacy
+from edge_agent import generators, guidance, kserve, privacy, sources
+from edge_agent import outbox as outboxes
 from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
@@ -37,7 +38,7 @@ from edge_agent.journal import Totals
 from edge_agent.mixes import mixed_pictures, train_mixes
 from edge_agent.packing import Packing
 from edge_agent.phase import Checkpoint, Progress
-from edge_agent.pixels import normalise
+from edge_agent.pixels import normalise, resize
 from edge_agent.privacy_record import PrivacyRecord, attackers_parts
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
@@ -295,7 +296,7 @@ class Agent:
         if (height, width) == (self._side, self._side):
             return EgressDoor(local_NCHW)
         # A generator that copies does so at its own size: such a copy is resized as everything that is sent.
-        resized = (pools.resize(torch.from_numpy(image)[None], height, width)[0].numpy() for image in local_NCHW)
+        resized = (resize(torch.from_numpy(image)[None], height, width)[0].numpy() for image in local_NCHW)
         return EgressDoor(itertools.chain(self._load(height, width).images_NCHW, resized))
 
     def _load(self, height: int, width: int) -> LocalImages:
@@ -577,7 +578,7 @@ class Agent:
             )
         digest = self._folder.digest("generator.pt")
         asked_with = self._journal.fact("generator")
-        if self._journal.slots(pools.PHASE) > 0 and asked_with not in (None, digest):
+        if self._journal.slots(outboxes.PHASE) > 0 and asked_with not in (None, digest):
             raise RunFolderProblem(
                 f"{self._folder.path}: generator.pt changed since answers were paid for; give another --run-dir"
             )
@@ -600,7 +601,7 @@ class Agent:
             return
         gate = self._gate(generator, digest)
         teacher = self._paid_for()
-        outbox = self._outbox(pools.synthetic(generator, gate, seed=self._config.seed))
+        outbox = self._outbox(sources.synthetic(generator, gate, seed=self._config.seed))
         with self._console.bar("distill: ask", "pictures") as tell:
             pools.fill_pool(
                 teacher,
@@ -641,8 +642,8 @@ class Agent:
     def _packing(self) -> Packing:
         return Packing(self._config.image_encoding, self._config.image_quality, self._description.encodings)
 
-    def _outbox(self, source: pools.Source, **of_a_phase: Any) -> pools.PoolOutbox:
-        return pools.PoolOutbox(
+    def _outbox(self, source: sources.Source, **of_a_phase: Any) -> outboxes.PoolOutbox:
+        return outboxes.PoolOutbox(
             self._journal,
             source,
             self._door,

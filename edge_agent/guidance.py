@@ -17,6 +17,8 @@ from edge_agent.deprivatize import Guide
 from edge_agent.egress import CopyGate
 from edge_agent.failures import BudgetSpent
 from edge_agent.journal import Batch, Journal
+from edge_agent.outbox import PoolOutbox
+from edge_agent.sources import Source
 from edge_agent.teacher import Description, Teacher
 from networks.gan import Generator
 from protos import codec
@@ -40,7 +42,7 @@ class TeachersConfidence(Guide):
         description: Description,
         *,
         teacher: Callable[[], Teacher],
-        outbox: Callable[[pools.Source, int], pools.PoolOutbox],
+        outbox: Callable[[Source, int], PoolOutbox],
         make_gate: Callable[[Generator], CopyGate],
     ) -> None:
         self._journal = journal

@@ -3,7 +3,7 @@
 Shape letters: N pictures, C channels, H and W height and width, K classes.
 
 Such a server counts nothing and knows no batch ids: whatever is sent once more may be computed once more. So the
-agent counts what it sends (``pool.PoolOutbox``), durably before it is sent, and this module sends nothing that the
+agent counts what it sends (``outbox.PoolOutbox``), durably before it is sent, and this module sends nothing that the
 outbox did not hand out, and nothing to a server that does not answer a question that is free.
 
 What the pictures' tensor looks like and what the answers mean is taken from the server's metadata where that leaves

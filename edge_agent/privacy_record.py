@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edge_agent import pool as pools
-from edge_agent import privacy
+from edge_agent import privacy, sources
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.console import Console
 from edge_agent.egress import CopyGate
 from edge_agent.generators import PictureGenerator
 from edge_agent.journal import Journal
+from edge_agent.pixels import resize
 from edge_agent.runs import digest_of
 from protos import codec
 from protos.mekd.v1.teacher_inference_pb2 import Batch
@@ -49,7 +49,7 @@ class PrivacyRecord:
         if known is None or known["inputs"] != inputs:
             strangers_N = privacy.nearest(reference_NCHW, [training_NCHW])[:, 0]
             gate = CopyGate(training_NCHW, privacy.threshold(strangers_N))
-            pools.probe(generator, gate, seed=seed)
+            sources.probe(generator, gate, seed=seed)
             known = {
                 "inputs": inputs,
                 "reference_pictures": len(reference_NCHW),
@@ -131,7 +131,7 @@ class PrivacyRecord:
         done = 0
         for request in self._journal.requests():
             sent_NCHW = torch.from_numpy(codec.decode_images(Batch.FromString(request).images).copy())
-            block.append(pools.resize(sent_NCHW, side, side))
+            block.append(resize(sent_NCHW, side, side))
             done += len(sent_NCHW)
             if sum(map(len, block)) >= SENT_BLOCK_PICTURES:
                 yield torch.cat(block)

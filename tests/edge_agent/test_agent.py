@@ -18,8 +18,7 @@ from edge_agent.egress import CopiesStopped
 from edge_agent.failures import BadInput, RunFolderProblem
 from edge_agent.generators import to_content
 from edge_agent.journal import Batch
-from edge_agent.pixels import normalise
-from edge_agent.pool import resize
+from edge_agent.pixels import normalise, resize
 from edge_agent.runs import RunFolder
 from edge_agent.teacher import Description
 from networks.gan import Generator

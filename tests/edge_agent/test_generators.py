@@ -16,7 +16,7 @@ from edge_agent.diffusion import train_diffusion
 from edge_agent.egress import CopyGate
 from edge_agent.generators import AnyGenerator
 from edge_agent.mixes import train_mixes
-from edge_agent.pool import synthetic
+from edge_agent.sources import synthetic
 from tests.edge_agent.phase_parts import Keep, silent
 
 TRAININGS: dict[str, Callable[..., AnyGenerator]] = {

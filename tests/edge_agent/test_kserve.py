@@ -12,14 +12,15 @@ from google.rpc.status_pb2 import Status
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from edge_agent import kserve
-from edge_agent import pool as pools
 from edge_agent import teacher as teachers
 from edge_agent.config import KServeConfig
 from edge_agent.egress import CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadCredential, BadInput, BudgetSpent, TeacherAway
 from edge_agent.journal import Journal
 from edge_agent.kserve import Address, KServeTeacher, Reading, read_model
-from edge_agent.pool import PoolOutbox, fill_pool, load_pool, synthetic
+from edge_agent.outbox import PoolOutbox
+from edge_agent.pool import fill_pool, load_pool
+from edge_agent.sources import synthetic
 from networks.gan import Generator
 from protos import codec
 from protos.errors import Reason, Refusal
@@ -1104,4 +1105,4 @@ def test_teacher_that_keeps_books_gets_its_batches_back_whole(journal, generator
     counting = box(budget=40, batch_pictures=4, counts_sent=True)
     smaller = counting.next_batch()
     assert smaller.picture_count == 4 and smaller.batch_id != batch.batch_id
-    assert pools.codec.decode_images(wire.Batch.FromString(smaller.request).images).shape[0] == 4
+    assert codec.decode_images(wire.Batch.FromString(smaller.request).images).shape[0] == 4

@@ -8,7 +8,7 @@ from edge_agent.config import DeprivatizeConfig
 from edge_agent.egress import CopiesStopped, CopyGate
 from edge_agent.mixes import feature_distance, train_mixes
 from edge_agent.pixels import normalise
-from edge_agent.pool import probe, synthetic
+from edge_agent.sources import probe, synthetic
 from networks.mixes import Mixes
 from tests.edge_agent.phase_parts import Keep, silent
 

@@ -11,9 +11,11 @@ from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictur
 from edge_agent.failures import BadInput, BudgetSpent, TeacherAway
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Journal
+from edge_agent.outbox import PoolOutbox
 from edge_agent.packing import Packing
-from edge_agent.pixels import quantise
-from edge_agent.pool import PoolOutbox, fill_pool, load_pool, resize, split_pool, synthetic
+from edge_agent.pixels import quantise, resize
+from edge_agent.pool import fill_pool, load_pool, split_pool
+from edge_agent.sources import PROBE_PICTURES, probe, synthetic
 from edge_agent.teacher import Answered, Description, Refused
 from networks.gan import Generator
 from protos import codec
@@ -292,9 +294,9 @@ def test_probe_is_large_seeded_and_of_no_slots_pictures(journal, generator):
 
     gates = [Noting(NO_PICTURES, 0.0) for _ in range(3)]
     for gate, seed in zip(gates, (0, 0, 1), strict=True):
-        pools.probe(generator, gate, seed=seed)
+        probe(generator, gate, seed=seed)
     first, again, other = (torch.cat(gate.noted) for gate in gates)
-    assert len(first) == gates[0].seen == pools.PROBE_PICTURES
+    assert len(first) == gates[0].seen == PROBE_PICTURES
     assert torch.equal(first, again) and not torch.equal(first, other)
     outbox(journal, generator, budget=16).next_batch()
     sent = {image.tobytes() for image in pixels_planned(journal)}

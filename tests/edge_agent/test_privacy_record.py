@@ -89,7 +89,7 @@ def test_the_gate_goes_on_with_its_threshold_and_counts_and_probes_once_a_genera
         probes.append(seed)
         gate.seen = 100
 
-    monkeypatch.setattr("edge_agent.pool.probe", finds_none)
+    monkeypatch.setattr("edge_agent.sources.probe", finds_none)
     first = PrivacyRecord(journal, lambda: split).gate(generator(), inputs="a", seed=7)
     plan(journal, 0, count=6)
     again = PrivacyRecord(journal, lambda: split).gate(generator(), inputs="a", seed=7)
@@ -105,11 +105,11 @@ def test_a_probe_that_found_copies_stops_every_later_process_too(journal, split,
     def finds_copies(_, gate, seed):
         gate.seen, gate.dropped = 100, 2
 
-    monkeypatch.setattr("edge_agent.pool.probe", finds_copies)
+    monkeypatch.setattr("edge_agent.sources.probe", finds_copies)
     for _ in range(2):
         with pytest.raises(CopiesStopped, match=r"^2 of 100 synthetic pictures"):
             PrivacyRecord(journal, lambda: split).gate(generator(), inputs="a", seed=7)
-        monkeypatch.setattr("edge_agent.pool.probe", lambda *_, **__: pytest.fail("probed again"))
+        monkeypatch.setattr("edge_agent.sources.probe", lambda *_, **__: pytest.fail("probed again"))
 
 
 def test_what_is_not_known_is_none_and_asks_for_no_pictures(journal):

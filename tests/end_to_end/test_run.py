@@ -458,13 +458,13 @@ def test_generator_that_copies_is_stopped_at_the_door(world):
     plant = """
 import sys
 import torch
-from edge_agent import pool
+from edge_agent import sources
 from edge_agent.cli import main
 from PIL import Image
 import numpy as np
 local = torch.from_numpy(np.asarray(Image.open(sys.argv.pop(1))).copy())[None, None]
-original = pool.quantise
-pool.quantise = lambda images: torch.cat([original(images)[1:], local])
+original = sources.quantise
+sources.quantise = lambda images: torch.cat([original(images)[1:], local])
 main()
 """
     command = world.agent_command(phase="distill")
@@ -486,7 +486,7 @@ main()
 # A generator that gives out the pictures it was trained on, each time with noise that no hash sees through.
 MEMORISER = """
 import sys
-from edge_agent import agent, egress, pool, privacy
+from edge_agent import agent, egress, privacy, sources
 from edge_agent.cli import main
 import torch
 
@@ -541,7 +541,7 @@ def test_generator_that_memorises_is_stopped_before_anything_is_sent(world):
     shutil.rmtree(world.run_dir)
     assert world.agent(phase="deprivatize").returncode == 0
     without = memorising_agent(
-        world, f"{open_gate}; pool.probe = lambda *parts, **options: setattr(parts[1], 'seen', 1)"
+        world, f"{open_gate}; sources.probe = lambda *parts, **options: setattr(parts[1], 'seen', 1)"
     )
     assert without.returncode == 0, without.stderr
     assert world.books()["posted"] == 64 and world.summary()["private_images_sent"] == 0
