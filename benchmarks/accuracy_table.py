@@ -84,8 +84,8 @@ Lines name the `precision` that networks trained in where it was written down; t
 as the processor of that day had matrix units or not. `seconds.distill` of a row `of` another has its assistants' in
 it up to 2026-11-22, 10:50 UTC; later ones have figures of their own, and none where the assistants were there before:
 those under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, are those of `cifar10-generations`, seed 1.
-The seconds of `cifar10-10k`, seed 1, have a pause of nine minutes in them, and those of all rows whatever else the
-machine did.
+The seconds of `cifar10-10k` and `cifar10-mobilenet-hard`, seed 1, have a pause of ten minutes or more in them, and
+those of all rows whatever else the machine did.
 
 Ideas that were tried on the development part alone have no line here; their figures stand where the idea would be,
 in [distill.py](../edge_agent/distill.py) and [diffusion.py](../edge_agent/diffusion.py).
