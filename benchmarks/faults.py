@@ -119,7 +119,9 @@ class DrillOutbox:
         """The first pictures of a refused batch under a new id, in its place."""
         images_NCHW = codec.decode_images(wire.Batch.FromString(refused.request).images)
         smaller = self._batch(refused.slot, images_NCHW[:picture_count])
-        self._journal.replan(PHASE, refused.batch_id, smaller, rest=None)
+        more = images_NCHW[picture_count:]
+        rest = self._batch(refused.slot, more) if len(more) else None
+        self._journal.replan(PHASE, refused.batch_id, smaller, rest=rest)
         self._planned -= refused.picture_count - picture_count
         self._again.append(smaller)
 

@@ -76,12 +76,8 @@ NO_MATTER: dict[str, tuple[str, ...]] = {
     "mixes": ("drawing_steps",),
 }
 """Kind of generator -> settings of `DeprivatizeConfig` that its pictures do not depend on. Of a GAN and of mixes not
-all: folders of former versions name the rest (`_IDLE_TOO`)."""
-_IDLE_TOO = {
-    "gan": (),
-    "diffusion": (),
-    "mixes": ("noise_count", "recolour_strength", "shift_fraction", "cutout_fraction", "im_weight"),
-}
+all: folders of former versions name the rest (`_MIXES_IGNORE`)."""
+_MIXES_IGNORE = ("noise_count", "recolour_strength", "shift_fraction", "cutout_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +316,9 @@ def idle_settings(config: RunConfig) -> list[str]:
     """The settings that are not at their defaults and yet change nothing, by their full names."""
     kind = config.deprivatize.generator
     used = in_use(config.distill, mixes=kind == "mixes")
-    generators = {*NO_MATTER[kind], *_IDLE_TOO[kind], *(["im_weight"] if config.deprivatize.im_queries == 0 else [])}
+    generators = {*NO_MATTER[kind], *(_MIXES_IGNORE if kind == "mixes" else ())}
+    if config.deprivatize.im_queries == 0:
+        generators.add("im_weight")
     students = {field.name for field in fields(DistillConfig)} - used.keys()
     if config.distill.image_weight == 0:
         students.add("image_fraction")

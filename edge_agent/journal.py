@@ -122,6 +122,11 @@ class Totals:
     sent_bytes: int
     received_bytes: int
 
+    @property
+    def shown_pictures(self) -> int:
+        """Different ones that the teacher has seen, or will: those of `Journal.requests`."""
+        return self.planned_pictures + self.refused_pictures
+
 
 class Journal:
     """The journal of one run folder; used by one thread of one process at a time."""

@@ -70,8 +70,7 @@ class PrivacyRecord:
         if known is not None and known["inputs"] == inputs:
             return
         training_NCHW, reference_NCHW = self._split()
-        totals = self._journal.totals()
-        sent_pictures = totals.planned_pictures + totals.refused_pictures
+        sent_pictures = self._journal.totals().shown_pictures
         side = training_NCHW.shape[-1]
         with console.bar("distill: membership attack", "pictures") as tell:
             near_NK, near_NP = privacy.nearest_by_parts(
@@ -118,8 +117,7 @@ class PrivacyRecord:
         """Pictures that the gate has looked at in this run, and how many of them it dropped."""
         totals = self._journal.totals()
         dropped = gate["dropped"] + totals.dropped_pictures
-        passed = totals.planned_pictures + totals.refused_pictures
-        return gate["probed"] + passed + totals.dropped_pictures, dropped
+        return gate["probed"] + totals.shown_pictures + totals.dropped_pictures, dropped
 
     def _attacked(self) -> str:
         """Of the ids of all that was ever planned to be sent, and the attacks' names: fewer would understate."""
