@@ -1,6 +1,7 @@
 """The life of the server process, top-down: build, start, wait for SIGINT or SIGTERM, drain, stop."""
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import os
@@ -27,7 +28,7 @@ from teacher_service.engine import Engine, is_quick
 from teacher_service.health import Health, follow
 from teacher_service.inference import InferenceServicer
 from teacher_service.interceptors import Gate, Readable, RpcMetrics
-from teacher_service.ledger import MAX_COUNT, Ledger
+from teacher_service.ledger import MAX_COUNT, Ledger, LedgerError
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import SCHEMES, RemoteLedger
 from teacher_service.ledger_sql import LEASE_MS, SqlLedger
@@ -289,8 +290,11 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
 
 async def _tell_if_empty(ledger: Ledger) -> None:
     """Of a ledger that was made just now, maybe in another folder than was meant."""
-    if isinstance(ledger, SqlLedger) and not await ledger.accounts(limit=1):
-        log.warning("the ledger has no account: every key is refused until teacher-admin makes one")
+    if not isinstance(ledger, SqlLedger):
+        return
+    with contextlib.suppress(LedgerError):  # a store that is away just now is health's matter
+        if not await ledger.accounts(limit=1):
+            log.warning("the ledger has no account: every key is refused until teacher-admin makes one")
 
 
 def _books_in_memory(config: ServerConfig) -> Ledger:
