@@ -151,8 +151,8 @@ def run(
         api_key = _api_key(key_file)
         if "OMP_WAIT_POLICY" not in os.environ:
             # Read when torch is imported: its threads would spin for milliseconds after every layer. A ResNet8's step
-            # took 19 ms on two idle cores either way, and with another program on one of them 1.0 s in place of 1.6.
-            # OMP_NUM_THREADS=1 is better by far there: 42 ms, even with programs on both.
+            # took 19 ms on two idle cores either way, and with another program on one of them 1.0 s in place of 1.6,
+            # for as long as it takes `threads` to see it.
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         # torch takes seconds to import: not before the input is known to be good.
         from edge_agent import agent

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from edge_agent.threads import Threads
+
 
 class Checkpoint(Protocol):
     """Keeps the newest state of one phase, so that a killed run goes on where it was."""
@@ -67,10 +69,12 @@ class Resumable:
                 part.load_state_dict(state[name])
             rng.set_state(state["rng"])
             self.done, self.order = state["done"], state.get("order", self.order)
+        self._threads = Threads()
 
     def stepped(self) -> None:
         """One step more is done; keep it, if that is due."""
         self.done += 1
+        self._threads.stepped()
         self._checkpoint.save_if_due(self._state)
 
     def _state(self) -> dict[str, Any]:
