@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +17,18 @@ from protos.errors import Refusal
 from teacher_service import auth, heap, ledger_cli
 from teacher_service.config import ServerConfig, is_loopback
 from teacher_service.health import LIVENESS
-from teacher_service.ledger import IDENTIFIER, OPERATORS, Account, Ledger, LedgerError, LedgerUnavailable, Role, watch
+from teacher_service.ledger import (
+    IDENTIFIER,
+    OPERATORS,
+    Account,
+    Entry,
+    EntryKind,
+    Ledger,
+    LedgerError,
+    LedgerUnavailable,
+    Role,
+    watch,
+)
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.server import StartError, open_ledger, serve_ledger
 from teacher_service.server import check as check_config
@@ -108,6 +120,7 @@ def _ledger_options(command: Callable[..., T]) -> Callable[..., T]:
                 default=DEFAULT_LEDGER,
                 show_default=True,
                 envvar="MEKD_LEDGER",
+                show_envvar=True,
                 metavar="URL",
                 help="The books: sqlite:///FILE or postgresql://USER@HOST/DATABASE; or a server that has them, "
                 "grpc://HOST:PORT or grpcs://HOST:PORT, with its key in MEKD_LEDGER_KEY.",
@@ -464,7 +477,21 @@ def _read(flag: str, path: Path) -> bytes:
         _fail(f"{flag} {path}: {error.strerror}")
 
 
-@click.group("teacher-admin", context_settings=SETTINGS)
+class _LedgerFirst(click.Group):
+    """Says where the flags go that are not a command's own but the program's."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if not error.option_name.startswith("--ledger"):
+                raise
+            there = f"It goes before the command: teacher-admin {error.option_name} ... COMMAND"
+            raise click.UsageError(f"{error.format_message()} {there}", ctx=error.ctx) from None
+
+
+@click.group("teacher-admin", cls=_LedgerFirst, context_settings=SETTINGS)
 @_ledger_options
 @click.pass_context
 def admin(context: click.Context, ledger: str, ledger_ca: Path | None, ledger_insecure: bool) -> None:
@@ -568,7 +595,7 @@ def account_list(ledger: str, form: str) -> None:
     _on_books(ledger, pages)
 
 
-@account.command("grant")
+@account.command("grant", context_settings={"ignore_unknown_options": True})  # -5 is a number, and too small a one
 @click.argument("name")
 @click.argument("pictures", type=int)
 @click.option(
@@ -690,10 +717,20 @@ def statement(ledger: str, name: str, run_id: str, form: str) -> None:
                     "run_id": entry.run_id,
                     "batch_id": entry.batch_id,
                 }
-                click.echo(json.dumps(row) if form == "json" else "  ".join(str(value) for value in row.values()))
+                click.echo(json.dumps(row) if form == "json" else _statement_line(entry))
             after = page[-1].sequence
 
     _on_books(ledger, pages)
+
+
+def _statement_line(entry: Entry) -> str:
+    """Its sequence and time, what happened, and to which batch of which run."""
+    when = datetime.fromtimestamp(entry.create_time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    books = f"{entry.debit_book} -> {entry.credit_book}"
+    of_run = f"run {entry.run_id}  " if entry.run_id else ""
+    of_batch = f"{'grant' if entry.kind is EntryKind.GRANT else 'batch'} {entry.batch_id}" if entry.batch_id else ""
+    line = f"{entry.sequence:>6}  {when}  {entry.kind.value:<6} {entry.picture_count:>9} pictures  {books:<23}"
+    return f"{line}  {of_run}{of_batch}".rstrip()
 
 
 admin.add_command(ledger_cli.ledger)
