@@ -493,7 +493,12 @@ class Agent:
             return
         books = self._books()
         assert books is not None
-        theirs = books.posts(self._journal.run_id)
+        self._compare(books)
+        self._journal.set_facts(compared=compared)
+
+    def _compare(self, books: Books) -> None:
+        """Raises RunFolderProblem where journal and books disagree on what this run has paid for."""
+        ours, theirs = self._journal.charges(), books.posts(self._journal.run_id)
         open_ids = self._journal.open_ids()
         wrong = sorted(
             batch_id
@@ -504,11 +509,11 @@ class Agent:
         if wrong:
             raise RunFolderProblem(
                 f"this journal and the teacher's books disagree on {len(wrong)} batches: {', '.join(wrong[:20])}; "
-                f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}. Keep the folder: what "
-                "'edge-agent receipts' prints of it is what the teacher's operator can hold against the books "
-                "('teacher-admin ledger verify --receipts FILE')"
+                f"journal {sum(ours.values())} pictures, books {sum(theirs.values())}. Where this is an older copy "
+                "of the run's folder, go on with the newest; where the address is another teacher's, give another "
+                "--run-dir. Else keep the folder: what 'edge-agent receipts' prints of it is what the teacher's "
+                "operator can hold against the books ('teacher-admin ledger verify --receipts FILE')"
             )
-        self._journal.set_facts(compared=compared)
 
     # --- parts of phases ---
 
@@ -618,20 +623,29 @@ class Agent:
         return self._connected()
 
     def _check_account(self, *, within_seconds: float | None = None) -> None:
-        """Refuses another account than one that has paid so far; warns of one that cannot pay for the rest."""
+        """Refuses another account than was asked with so far, and books that do not know what it has paid.
+
+        Warns of an account that cannot pay for the rest.
+        """
         books = self._books()
         if books is None:
             return
         account = books.balance(self._journal.run_id, within_seconds=within_seconds)
-        paid_by = {receipt.account for _, receipt in self._journal.receipts()}
+        totals = self._journal.totals()
+        # Before anything is asked: ids of batches are an account's own, so another would pay for the same ones again.
+        bound_to = self._journal.fact("account") if totals.planned_pictures > 0 else None
+        paid_by = {bound_to} if bound_to else {receipt.account for _, receipt in self._journal.receipts()}
         if paid_by and account.account not in paid_by:
             raise RunFolderProblem(
-                f"{self._folder.path}: its answers were bought by account {', '.join(sorted(paid_by))}, and this key "
-                f"is {account.account}'s; give a key of that account, or another --run-dir"
+                f"{self._folder.path}: account {', '.join(sorted(paid_by))} pays for it, and this key is "
+                f"{account.account}'s; give a key of that account, or another --run-dir"
             )
+        if account.run_posted != totals.charged_pictures:
+            self._compare(books)
+        self._journal.set_facts(account=account.account)
         self._account_is_known = True
         # Before it was stopped this run may have paid for more than its journal knows, and what is held may be its.
-        paid = max(self._journal.totals().charged_pictures, account.run_posted)
+        paid = max(totals.charged_pictures, account.run_posted)
         missing = self._config.budget - paid - account.balance - account.held
         if missing > 0:
             self._console.warn(
