@@ -259,10 +259,11 @@ class _Model:
             _refuse("id", f"at most {MOST_ID_CHARACTERS} characters", f"{len(request.id)}")
         batch_id = _identifier(request, "idempotency_key") or uuid.uuid4().hex
         run_id = _identifier(request, "run_id") or DEFAULT_RUN_ID
-        asked = self._asked_output(caller, request.outputs)
+        asked, unsold = self._asked_output(caller, request.outputs)
         images, misfit = self._images(request, self._money_path.max_batch_pictures(caller))
         try:
-            result = await self._money_path.answer(caller, run_id, Batch(batch_id, images), gone, protocol="kserve")
+            batch = Batch(batch_id, images)
+            result = await self._money_path.answer(caller, run_id, batch, gone, protocol="kserve", unsold=unsold)
         except Refusal as refusal:
             raise (misfit if misfit is not None and refusal.reason is Reason.INVALID_IMAGES else refusal) from None
         tensor = _tensor(result.answer, images.picture_count)
@@ -298,17 +299,24 @@ class _Model:
         kind = policy.answer_kind(self._money_path.terms_of(caller))
         return LABELS if kind == wire.ANSWER_KIND_CLASS_INDICES else PROBABILITIES
 
-    def _asked_output(self, caller: Caller, outputs: Sequence[Any]) -> str:
-        """The one output asked for; empty where none is named."""
-        if not outputs:
-            return ""
+    def _asked_output(self, caller: Caller, outputs: Sequence[Any]) -> tuple[str, Refusal | None]:
+        """The one output asked for, empty where none is named; and why it is not sold, where it is not.
+
+        Such a one may be in an answer that was sold under other terms.
+        """
         sold = self._sold_output(caller)
-        for output in outputs:  # the same one twice is one, as with Triton
-            if output.name != sold:
-                _refuse("outputs", f"{sold!r}, which is what this account is sold", output.name)
-            if output.parameters:
+        for output in outputs:
+            if output.name == sold and output.parameters:
                 _refuse(f"outputs.{sold}.parameters", "none", ", ".join(sorted(output.parameters)))
-        return sold
+        names = {output.name for output in outputs}  # the same one twice is one, as with Triton
+        if not names - {sold}:
+            return (sold if names else ""), None
+        strange = min(names - {sold})
+        expected, got = f"{sold!r}, which is what this account is sold", strange[:_MOST_TOLD]
+        unsold = Refusal.of(Reason.INVALID_REQUEST, field="outputs", expected=expected, got=got)
+        if names not in ({LABELS}, {PROBABILITIES}):
+            raise unsold
+        return strange, unsold
 
     def _images(
         self, request: service_pb2.ModelInferRequest, most: int

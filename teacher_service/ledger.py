@@ -270,9 +270,7 @@ def apply_hold(account: Account, known: Hold | None, request: HoldRequest, insta
     """
     if request.picture_count < 1:
         raise LedgerError(f"expected a hold of at least 1 picture, got {request.picture_count}")
-    check_same_batch(known, request)
-    if known is not None and known.state is HoldState.HELD:
-        raise Refusal.of(Reason.BATCH_IN_FLIGHT, batch_id=request.batch_id)
+    check_settled(known, request)
     if request.picture_count > account.balance:
         raise Refusal.of(
             Reason.BUDGET_EXHAUSTED,
@@ -303,6 +301,16 @@ def check_same_batch(known: Hold | None, request: HoldRequest) -> None:
     ):
         if before != now:
             raise Refusal.of(Reason.BATCH_ID_REUSED, batch_id=request.batch_id, field=field)
+
+
+def check_settled(known: Hold | None, request: HoldRequest) -> None:
+    """Refuses a batch that may yet be charged (BATCH_IN_FLIGHT), or is another one (BATCH_ID_REUSED).
+
+    Whose server died counts as held: the next sweep gives it back.
+    """
+    check_same_batch(known, request)
+    if known is not None and known.state is HoldState.HELD:
+        raise Refusal.of(Reason.BATCH_IN_FLIGHT, batch_id=request.batch_id)
 
 
 def is_replay(known: Hold | None) -> bool:
@@ -458,7 +466,8 @@ class Ledger(Protocol):
     async def replay(self, request: HoldRequest) -> Posted | None:
         """The batch as it was answered and charged, None where it was not; reads alone, whatever its count is.
 
-        Refusal BATCH_ID_REUSED as in ``hold``. LedgerError where there is no such account.
+        Refusals as in ``hold``: BATCH_ID_REUSED, and BATCH_IN_FLIGHT, since what is held may yet be charged.
+        LedgerError where there is no such account.
         """
 
     async def post(

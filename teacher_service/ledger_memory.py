@@ -57,7 +57,7 @@ class MemoryLedger:
     async def replay(self, request: HoldRequest) -> Posted | None:
         account, key = self._account(request.account), (request.account, request.batch_id)
         known = self._holds.get(key)
-        rules.check_same_batch(known, request)
+        rules.check_settled(known, request)
         if not rules.is_replay(known):
             return None
         return Posted(answer=self._answers[key], receipt=self._receipts[key], account=account)

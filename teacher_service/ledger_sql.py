@@ -521,7 +521,7 @@ class SqlLedger:
             wanted = {"of": request.account, "batch_ids": [request.batch_id]}
             row = connection.execute(_SELECT_HOLDS, wanted).one_or_none()
             known = tables.hold_of(row) if row is not None else None
-            rules.check_same_batch(known, request)
+            rules.check_settled(known, request)
             if not rules.is_replay(known):
                 return None
             transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)

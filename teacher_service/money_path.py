@@ -81,14 +81,24 @@ class MoneyPath:
         return min(self._config.max_batch_pictures, outstanding or self._config.max_batch_pictures)
 
     async def answer(
-        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", *, protocol: str = "mekd"
+        self,
+        caller: Caller,
+        run_id: str,
+        batch: Batch,
+        gone: "Gone",
+        *,
+        protocol: str = "mekd",
+        unsold: Refusal | None = None,
     ) -> wire.BatchResult:
-        """The paid answer of one batch. Raises Refusal; then nothing was charged."""
+        """The paid answer of one batch. Raises Refusal; then nothing was charged.
+
+        ``unsold``: why this one is not answered unless it was before.
+        """
         started = time.perf_counter()
         outcome = "failed"
         parts = Parts()
         try:
-            result = await self._answer(caller, run_id, batch, gone, parts)
+            result = await self._answer(caller, run_id, batch, gone, parts, unsold)
             outcome = "replayed" if result.replayed else "charged"
             return result
         except Refusal as refusal:
@@ -107,7 +117,7 @@ class MoneyPath:
             )
 
     async def _answer(
-        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts
+        self, caller: Caller, run_id: str, batch: Batch, gone: "Gone", parts: Parts, unsold: Refusal | None
     ) -> wire.BatchResult:
         if self.draining:
             raise Refusal.of(Reason.DRAINING)
@@ -115,6 +125,8 @@ class MoneyPath:
         count = batch.images.picture_count
         try:
             try:
+                if unsold is not None:
+                    raise unsold
                 codec.check_images(
                     batch.images,
                     channels=self._engine.channels,

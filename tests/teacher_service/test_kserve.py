@@ -518,15 +518,21 @@ async def test_an_answer_says_the_policy_that_it_was_sold_under_also_when_anothe
 
 async def test_a_kept_answer_is_never_passed_off_as_another_output() -> None:
     async with serving() as service:
-        await service.kserve.ModelInfer(infer_request("b", PIXELS), metadata=service.metadata())
+        bought = infer_request("b", PIXELS)
+        bought.outputs.add(name="probabilities")
+        await service.kserve.ModelInfer(bought, metadata=service.metadata())
         await service.ledger.set_terms("device", Terms(answers="hard"))
         service.clock.seconds += CACHE_SECONDS
         request = infer_request("b", PIXELS)
         request.outputs.add(name="labels")
         refusal = await refused(service, request)
         assert refusal.variables["expected"] == "'probabilities', which is kept for b, or none by name"
-        again = await service.kserve.ModelInfer(infer_request("b", PIXELS), metadata=service.metadata())
-        assert kserve_result(again).name == "probabilities" and kserve_result(again).replayed
+        for repeated in (bought, infer_request("b", PIXELS)):  # byte for byte, or with no output named
+            again = await service.kserve.ModelInfer(repeated, metadata=service.metadata())
+            assert kserve_result(again).name == "probabilities" and kserve_result(again).replayed
+        bought.parameters["idempotency_key"].string_param = "new"
+        refusal = await refused(service, bought)
+        assert refusal.variables["expected"] == "'labels', which is what this account is sold"
         assert await service.balances() == (2, 0, 998)
 
 

@@ -328,7 +328,10 @@ async def test_whether_a_batch_was_answered_can_be_asked_without_holding_it(book
     assert await books.replay(wish()) is None
     await books.hold(wish())
     await settled(books)
-    assert await books.replay(wish()) is None  # under way
+    with pytest.raises(Refusal) as under_way:
+        await books.replay(wish())
+    assert under_way.value == await refused(books, wish())
+    assert under_way.value.reason is Reason.BATCH_IN_FLIGHT  # and may yet be charged
     posted = await books.post("a", "b", b"answer")
     entries = await books.statement("a")
     assert await books.replay(wish()) == await books.replay(wish(count=99)) == posted == await replay(books)
