@@ -40,6 +40,7 @@ After any of them the same command goes on where it was, and pays for no picture
 
 
 @click.group(context_settings=SETTINGS)
+@click.version_option(package_name="mekd", prog_name="edge-agent")
 def main() -> None:
     """Turn a teacher's paid answers into a small model of your own.
 

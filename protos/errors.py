@@ -140,7 +140,7 @@ TABLE: dict[Reason, Entry] = {
     Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "{method}: expected {expected}, got {got}"),
     Reason.WATCH_LIMIT: Entry(
         code_pb2.RESOURCE_EXHAUSTED,
-        "{limit} watches of {scope} are open already; end one, or ask with GetBalance",
+        "{limit} watches or statements of {scope} are open already; end one, or ask with GetBalance or ListStatement",
     ),
     Reason.ENGINE_FAILED: Entry(
         code_pb2.INTERNAL, "the model failed on this batch; nothing was charged (incident {incident})"

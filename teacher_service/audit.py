@@ -457,6 +457,7 @@ class Store(AbstractContextManager["Store"]):
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._name = url.removeprefix("sqlite:///").rpartition("@")[2]  # without a password
         self._connection: Any = None
         self._errors: tuple[type[Exception], ...] = (sqlite3.Error,)
 
@@ -470,7 +471,7 @@ class Store(AbstractContextManager["Store"]):
                 raise AuditError("expected the ledger's own store, sqlite:///FILE or postgresql://…")
         except self._errors as error:
             self.close()
-            raise AuditError(f"expected a ledger: {_one_line(error)}") from None
+            raise AuditError(f"expected a ledger at {self._name}: {_one_line(error)}") from None
         return self
 
     def _open_sqlite(self, path: Path) -> None:
@@ -508,7 +509,7 @@ class Store(AbstractContextManager["Store"]):
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self.close()
         if isinstance(error, self._errors):
-            raise AuditError(f"the ledger's store failed: {_one_line(error)}") from None
+            raise AuditError(f"the ledger's store {self._name} failed: {_one_line(error)}") from None
 
     def close(self) -> None:
         """Gives the view back."""

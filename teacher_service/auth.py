@@ -32,7 +32,7 @@ CACHE_SECONDS = 5.0
 CACHE_KEYS = 4096
 MOST_TOLD = 300  # characters of a refusal's variable, where it travels as metadata
 
-_KEY = re.compile(r"mekd_([0-9a-f]{16})_([0-9a-f]{64})")
+KEY = re.compile(r"mekd_([0-9a-f]{16})_([0-9a-f]{64})")
 
 # Method -> roles that may call it; None: no credential needed. What is not listed here is denied.
 _EVERY_ROLE = frozenset(Role)
@@ -145,7 +145,7 @@ class Authenticator:
         if not isinstance(header, str):
             raise Refusal.of(Reason.UNAUTHENTICATED, got="no such header")
         scheme, _, text = header.partition(" ")
-        found = _KEY.fullmatch(text.strip())
+        found = KEY.fullmatch(text.strip())
         if scheme.lower() != "bearer" or found is None:
             what = "a key that is not whole" if scheme.lower() == "bearer" else "another form"
             raise Refusal.of(Reason.UNAUTHENTICATED, got=what)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 import structlog
+from click.core import ParameterSource
 
 from protos.errors import Refusal
 from teacher_service import auth, heap, ledger_cli
@@ -200,6 +201,7 @@ def _given_facts(
 
 
 @click.command("teacher-serve", context_settings=SETTINGS)
+@click.version_option(package_name="mekd")
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -387,6 +389,11 @@ def serve(
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
     if model is not None and ledger_only:
         raise click.UsageError("expected one of --model and --ledger-only, got both")
+    if (
+        ledger_only
+        and click.get_current_context().get_parameter_source("metrics_port") is ParameterSource.COMMANDLINE
+    ):
+        raise click.UsageError("--metrics-port: expected --model with it; --ledger-only has no metrics")
     heap.bound()
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)
@@ -464,6 +471,10 @@ def _check(target: str, liveness: bool, tls_ca: Path | None, tls_cert: Path | No
             )
         except grpc.RpcError as error:
             click.echo(f"{target} is not {state}: {error.code().name}: {error.details()}", err=True)
+            if error.code() is grpc.StatusCode.UNAVAILABLE and tls_ca is None:
+                click.echo("if the server has TLS, give --tls-ca, the authority of its certificate", err=True)
+            elif error.code() is grpc.StatusCode.UNAVAILABLE and tls_cert is None:
+                click.echo("if the server wants certificates of its callers, give --tls-cert and --tls-key", err=True)
             return 1
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
     click.echo(f"{target} is {state if serving else f'not {state}'}", err=True)
@@ -492,6 +503,7 @@ class _LedgerFirst(click.Group):
 
 
 @click.group("teacher-admin", cls=_LedgerFirst, context_settings=SETTINGS)
+@click.version_option(package_name="mekd")
 @_ledger_options
 @click.pass_context
 def admin(context: click.Context, ledger: str, ledger_ca: Path | None, ledger_insecure: bool) -> None:
@@ -690,8 +702,11 @@ def key_list(ledger: str, name: str) -> None:
 @click.argument("key_id")
 @click.pass_obj
 def key_revoke(ledger: str, key_id: str) -> None:
-    """End a key for good; a running server notices within five seconds."""
+    """End a key for good; a running server notices within five seconds. KEY_ID as in key list, or the whole key."""
+    if whole := auth.KEY.fullmatch(key_id.strip()):
+        key_id = whole[1]
     _on_books(ledger, lambda books: books.revoke_key(key_id))
+    click.echo(f"{key_id}  revoked")
 
 
 @admin.command()

@@ -74,31 +74,32 @@ class Health(HealthServicer):
 
 async def follow(ledger: Ledger, health: Health) -> None:
     """Not ready while the ledger cannot be read or written, ready when it is back; for ever."""
-    ready = True
-    probe: asyncio.Task[bool] | None = None
+    last: Exception | None = None
+    probe: asyncio.Task[Exception | None] | None = None
     try:
         while True:
             # A probe that hangs is waited for and not joined by others: what is away is asked once at a time.
-            probe = probe or asyncio.create_task(_answers(ledger), name="ledger-probe")
+            probe = probe or asyncio.create_task(_problem(ledger), name="ledger-probe")
             await asyncio.wait({probe}, timeout=PROBE_TIMEOUT_SECONDS)
-            found = probe.done() and probe.result()
+            problem = probe.result() if probe.done() else TimeoutError(f"no answer in {PROBE_TIMEOUT_SECONDS:g} s")
             probe = None if probe.done() else probe
-            if found != ready:
-                ready = found
-                health.set_ready(ready)
-                if ready:
+            if type(problem) is not type(last):
+                health.set_ready(problem is None)
+                if problem is None:
                     log.info("ledger is back")
                 else:
-                    log.error("ledger is away, not ready until it is back")
+                    log.error("ledger is away, not ready until it is back", problem=str(problem))
+            last = problem
             await asyncio.sleep(PROBE_SECONDS)
     finally:
         if probe is not None:
             probe.cancel()
 
 
-async def _answers(ledger: Ledger) -> bool:
+async def _problem(ledger: Ledger) -> Exception | None:
+    """Why the ledger does not answer; None where it does."""
     try:
         await ledger.check()
-    except (LedgerError, Refusal):
-        return False
-    return True
+    except (LedgerError, Refusal) as error:
+        return error
+    return None

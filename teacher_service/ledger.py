@@ -254,6 +254,11 @@ def check_same_account(name: str, made: Entry | None, granted: int | None, first
     check_same_grant(made, granted, first_key)
 
 
+def no_such_key(key_id: str) -> LedgerError:
+    """Told of so much of it as no secret is in, should somebody have given a whole key."""
+    return LedgerError(f"expected the id of a key on these books, as 'key list' prints it, got {key_id[:16]!r}")
+
+
 def key_digest(key: Key | None) -> bytes:
     """SHA-256 over a key as it was made; empty for none. Revoking changes nothing here."""
     if key is None:

@@ -165,7 +165,7 @@ class MemoryLedger:
 
     async def revoke_key(self, key_id: str) -> None:
         if key_id not in self._keys:
-            raise LedgerError(f"expected the id of a key on these books, got {key_id!r}")
+            raise rules.no_such_key(key_id)
         key = self._keys[key_id]
         self._keys[key_id] = Key(
             key_id=key.key_id,

@@ -70,6 +70,10 @@ _AWAY = (Reason.LEDGER_UNAVAILABLE, Reason.LEDGER_OUTCOME_UNKNOWN, Reason.DRAINI
 _Batch = tuple[str, str]  # account and batch id
 
 
+class LedgerRefusesKey(LedgerUnavailable):
+    """There is a ledger, but not for this key: nothing was done, and only an operator can help."""
+
+
 class RemoteLedger:
     """``Ledger`` on a ledger server.
 
@@ -354,6 +358,8 @@ class RemoteLedger:
         """An operator's change, never sent twice by itself: whether it was made may not be known."""
         try:
             return await self._call(method, message)
+        except LedgerRefusesKey:  # and so did nothing
+            raise
         except LedgerUnavailable as error:
             advice = "look whether it was done before you do it again"
             if grant_id:
@@ -368,9 +374,7 @@ class RemoteLedger:
             return LedgerUnavailable(f"the ledger at {self._url} is away ({code.name}: {said})")
         if refusal.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):
             # Of this server's key, and no business of whoever sent the batch.
-            return LedgerUnavailable(
-                f"the ledger at {self._url} refuses its key (MEKD_LEDGER_KEY): {refusal.message}"
-            )
+            return LedgerRefusesKey(f"the ledger at {self._url} refuses its key (MEKD_LEDGER_KEY): {refusal.message}")
         if refusal.reason is Reason.LEDGER_REFUSED:
             return LedgerError(refusal.message)
         return refusal

@@ -435,7 +435,7 @@ class _Reader:
     def _read(self, read: Callable[[Connection], T], outcome: "Future[T]") -> None:
         try:
             with (
-                _store_errors(),
+                _store_errors(self._engine.url),
                 self._engine.connect().execution_options(read_only=True) as connection,
                 connection.begin(),
             ):
@@ -483,9 +483,9 @@ class SqlLedger:
         engine = _engine(_checked_url(url, create))
         opened = cls(engine, lease_ms, clock)
         try:
-            with _store_errors(), engine.begin() as connection:
+            with _store_errors(engine.url), engine.begin() as connection:
                 _bring_schema_up_to_date(connection, _without_password(url))
-            with _store_errors(), engine.begin() as connection:
+            with _store_errors(engine.url), engine.begin() as connection:
                 opened._renew(connection)
             opened._try("expiring what the dead left held", opened._sweep)
         except BaseException:
@@ -647,7 +647,7 @@ class SqlLedger:
         def apply(transaction: _Transaction) -> None:
             update = sa.update(tables.keys).where(tables.keys.c.key_id == key_id).values(revoked=1)
             if transaction.connection.execute(update).rowcount == 0:
-                raise LedgerError(f"expected the id of a key on these books, got {key_id!r}")
+                raise rules.no_such_key(key_id)
 
         await self._write(apply)
 
@@ -709,7 +709,7 @@ class SqlLedger:
             raise LedgerUnavailable("the ledger's store could not be written when the lease was last renewed")
 
     async def account(self, name: str) -> Account:
-        return await self._read(lambda connection: _read_account(connection, name))
+        return await self._read(lambda connection: _read_account(connection, name), quick=True)
 
     async def accounts(self, *, after_name: str = "", limit: int = 1000) -> Sequence[Account]:
         name = tables.accounts.c.name  # compared and ordered as its index is, whatever the database's collation
@@ -837,7 +837,7 @@ class SqlLedger:
         once another instance has seen our lease lapse.
         """
         try:
-            with _store_errors(), self._engine.begin() as connection:
+            with _store_errors(self._engine.url), self._engine.begin() as connection:
                 step(connection)
         except Exception as error:
             log.warning("the ledger failed at %s: %s", what, str(error) or repr(error))
@@ -852,7 +852,7 @@ class SqlLedger:
         told: list[tuple[_Command, Any]] = []
         applying = False
         try:
-            with _store_errors(), self._engine.begin() as connection:
+            with _store_errors(self._engine.url), self._engine.begin() as connection:
                 applying = True
                 transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
                 transaction.read(group)
@@ -963,21 +963,31 @@ class SqlLedger:
 # --- the store --------------------------------------------------------------------------------------
 
 
+_REMEDIES = {
+    "database is locked": "; another program holds it, and nothing was changed: try again",
+    "malformed": "; 'teacher-admin ledger restore' puts a backup in its place",
+    "not a database": "; give another --ledger, or put a backup in its place with 'teacher-admin ledger restore'",
+}
+"""Of what SQLite says."""
+
+
 def _checked_url(url: str, create: bool) -> URL:
     expected = "expected a ledger as sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     try:
         location = make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # the second of a port that is no number
         raise LedgerError(f"{expected}, got {_without_password(url)!r}") from None
     if location.get_backend_name() == "postgresql":
         return location.set(drivername="postgresql+psycopg")
     if location.get_backend_name() != "sqlite" or not location.database or location.database == ":memory:":
         raise LedgerError(f"{expected}, got {_without_password(url)!r}")
     path = Path(location.database)
-    with _store_errors():
+    with _store_errors(location):
         if not path.exists():
             if not create:
-                raise LedgerError(f"expected a ledger at {path}, found no file; 'account create' makes one")
+                raise LedgerError(
+                    f"expected a ledger at {path}, found no file; 'teacher-admin account create' makes one"
+                )
             if not path.parent.is_dir():
                 raise LedgerError(f"expected a folder for the ledger, found no {path.parent}")
             path.touch(mode=0o600)
@@ -1072,19 +1082,22 @@ def _bring_schema_up_to_date(connection: Connection, url: str) -> None:
 def _without_password(url: str) -> str:
     try:
         return make_url(url).render_as_string(hide_password=True)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):
         return url if "@" not in url else "***"
 
 
 @contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
-    """What the store says, as one line."""
+def _store_errors(location: URL) -> Iterator[None]:
+    """What the store says, as one line: which store it is, and what to do where that is known."""
+    name = location.database if location.get_backend_name() == "sqlite" else location.host
     try:
         yield
     except sa.exc.DatabaseError as error:
-        raise LedgerUnavailable(f"the ledger's store failed: {_one_line(error.orig)}") from error
+        said = _one_line(error.orig)
+        remedy = next((remedy for part, remedy in _REMEDIES.items() if part in said), "")
+        raise LedgerUnavailable(f"the ledger's store {name} failed: {said}{remedy}") from error
     except (sa.exc.SQLAlchemyError, OSError) as error:
-        raise LedgerUnavailable(f"the ledger's store failed: {_one_line(error)}") from error
+        raise LedgerUnavailable(f"the ledger's store {name} failed: {_one_line(error)}") from error
 
 
 def _one_line(error: object) -> str:

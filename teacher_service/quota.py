@@ -9,7 +9,9 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -29,11 +31,11 @@ from teacher_service.ledger import (
     HoldRequest,
     Key,
     Ledger,
-    LedgerError,
     LedgerUnavailable,
     Posted,
     check_account_name,
     check_identifier,
+    no_such_key,
     watch,
 )
 from teacher_service.ledger_wire import (
@@ -65,6 +67,8 @@ class QuotaServicer(QuotaLedgerServicer):
         self._authenticator = authenticator
         self._draining = asyncio.Event()
         self._watches: Counter[str] = Counter()  # account of the key -> how many are open
+        self._statements: Counter[str] = Counter()  # likewise
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def drain(self) -> None:
         """Tells every watch to end, and waits until they have. The caller sets the deadline."""
@@ -79,7 +83,10 @@ class QuotaServicer(QuotaLedgerServicer):
         """An account's balance, and what one run cost."""
         _check_run_id(request.run_id)
         account = await self._ledger.account(await self._account_meant(request.account, "GetBalance", context))
-        run_posted = await self._ledger.run_posted(account.name, request.run_id) if request.run_id else 0
+        run_posted = 0
+        if request.run_id:
+            async with self._turn(account.name):
+                run_posted = await self._ledger.run_posted(account.name, request.run_id)
         return wire.GetBalanceResponse(
             account=account.name,
             granted_count=account.granted,
@@ -96,9 +103,10 @@ class QuotaServicer(QuotaLedgerServicer):
         _check_run_id(request.run_id)
         _check_not_negative(page_size=request.page_size, after_sequence=request.after_sequence)
         limit = min(request.page_size or DEFAULT_PAGE_ENTRIES, MAX_PAGE_ENTRIES)
-        entries = await self._ledger.statement(
-            name, run_id=request.run_id, after_sequence=request.after_sequence, limit=limit + 1
-        )
+        async with self._turn(name):
+            entries = await self._ledger.statement(
+                name, run_id=request.run_id, after_sequence=request.after_sequence, limit=limit + 1
+            )
         page = entries[:limit]
         return wire.ListStatementResponse(
             entries=[entry_message(entry) for entry in page],
@@ -114,15 +122,17 @@ class QuotaServicer(QuotaLedgerServicer):
         _check_run_id(request.run_id)
         _check_not_negative(after_sequence=request.after_sequence)
         last, after = (await self._ledger.account(name)).sequence, request.after_sequence
-        while after < last:
-            entries = await self._ledger.statement(
-                name, run_id=request.run_id, after_sequence=after, limit=DEFAULT_PAGE_ENTRIES
-            )
-            page = [entry_message(entry) for entry in entries if entry.sequence <= last]
-            if not page:
-                return
-            yield wire.StreamStatementResponse(entries=page)
-            after = page[-1].sequence
+        with _place(self._statements, (await self._caller(context)).account):
+            while after < last:
+                async with self._turn(name):
+                    entries = await self._ledger.statement(
+                        name, run_id=request.run_id, after_sequence=after, limit=DEFAULT_PAGE_ENTRIES
+                    )
+                page = [entry_message(entry) for entry in entries if entry.sequence <= last]
+                if not page:
+                    return
+                yield wire.StreamStatementResponse(entries=page)
+                after = page[-1].sequence
 
     @refusals_as_stream_status
     async def WatchBalance(
@@ -134,28 +144,15 @@ class QuotaServicer(QuotaLedgerServicer):
         async def check() -> None:
             await self._account_meant(request.account, "WatchBalance", context)
 
-        with self._watching((await self._caller(context)).account):
+        with _place(self._watches, (await self._caller(context)).account):
             async with contextlib.aclosing(watch(self._ledger, name, self._draining, check)) as balances:
                 async for account in balances:
                     yield wire.WatchBalanceResponse(account=account_message(account))
         raise Refusal.of(Reason.DRAINING)
 
-    @contextlib.contextmanager
-    def _watching(self, account: str) -> Iterator[None]:
-        """Counts one watch more, of whoever opened it, as long as the context lasts. Refusal: WATCH_LIMIT."""
-        for limit, open_, scope in (
-            (MAX_ACCOUNT_WATCHES, self._watches[account], f"account {account}"),
-            (MAX_WATCHES, self._watches.total(), "this server"),
-        ):
-            if open_ >= limit:
-                raise Refusal.of(Reason.WATCH_LIMIT, limit=limit, scope=scope)
-        self._watches[account] += 1
-        try:
-            yield
-        finally:
-            self._watches[account] -= 1
-            if not self._watches[account]:
-                del self._watches[account]
+    def _turn(self, account: str) -> AbstractAsyncContextManager[None]:
+        """One report on an account at a time: whoever asks for many waits for its own, and not everybody else."""
+        return self._turns.setdefault(account, asyncio.Lock())
 
     # --- the money path of a teacher elsewhere ---
 
@@ -311,7 +308,7 @@ class QuotaServicer(QuotaLedgerServicer):
     async def RevokeKey(self, request: wire.RevokeKeyRequest, context: Any) -> wire.RevokeKeyResponse:
         """The end of a key."""
         if not _KEY_ID.fullmatch(request.key_id):
-            raise LedgerError(f"expected the id of a key on these books, got {request.key_id[:80]!r}")
+            raise no_such_key(request.key_id)
         with _outcome_unknown():
             await self._ledger.revoke_key(request.key_id)
         return wire.RevokeKeyResponse()
@@ -344,6 +341,24 @@ def _outcome_unknown(grant_id: str = "") -> Iterator[None]:
         if grant_id:
             raise
         raise Refusal.of(Reason.LEDGER_OUTCOME_UNKNOWN) from None
+
+
+@contextlib.contextmanager
+def _place(open_: Counter[str], account: str) -> Iterator[None]:
+    """Counts one call more, of whoever opened it, as long as it lasts. Refusal: WATCH_LIMIT."""
+    for limit, count, scope in (
+        (MAX_ACCOUNT_WATCHES, open_[account], f"account {account}"),
+        (MAX_WATCHES, open_.total(), "this server"),
+    ):
+        if count >= limit:
+            raise Refusal.of(Reason.WATCH_LIMIT, limit=limit, scope=scope)
+    open_[account] += 1
+    try:
+        yield
+    finally:
+        open_[account] -= 1
+        if not open_[account]:
+            del open_[account]
 
 
 def _check_batch(account: str, batch_id: str) -> None:

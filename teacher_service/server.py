@@ -275,6 +275,7 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
         key=config.ledger_key,
         tls_ca=config.ledger_ca,
         insecure=config.ledger_insecure,
+        create=False,  # a mistyped path, or a volume that is not there, is no new business
         lease_ms=round(config.lease_seconds * 1000),
     )
     try:

@@ -166,9 +166,12 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         command: Sequence[str] = (program("teacher-serve"),),
     ) -> Server:
         ledger = ledger or f"sqlite:///{tmp_path}/ledger.db"
+        scheme, _, file = ledger.partition("sqlite:///")
+        if not scheme and not Path(file).exists():  # as the first account makes it
+            asyncio.run(SqlLedger.open(ledger).close())
         log_file = tmp_path / f"teacher-serve-{len(servers)}.log"
         given = [*(("--model", model) if model else ()), "--ledger", ledger]
-        for flag, default in (("--listen", "127.0.0.1:0"), ("--metrics-port", "0")):
+        for flag, default in (("--listen", "127.0.0.1:0"), *((("--metrics-port", "0"),) if model else ())):
             given += [] if flag in flags else [flag, default]
         with log_file.open("w") as log:
             process = subprocess.Popen(

@@ -158,10 +158,20 @@ def test_keys_are_added_listed_without_their_secret_and_revoked(ledger: str) -> 
         _, key_id, secret = key.split("_")
         assert f"{key_id}  customer  valid" in listed and secret not in listed
     revoked_id = KEY.fullmatch(first)[1]  # type: ignore[index]
-    assert admin_says(ledger, "key", "revoke", revoked_id) == ""
+    assert admin_says(ledger, "key", "revoke", revoked_id) == f"{revoked_id}  revoked\n"
     listed = admin_says(ledger, "key", "list", "device").splitlines()
     assert sorted(line.split("  ", 1)[1] for line in listed) == ["customer  revoked", "customer  valid"]
     assert f"{revoked_id}  customer  revoked" in listed
+
+
+def test_a_whole_key_can_be_revoked_and_is_never_printed_again(ledger: str) -> None:
+    key = admin_says(ledger, "account", "create", "device", "--budget", "50").strip()
+    unknown = f"mekd_{'0' * 16}_{'1' * 64}"
+    for text in (unknown, "x" + key):
+        assert "1111" not in admin_says(ledger, "key", "revoke", text, status=2)
+        assert key.split("_")[2] not in admin_says(ledger, "key", "revoke", text, status=2)
+    assert admin_says(ledger, "key", "revoke", key) == f"{key.split('_')[1]}  revoked\n"
+    assert "revoked" in admin_says(ledger, "key", "list", "device")
 
 
 @pytest.mark.parametrize("role", ["admin", "teacher"])
@@ -205,7 +215,8 @@ def test_a_balance_is_watched_until_interrupted(ledger: str) -> None:
 
 def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Path) -> None:
     missing = admin_says(ledger, "account", "list", status=2)
-    assert missing == f"error: expected a ledger at {tmp_path}/ledger.db, found no file; 'account create' makes one\n"
+    remedy = "'teacher-admin account create' makes one"
+    assert missing == f"error: expected a ledger at {tmp_path}/ledger.db, found no file; {remedy}\n"
     assert list(tmp_path.iterdir()) == []
     admin_says(ledger, "account", "create", "device", "--budget", "50")
     for arguments, said in (
@@ -235,7 +246,8 @@ def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Pat
         (("account", "show", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
         (("statement", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
         (("key", "create", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
-        (("key", "revoke", "none"), "error: expected the id of a key on these books, got 'none'"),
+        (("key", "revoke", "none"), "error: expected the id of a key on these books, as 'key list' prints it"),
+        (("--ledger", "postgresql://a:secret@h:54x/db", "account", "list"), "DATABASE, got '***'"),
     ):
         assert said in admin_says(ledger, *arguments, status=2)
     assert json.loads(admin_says(ledger, "account", "list", "--format", "json"))["granted"] == 50

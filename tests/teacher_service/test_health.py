@@ -176,11 +176,26 @@ def test_a_teacher_whose_ledger_is_away_is_alive_and_not_ready_until_it_is_back(
         wait_for(lambda: state(channel) == READY)
         assert [state(channel, name) for name in SERVICES] == [READY] * len(SERVICES)
     assert teacher.stop() == 0
-    events = [json.loads(line)["event"] for line in teacher.log().splitlines() if line.startswith("{")]
-    assert [event for event in events if event.startswith("ledger is")] == [
-        "ledger is away, not ready until it is back",
-        "ledger is back",
-    ]
+    away, back = _told_of_the_ledger(teacher)
+    assert away["event"] == "ledger is away, not ready until it is back" and listen in away["problem"]
+    assert back["event"] == "ledger is back"
+
+
+def _told_of_the_ledger(teacher: Any) -> list[dict[str, str]]:
+    lines = [json.loads(line) for line in teacher.log().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"].startswith("ledger is")]
+
+
+def test_a_teacher_whose_key_for_its_ledger_is_revoked_says_so(start_server: Any, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'books.db'}"
+    key = teacher_admin(store, "key", "create", "--role", "teacher").strip()
+    ledger = start_server("--ledger-only", model="", ledger=store)
+    teacher = start_server(ledger=f"grpc://{ledger.address}", env={"MEKD_LEDGER_KEY": key})
+    with connect(teacher.address) as channel:
+        teacher_admin(store, "key", "revoke", key)
+        wait_for(lambda: state(channel) == NOT_READY)
+    (told,) = _told_of_the_ledger(teacher)
+    assert "refuses its key (MEKD_LEDGER_KEY)" in told["problem"] and key not in teacher.log()
 
 
 async def test_books_that_can_be_read_but_not_written_are_away_until_they_can(

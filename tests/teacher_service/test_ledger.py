@@ -1021,7 +1021,9 @@ async def test_keys_are_kept_until_revoked_and_then_known_as_revoked(books: Ledg
         await books.add_key(dataclasses.replace(new_key("a")[1], key_id=second.key_id))
     found = await books.credential(second.key_id)
     assert found is not None and found.key == second
-    with pytest.raises(LedgerError, match="expected the id of a key on these books, got 'none'"):
+    with pytest.raises(
+        LedgerError, match="expected the id of a key on these books, as 'key list' prints it, got 'none'"
+    ):
         await books.revoke_key("none")
 
 

@@ -30,7 +30,7 @@ from teacher_service.auth import new_key
 from teacher_service.engine import ArrayEngine
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted, Role
 from teacher_service.ledger_memory import MemoryLedger
-from teacher_service.ledger_remote import RemoteLedger
+from teacher_service.ledger_remote import LedgerRefusesKey, RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import Terms
 from tests.conftest import teacher_admin
@@ -446,6 +446,11 @@ async def test_a_key_that_the_ledger_refuses_is_the_teachers_trouble_and_not_its
             with pytest.raises(LedgerUnavailable, match="refuses its key"):
                 await remote.hold(wish(account="customer"))
             await remote.close()
+        remote = RemoteLedger(server.url, key=server.keys[Role.CUSTOMER])
+        with pytest.raises(LedgerRefusesKey) as caught:
+            await remote.grant("customer", 5)
+        assert "look whether" not in str(caught.value)  # it was not done
+        await remote.close()
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,8 @@ async def test_a_sweep_that_fails_is_told_and_keeps_no_server_from_starting(
     monkeypatch.setattr(SqlLedger, "_sweep", broken)
     ledger = opened(lease_ms=3000)
     await ledger.create_account("a", 100)
-    assert "expiring what the dead left held: the ledger's store failed: some hold is locked" in caplog.text
+    assert "expiring what the dead left held: the ledger's store " in caplog.text
+    assert "ledger.db failed: some hold is locked" in caplog.text
     monkeypatch.undo()
     await ledger.hold(wish())
     await settled(ledger)
@@ -752,7 +753,7 @@ def test_another_kind_of_url_is_refused_with_the_form_that_is_expected(url: str)
 def test_a_missing_folder_or_file_is_named_and_not_made(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"expected a folder for the ledger, found no .*/nowhere"):
         SqlLedger.open(f"sqlite:///{tmp_path}/nowhere/ledger.db")
-    with pytest.raises(LedgerError, match="found no file; 'account create' makes one"):
+    with pytest.raises(LedgerError, match="found no file; 'teacher-admin account create' makes one"):
         SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db", create=False)
     with pytest.raises(LedgerUnavailable, match="unable to open"):
         SqlLedger.open(f"sqlite:///{tmp_path}")  # a folder
@@ -784,7 +785,18 @@ def test_books_that_may_only_be_read_are_refused_in_one_line(path: Path, opened:
     path.chmod(0o400)
     done = python(READ_ONLY, f"sqlite:///{path}")
     assert done.stderr == ""
-    assert done.stdout == "the ledger's store failed: attempt to write a readonly database\n"
+    assert done.stdout == f"the ledger's store {path} failed: attempt to write a readonly database\n"
+
+
+def test_a_broken_file_is_named_with_what_to_do(path: Path, opened: Any) -> None:
+    path.write_bytes(b"no ledger at all" * 999)
+    with pytest.raises(LedgerUnavailable, match=f"{path} failed: file is not a database; give another --ledger, or"):
+        opened()
+    path.unlink()
+    asyncio.run(opened().close())
+    path.write_bytes(path.read_bytes()[:40000])
+    with pytest.raises(LedgerUnavailable, match=f"{path} failed: .*malformed; 'teacher-admin ledger restore' puts"):
+        opened()
 
 
 FULL_DISK = """

@@ -1,5 +1,7 @@
 import asyncio
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -11,7 +13,7 @@ from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from teacher_service import ledger as rules
 from teacher_service import quota
 from teacher_service.auth import CACHE_SECONDS, new_key
-from teacher_service.ledger import OPERATORS, HoldRequest, Role
+from teacher_service.ledger import OPERATORS, Entry, HoldRequest, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.terms import Terms
 from tests.teacher_service.parts import LedgerServer, Service, ledger_serving, pictures, refusal_of, serving, until
@@ -528,6 +530,57 @@ async def test_watches_are_bounded_by_account_and_by_server(monkeypatch: pytest.
                 return False
 
         await until(room)
+
+
+async def test_streamed_statements_are_bounded_too_and_keep_nobody_from_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quota, "MAX_ACCOUNT_WATCHES", 2)
+    monkeypatch.setattr(quota, "DEFAULT_PAGE_ENTRIES", 1)
+    held = asyncio.Event()
+
+    class Slow(MemoryLedger):
+        async def statement(self, *arguments: Any, **given: Any) -> Sequence[Entry]:
+            await held.wait()
+            return await super().statement(*arguments, **given)
+
+    async with serving(Slow(), budget=100) as service:
+        request = wire.StreamStatementRequest()
+        for _ in range(2):
+            service.quota.StreamStatement(request, metadata=service.metadata())
+        await until(lambda: service.quota_servicer._statements["device"] == 2)
+        one_more = service.quota.StreamStatement(request, metadata=service.metadata())
+        assert await ended(one_more) == Refusal.of(Reason.WATCH_LIMIT, limit=2, scope="account device")
+        await asyncio.wait_for(service.quota_servicer.drain(), 5)
+        held.set()
+        await until(lambda: not service.quota_servicer._statements)
+
+
+async def test_reports_on_one_account_are_read_in_turn_and_keep_no_other_waiting() -> None:
+    under_way: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    held = asyncio.Event()
+
+    class Slow(MemoryLedger):
+        async def statement(self, account: str, **given: Any) -> Sequence[Entry]:
+            under_way[account] += 1
+            most[account] = max(most[account], under_way[account])
+            if account == "device":
+                await held.wait()
+            under_way[account] -= 1
+            return await super().statement(account, **given)
+
+    async with serving(Slow(), budget=100) as service:
+        other = await service.new_account("other", 100)
+        request = wire.ListStatementRequest()
+        many = [service.quota.ListStatement(request, metadata=service.metadata()) for _ in range(8)]
+        await until(lambda: under_way["device"] == 1)
+        page = await service.quota.ListStatement(request, metadata=service.metadata(other))
+        assert [entry.picture_count for entry in page.entries] == [100]
+        held.set()
+        assert [len((await call).entries) for call in many] == [1] * 8
+        assert most == {"device": 1, "other": 1}
+        assert not service.quota_servicer._turns
 
 
 async def test_a_key_that_sells_or_administers_buys_nothing() -> None:

@@ -155,11 +155,7 @@ def test_every_address_that_cannot_be_served_is_one_clear_line(start_server: Any
             ("--model", "none.pt", "--listen", "50051"): "--listen: expected HOST:PORT, got '50051'",
             (*TEACHER, "--listen", "127.0.0.1:70000"): "--listen: expected HOST:PORT, got '127.0.0.1:70000'",
             (
-                *TEACHER[:2],
-                "--listen",
-                "127.0.0.1:0",
-                "--metrics-port",
-                metrics,
+                *(*TEACHER[:2], "--listen", "127.0.0.1:0", "--metrics-port", metrics),
             ): f"--metrics-port {metrics}: Address already in use; give another --metrics-port",
             (
                 *(*TEACHER, "--listen", "127.0.0.1:0", "--insecure-listen"),
@@ -171,7 +167,7 @@ def test_every_address_that_cannot_be_served_is_one_clear_line(start_server: Any
             ): "--metrics-port 0: Cannot assign requested address; give another --metrics-host",
         }
         for flags, said in cases.items():
-            assert said in fails(*flags, cwd=tmp_path)
+            assert said in fails("--ledger", server.ledger, *flags, cwd=tmp_path)
 
 
 def test_limits_that_contradict_each_other_are_refused_before_a_ledger_is_made(tmp_path: Path) -> None:
