@@ -92,8 +92,8 @@ TABLE: dict[Reason, Entry] = {
     ),
     Reason.LEDGER_UNAVAILABLE: Entry(
         code_pb2.UNAVAILABLE,
-        "the ledger cannot be written just now, so nothing is answered and nothing charged; "
-        "send the same batch again",
+        "the ledger cannot be written just now, so nothing is answered; send the same batch again, under the same "
+        "id: it is charged once",
         2.0,
     ),
     # What an operator asked for and did not name with an id: done twice it counts twice, so no advice to repeat it.

@@ -72,6 +72,8 @@ STEADY_TOLERANCE_MS = 60_000
 PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
 PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 BUSY_TIMEOUT_SECONDS = 5
+POST_SECONDS = 5.0  # how long a post whose outcome is unknown is made again
+POST_PAUSE_SECONDS = 0.25
 CONNECTIONS = 3  # the writer's and the two readers'
 # What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
 # the disk before it returns.
@@ -555,7 +557,16 @@ class SqlLedger:
                 Posted(answer=answer, receipt=rules.receipt_of(step), account=step.account)
             )
 
-        return await self._write(apply, account, batch_id)
+        # PostgreSQL may have made a commit whose reply was lost; the same post again finds out, once it is back.
+        seconds = 0.0 if self._engine.dialect.name == "sqlite" else POST_SECONDS
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                return await self._write(apply, account, batch_id)
+            except LedgerUnavailable:
+                if time.monotonic() + POST_PAUSE_SECONDS >= give_up or self._closed:
+                    raise
+                await asyncio.sleep(POST_PAUSE_SECONDS)
 
     async def void(self, account: str, batch_id: str, *, instance_id: str = "") -> None:
         def apply(transaction: _Transaction) -> None:

@@ -618,11 +618,11 @@ async def test_more_reads_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPa
     ledger = opened()
     await ledger.create_account("a", 100)
     async with long_report(ledger) as report:
-        waiting = [asyncio.ensure_future(ledger.account("a")) for _ in range(6)]
+        waiting = [asyncio.ensure_future(ledger.run_posted("a", "r")) for _ in range(6)]
         await asyncio.sleep(0.02)
         assert [read.done() for read in waiting] == [False] * 4 + [True] * 2
     told = await asyncio.gather(report, *waiting, return_exceptions=True)
-    assert [type(outcome).__name__ for outcome in told] == ["str"] + ["Account"] * 4 + ["LedgerUnavailable"] * 2
+    assert [type(outcome).__name__ for outcome in told] == ["str"] + ["int"] * 4 + ["LedgerUnavailable"] * 2
     assert "4 reads wait for the ledger already" in str(told[-1])
 
 
@@ -634,7 +634,7 @@ async def test_closing_waits_for_no_reports_and_stops_nobody_else(
     await ledger.create_account("a", 100)
     await ledger.hold(wish())
     async with long_report(ledger) as report:
-        waiting = [asyncio.ensure_future(ledger.account("a")) for _ in range(3)]
+        waiting = [asyncio.ensure_future(ledger.run_posted("a", "r")) for _ in range(3)]
         await asyncio.sleep(0)
         closing = asyncio.ensure_future(ledger.close())
         turns = 0
@@ -891,6 +891,30 @@ async def test_a_corrupted_page_is_told_in_one_line_and_gives_nothing_away(
 
 
 # --- PostgreSQL ---
+
+
+async def test_a_post_whose_commit_was_made_and_its_reply_lost_is_answered(
+    postgres_url: str,
+) -> None:
+    ledger = SqlLedger.open(postgres_url)
+    await ledger.create_account("a", 100)
+    await ledger.hold(wish())
+    await settled(ledger)
+    lost = [0]
+
+    def reply_lost(connection: Any) -> None:
+        posts = connection.exec_driver_sql("SELECT count(*) FROM entries WHERE kind = 'post'").scalar_one()
+        if posts and not lost[0]:
+            lost[0] = 1
+            connection.exec_driver_sql("COMMIT")
+            raise sa.exc.OperationalError("COMMIT", {}, psycopg.OperationalError("the connection was lost"))
+
+    sa.event.listen(ledger._engine, "commit", reply_lost)
+    posted = await ledger.post("a", "b", b"answer")
+    assert lost == [1] and posted.answer == b"answer"
+    assert await settled(ledger) == (5, 0, 95)
+    assert [entry.kind.value for entry in await ledger.statement("a")] == ["grant", "hold", "post"]
+    await ledger.close()
 
 
 async def test_a_connection_that_postgresql_lost_without_a_word_is_given_up_within_seconds(postgres_url: str) -> None:
