@@ -471,10 +471,11 @@ def _check(target: str, liveness: bool, tls_ca: Path | None, tls_cert: Path | No
             )
         except grpc.RpcError as error:
             click.echo(f"{target} is not {state}: {error.code().name}: {error.details()}", err=True)
-            if error.code() is grpc.StatusCode.UNAVAILABLE and tls_ca is None:
-                click.echo("if the server has TLS, give --tls-ca, the authority of its certificate", err=True)
-            elif error.code() is grpc.StatusCode.UNAVAILABLE and tls_cert is None:
-                click.echo("if the server wants certificates of its callers, give --tls-cert and --tls-key", err=True)
+            if "Socket closed" in str(error.details()):  # all that is heard of a handshake that failed
+                if tls_ca is None:
+                    click.echo("if the server has TLS, give --tls-ca, the authority of its certificate", err=True)
+                elif tls_cert is None:
+                    click.echo("if the server asks for certificates, give --tls-cert and --tls-key", err=True)
             return 1
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING
     click.echo(f"{target} is {state if serving else f'not {state}'}", err=True)

@@ -175,6 +175,8 @@ class MoneyPath:
                 raise
             return _replayed(batch.batch_id, posted)
         parts.input = time.perf_counter() - started
+        if gone():  # before the books have lines of it
+            raise self._departed()
         held = await self._ledger.hold(request)
         if isinstance(held, Posted):
             return _replayed(batch.batch_id, held)
@@ -190,8 +192,7 @@ class MoneyPath:
         except Exception as error:
             await self._release(caller.account, batch.batch_id)
             if isinstance(error, CallerGone):
-                # Nobody hears the second, but for a caller whose clock is a little behind.
-                raise Refusal.of(Reason.DRAINING if self.draining else Reason.DEADLINE_EXCEEDED) from None
+                raise self._departed() from None
             incident = uuid.uuid4().hex[:8]
             log.error("engine failed", incident=incident, account=caller.account, exc_info=error)
             raise Refusal.of(Reason.ENGINE_FAILED, incident=incident) from None
@@ -208,6 +209,10 @@ class MoneyPath:
             raise
         self._metrics.balance(caller.account, posted.account.balance)
         return _result(batch.batch_id, answer, posted, replayed=False)
+
+    def _departed(self) -> Refusal:
+        # Nobody hears the second, but for a caller whose clock is a little behind.
+        return Refusal.of(Reason.DRAINING if self.draining else Reason.DEADLINE_EXCEEDED)
 
     async def _decoded(self, images: codec.ReceivedImages, payload_digest: bytes) -> tuple[codec.UInt8Array, bytes]:
         """The pictures (N, C, H, W) and their digest. Refusal: INVALID_IMAGES."""

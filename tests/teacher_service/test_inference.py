@@ -12,10 +12,12 @@ import pytest
 from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from teacher_service.auth import Caller
 from teacher_service.engine import ArrayEngine
-from teacher_service.ledger import Held, HoldRequest, LedgerError, Posted
+from teacher_service.ledger import Held, HoldRequest, LedgerError, Posted, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.money_path import Batch, Gone
 from teacher_service.terms import Terms
 from tests.teacher_service.parts import GatedEngine, pictures, serving, until
 
@@ -168,6 +170,18 @@ async def test_draining_finishes_what_is_under_way_tells_the_streams_and_ends_th
         await asyncio.wait_for(draining, 5)
         assert await service.balances() == (2, 0, 998)
         assert (await service.open().ended_by()).reason is Reason.DRAINING  # who comes now is sent away
+
+
+async def test_the_books_have_no_line_of_a_batch_whose_caller_left_before_it_was_held() -> None:
+    async with serving() as service:
+        caller = Caller(account="device", role=Role.CUSTOMER)
+        gone = Gone()
+        gone.left = True
+        batch = Batch("b", codec.ReceivedImages.of(codec.encode_images(pictures(2))))
+        with pytest.raises(Refusal) as caught:
+            await service.money_path.answer(caller, "run", batch, gone)
+        assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+        assert [entry.kind.value for entry in await service.ledger.statement("device")] == ["grant"]
 
 
 @pytest.mark.parametrize("fails", ["hold", "post"])

@@ -264,9 +264,16 @@ def test_the_client_authority_needs_a_pair_and_must_be_one(authority: Authority,
 def test_check_shows_a_certificate_where_it_has_one(mutual: Mutual, authority: Authority) -> None:
     cert, key = map(str, authority.issue("DNS:probe"))
     pair = ("--tls-cert", cert, "--tls-key", key)
-    for flags, expected in ((pair, 0), ((*pair, "--liveness"), 0), ((), 1)):
-        check = [program("teacher-serve"), "--check", mutual.address, "--tls-ca", str(authority.pem), *flags]
-        assert subprocess.run(check, capture_output=True, timeout=60).returncode == expected
+    trust = ("--tls-ca", str(authority.pem))
+    for flags, expected, said in (
+        ((*trust, *pair), 0, "is ready"),
+        ((*trust, *pair, "--liveness"), 0, "is alive"),
+        (trust, 1, "give --tls-cert and --tls-key"),
+        ((), 1, "give --tls-ca"),
+    ):
+        check = [program("teacher-serve"), "--check", mutual.address, *flags]
+        done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+        assert done.returncode == expected and said in done.stderr
 
 
 # --- the agent's side ---
