@@ -13,20 +13,27 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def about(name: str, note: str = "") -> dict[str, Any]:
-    """Date, commit ("-dirty": with changes that are in none), command and device, as they are when a run begins."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        cwd=RESULTS,
-    )
+    """Date, commit, command and device, as they are when a run begins."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(RESULTS),
         "command": " ".join([f"python -m benchmarks.{name}", *map(_anywhere, sys.argv[1:])]),
         "device": f"cpu, {_processor()}, {os.cpu_count()} cores",
         **({"note": note} if note else {}),
     }
+
+
+def _commit(results: Path) -> str | None:
+    """None: no repository. "-dirty": with changes that are in no commit, but for what benchmarks have written."""
+
+    def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=results)
+
+    head = git("rev-parse", "HEAD")
+    if head.returncode != 0:
+        return None
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude).").returncode != 0
+    return head.stdout.strip() + ("-dirty" if changed else "")
 
 
 def _processor() -> str:
