@@ -156,9 +156,11 @@ def run(
             # for as long as it takes `threads` to see it.
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         # torch takes seconds to import: not before the input is known to be good.
-        from edge_agent import agent
+        from edge_agent import agent, threads
         from edge_agent.console import Console
 
+        if "OMP_NUM_THREADS" not in os.environ:
+            threads.look_for_the_best()
         phases = PHASES if phase == "all" else (phase,)
         console = Console(quiet=quiet)
         if preset and (others := differing(config, preset_layer(preset))):

@@ -6,7 +6,6 @@ long (docs/run.md). A small network gains little from many anyway. What else a d
 and can hardly be foreseen, but a step's time can be measured.
 """
 
-import os
 import time
 from collections.abc import Generator
 from statistics import median
@@ -21,7 +20,13 @@ _SLOW_STEPS = 3  # as many hopeless steps in a row end the rest: something else 
 
 Search = Generator[int, float, None]
 
-_MOST = torch.get_num_threads()
+_most = 0
+
+
+def look_for_the_best() -> None:
+    """From here on trainings of this process look for their number, up to torch's of now; else it stays as it is."""
+    global _most
+    _most = torch.get_num_threads()
 
 
 def search(most: int) -> Search:
@@ -64,10 +69,10 @@ def _rest(count: int, long_seconds: float, *, slow_seconds: float) -> Generator[
 
 
 class Threads:
-    """torch's number of threads during one training. OMP_NUM_THREADS, where it is set, stays as it is."""
+    """torch's number of threads during one training."""
 
     def __init__(self) -> None:
-        self._search = None if "OMP_NUM_THREADS" in os.environ else search(_MOST)
+        self._search = search(_most) if _most > 1 else None
         if self._search is not None:
             self._use(next(self._search))
         self._began = time.perf_counter()

@@ -8,11 +8,12 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -80,6 +81,7 @@ class Metrics:
             "1 while the ledger can be read and written and the server is not stopping, else 0.",
             registry=self.registry,
         ).set_function(is_ready)
+        Info("mekd_build", "What runs here.", registry=self.registry).info({"version": version("mekd")})
         # To find a counter by its labels costs more than to count; as many as the registry has, at most.
         self._batches: dict[tuple[str, str, str], _BatchCounters] = {}
         self._balances: dict[str, Gauge] = {}
@@ -131,6 +133,14 @@ class Metrics:
                 return
             balance = self._balances[account] = self._balance.labels(account)
         balance.set(pictures)
+
+    def certificate(self, expires_seconds: Callable[[], float]) -> None:
+        """From here on it is told when the server's certificate expires, asked at each scrape."""
+        Gauge(
+            "mekd_tls_certificate_expiry_timestamp_seconds",
+            "When the first certificate of --tls-cert expires, since 1970.",
+            registry=self.registry,
+        ).set_function(expires_seconds)
 
     def serve(self, host: str, port: int, tls: Callable[[], ssl.SSLContext] | None = None) -> int:
         """Serves /metrics from threads of its own and returns the port. Raises OSError.

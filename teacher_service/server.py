@@ -89,6 +89,8 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         queue_pictures=lambda: batcher.taken_pictures,
         is_ready=lambda: health.is_ready,
     )
+    if certificates is not None:
+        metrics.certificate(certificates.expires_seconds)
     authenticator = Authenticator(ledger)
     limits = Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams)
     quota = QuotaServicer(ledger, authenticator)

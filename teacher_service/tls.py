@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import structlog
+from cryptography import x509
 
 log = structlog.get_logger()
 
@@ -33,7 +34,7 @@ class Certificates:
         self._cert, self._key, self._client_ca = cert, key, client_ca
         self._lock = threading.Lock()  # gRPC asks from threads of its own
         self._seen = self._stamps()
-        self._configuration, self._context = self._read()
+        self._configuration, self._context, self._expires_seconds = self._read()
         self._is_news_to_grpc = False
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -50,6 +51,12 @@ class Certificates:
             self._look()
             return self._context
 
+    def expires_seconds(self) -> float:
+        """When the first certificate of the file in use expires, in seconds since 1970."""
+        with self._lock:
+            self._look()
+            return self._expires_seconds
+
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """What gRPC asks at every handshake; None: as before."""
         with self._lock:
@@ -65,7 +72,7 @@ class Certificates:
             return
         self._seen = stamps
         try:
-            self._configuration, self._context = self._read()
+            self._configuration, self._context, self._expires_seconds = self._read()
         except TlsError as error:
             log.error("renewed certificate cannot be used, the old one stays", reason=str(error))
         else:
@@ -75,13 +82,14 @@ class Certificates:
     def _stamps(self) -> tuple[object, ...]:
         return tuple(_stamp(path) for path in (self._cert, self._key, self._client_ca) if path is not None)
 
-    def _read(self) -> tuple[grpc.ServerCertificateConfiguration, ssl.SSLContext]:
+    def _read(self) -> tuple[grpc.ServerCertificateConfiguration, ssl.SSLContext, float]:
         cert, key = _bytes(self._cert, "--tls-cert"), _bytes(self._key, "--tls-key")
         roots = _bytes(self._client_ca, "--tls-client-ca") if self._client_ca is not None else None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:  # gRPC itself would take any bytes here, and fail later without a reason
             context.load_cert_chain(self._cert, self._key, password="")
-        except (ssl.SSLError, OSError) as error:
+            chain = x509.load_pem_x509_certificates(cert)
+        except (ssl.SSLError, OSError, ValueError) as error:
             raise TlsError(
                 f"--tls-cert {self._cert}, --tls-key {self._key}: expected a PEM certificate and its unencrypted "
                 f"private key ({getattr(error, 'reason', None) or error})"
@@ -95,7 +103,8 @@ class Certificates:
                     f"({getattr(error, 'reason', None) or error})"
                 ) from None
             context.verify_mode = ssl.CERT_REQUIRED
-        return grpc.ssl_server_certificate_configuration([(key, cert)], roots), context
+        expires_seconds = min(one.not_valid_after_utc.timestamp() for one in chain)
+        return grpc.ssl_server_certificate_configuration([(key, cert)], roots), context, expires_seconds
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

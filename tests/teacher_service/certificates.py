@@ -23,7 +23,7 @@ class Authority:
         self._numbers = itertools.count(1)
         _openssl("req", "-x509", *_KEY, "-days", "2", "-subj", f"/CN={name}", "-keyout", self._key, "-out", self.pem)
 
-    def issue(self, names: str, common_name: str = "somebody") -> tuple[Path, Path]:
+    def issue(self, names: str, common_name: str = "somebody", *, days: int = 2) -> tuple[Path, Path]:
         """A certificate for ``subjectAltName`` (empty: none) and its key, in new files."""
         number = next(self._numbers)
         cert, key = self.folder / f"{number}.pem", self.folder / f"{number}.key"
@@ -31,7 +31,7 @@ class Authority:
         _openssl("req", *_KEY, "-subj", f"/CN={common_name}", "-keyout", key, "-out", request)
         extensions.write_text(f"subjectAltName={names}\n" if names else "")
         signer = ("-CA", self.pem, "-CAkey", self._key, "-set_serial", str(number))
-        _openssl("x509", "-req", "-in", request, *signer, "-days", "2", "-extfile", extensions, "-out", cert)
+        _openssl("x509", "-req", "-in", request, *signer, "-days", str(days), "-extfile", extensions, "-out", cert)
         return cert, key
 
     def trusted_by(self, pair: tuple[Path, Path] | None = None) -> grpc.ChannelCredentials:

@@ -41,6 +41,7 @@ def used() -> Metrics:
     metrics.batch_done(protocol="mekd", account="b", outcome="overloaded", pictures=3, seconds=0.001)
     metrics.engine_batch(9, 0.25, [0.5, 1.0])
     metrics.balance("a", 91)
+    metrics.certificate(lambda: 1e9)
     counters = metrics.rpc("bidi_stream", "mekd.v1.TeacherInference", "Infer")
     counters.started()
     counters.received()
@@ -58,6 +59,8 @@ def test_names_and_labels_are_those_of_the_contract() -> None:
     assert {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} <= of_process
     rpc = {"grpc_type", "grpc_service", "grpc_method"}
     assert {name: labels for name, labels in families.items() if name not in of_process} == {
+        "mekd_build": {"version"},
+        "mekd_tls_certificate_expiry_timestamp_seconds": set(),
         "grpc_server_started": rpc,
         "grpc_server_handled": rpc | {"grpc_code"},
         "grpc_server_msg_received": rpc,
@@ -153,7 +156,9 @@ def test_metrics_beyond_loopback_are_encrypted_and_renewed_as_the_port_itself(
     server = start_server(*pair, "--metrics-host", "0.0.0.0")
     address = f"127.0.0.1:{server.metrics_port()}"
     trusting = ssl.create_default_context(cafile=authority.pem)
-    assert "# HELP mekd_queue_pictures" in page(f"https://{address}/metrics", trusting)
+    found = page(f"https://{address}/metrics", trusting)
+    assert "# HELP mekd_queue_pictures" in found
+    assert _days_left(found) == pytest.approx(2, abs=0.1)
     with pytest.raises(OSError):
         page(f"http://{address}/metrics")
     # Who connects and says nothing holds up nobody.
@@ -164,10 +169,17 @@ def test_metrics_beyond_loopback_are_encrypted_and_renewed_as_the_port_itself(
         assert "mekd_" in page(f"https://{address}/metrics", trusting)
         assert time.monotonic() - started < 5
     fresh = Authority(tmp_path / "fresh")
-    for place, source in zip((key, cert), reversed(fresh.issue("IP:127.0.0.1")), strict=True):
+    for place, source in zip((key, cert), reversed(fresh.issue("IP:127.0.0.1", days=20)), strict=True):
         source.replace(place)
-    assert "mekd_" in page(f"https://{address}/metrics", ssl.create_default_context(cafile=fresh.pem))
+    found = page(f"https://{address}/metrics", ssl.create_default_context(cafile=fresh.pem))
+    assert _days_left(found) == pytest.approx(20, abs=0.1)
     assert server.stop() == 0
+
+
+def _days_left(found: str) -> float:
+    line = re.search(r"^mekd_tls_certificate_expiry_timestamp_seconds (\S+)$", found, re.MULTILINE)
+    assert line is not None
+    return (float(line[1]) - time.time()) / 86400
 
 
 def test_metrics_beyond_loopback_ask_for_a_certificate_where_the_port_does(start_server: Any, tmp_path: Path) -> None:
