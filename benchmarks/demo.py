@@ -5,6 +5,7 @@ small teacher, the device's part, without labels, is all that the agent has, and
 the end.
 """
 
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from benchmarks import datasets
 from benchmarks.evaluation import add_test_figures
 from benchmarks.services import ServiceError, create_account, run_agent, serving, show_account, stop_on_sigterm
 from benchmarks.teachers import train_teacher
+from edge_agent import threads
 from edge_agent.console import Console
 
 BUDGET = 5000
@@ -36,6 +38,8 @@ TEACHER = {"architecture": "resnet20", "epochs": 40, "peak_learning_rate": 0.1, 
 def main(run_dir: Path, seed: int, budget: int, answers: str, settings: tuple[str, ...]) -> None:
     """Train a teacher, sell its answers, distil a student from them, and show what it came to."""
     stop_on_sigterm()
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads.look_for_the_best()
     console = Console()
     started = time.monotonic()
     empty(run_dir)

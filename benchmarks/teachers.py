@@ -13,6 +13,7 @@ from benchmarks.datasets import Labelled
 from edge_agent import augment
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
+from edge_agent.threads import Threads
 from networks import registry
 from networks.modelfile import ModelFacts, save_model
 
@@ -44,6 +45,7 @@ def train_teacher(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_learning_rate, total_steps=steps)
     model.train().to(memory_format=torch.channels_last)
     order_N = torch.randperm(len(images_NCHW), generator=rng)
+    threads = Threads()
     for step in range(steps):
         at = step * BATCH_COUNT % (len(images_NCHW) // BATCH_COUNT * BATCH_COUNT)
         if at == 0:
@@ -57,6 +59,7 @@ def train_teacher(
         loss.backward()
         optimizer.step()
         schedule.step()
+        threads.stepped()
         progress(step + 1, steps, loss=loss.item())
     facts = ModelFacts(
         architecture=architecture,
