@@ -12,11 +12,10 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 import structlog
-from click.core import ParameterSource
 
 from protos.errors import Refusal
 from teacher_service import auth, heap, ledger_cli
-from teacher_service.config import ServerConfig, is_loopback
+from teacher_service.config import METRICS_PORT, ServerConfig, is_loopback
 from teacher_service.health import LIVENESS
 from teacher_service.ledger import (
     IDENTIFIER,
@@ -229,9 +228,8 @@ def _given_facts(
 @click.option(
     "--metrics-port",
     type=click.IntRange(0, 65535),
-    default=9464,
-    show_default=True,
-    help="Prometheus metrics, at /metrics; 0 picks a free port. Not with --ledger-only.",
+    show_default=f"{METRICS_PORT}; with --ledger-only: none",
+    help="Prometheus metrics, at /metrics; 0 picks a free port.",
 )
 @click.option(
     "--metrics-host",
@@ -389,11 +387,8 @@ def serve(
         raise click.UsageError("Missing option '--model': expected a model FILE to serve.")
     if model is not None and ledger_only:
         raise click.UsageError("expected one of --model and --ledger-only, got both")
-    if (
-        ledger_only
-        and click.get_current_context().get_parameter_source("metrics_port") is ParameterSource.COMMANDLINE
-    ):
-        raise click.UsageError("--metrics-port: expected --model with it; --ledger-only has no metrics")
+    if model is not None and settings["metrics_port"] is None:
+        settings["metrics_port"] = METRICS_PORT
     heap.bound()
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+METRICS_PORT = 9464
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -16,7 +18,8 @@ class ServerConfig:
     """The model's name in the Open Inference Protocol."""
     listen: str = "127.0.0.1:50051"
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = 9464
+    metrics_port: int | None = METRICS_PORT
+    """None: no metrics."""
     ledger: str = "sqlite:///mekd-ledger.db"
     ledger_key: str = field(default="", repr=False)
     """Of a ledger elsewhere: this teacher's credential there."""

@@ -154,8 +154,13 @@ async def serve_ledger(config: ServerConfig) -> None:
     quota = QuotaServicer(ledger, authenticator)
     gate = Gate(authenticator, Limits(burst_pictures=config.max_batch_pictures, max_streams=config.max_streams))
     health = Health((LEDGER_SERVICE,))
+    metrics = Metrics(
+        max_accounts=config.metrics_max_accounts, queue_pictures=lambda: 0, is_ready=lambda: health.is_ready
+    )
+    if certificates is not None:
+        metrics.certificate(certificates.expires_seconds)
     server = grpc.aio.server(
-        interceptors=(_authentication(authenticator, config), gate, Readable()),
+        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable()),
         options=_channel_options(config),
     )
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)
@@ -163,10 +168,11 @@ async def serve_ledger(config: ServerConfig) -> None:
     stopping = _Stopping(config.grace_seconds)
     try:
         address = _bind(server, config, certificates)
+        metrics_port = _serve_metrics(metrics, config, certificates)
         await server.start()
         following = _now_ready(health, ledger)
         await _tell_if_empty(ledger)
-        log.info("serving the ledger", address=address)
+        log.info("serving the ledger", address=address, metrics_port=metrics_port)
         print(f"serving on {address}", flush=True)
         await stopping.asked.wait()
         following.cancel()
@@ -455,8 +461,10 @@ def _metrics_certificates(config: ServerConfig, certificates: Certificates | Non
     return certificates
 
 
-def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certificates | None) -> int:
-    """Returns the port. Raises StartError."""
+def _serve_metrics(metrics: Metrics, config: ServerConfig, certificates: Certificates | None) -> int | None:
+    """Returns the port; None where none is wanted. Raises StartError."""
+    if config.metrics_port is None:
+        return None
     shown = _metrics_certificates(config, certificates)
     try:
         return metrics.serve(config.metrics_host.strip("[]"), config.metrics_port, shown.context if shown else None)

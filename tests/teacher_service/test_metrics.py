@@ -15,6 +15,7 @@ import pytest
 
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
+from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
 from teacher_service import metrics as metrics_module
 from teacher_service.metrics import Metrics, RpcCounters
 from teacher_service.tls import Certificates
@@ -193,6 +194,20 @@ def test_metrics_beyond_loopback_ask_for_a_certificate_where_the_port_does(start
         page(url, trusting)
     trusting.load_cert_chain(*authority.issue("DNS:prometheus"))
     assert "mekd_" in page(url, trusting)
+
+
+def test_a_ledger_server_has_metrics_where_a_port_is_given(start_server: Any) -> None:
+    quiet = start_server("--ledger-only", model="")
+    assert '"metrics_port": null' in quiet.log()
+    server = start_server("--ledger-only", "--metrics-port", "0", model="")
+    with grpc.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError):
+            QuotaLedgerStub(channel).GetBalance(quota_wire.GetBalanceRequest(), timeout=10)
+    found = page(f"http://127.0.0.1:{server.metrics_port()}/metrics")
+    assert "\nmekd_ready 1.0\n" in found
+    assert re.search(
+        r'grpc_server_handled_total\{grpc_code="Unauthenticated",grpc_method="GetBalance".*\} 1\.0', found
+    )
 
 
 def test_metrics_beyond_loopback_without_tls_need_leave(start_server: Any) -> None:
