@@ -61,6 +61,7 @@ def train_teacher(
         schedule.step()
         threads.stepped()
         progress(step + 1, steps, loss=loss.item())
+    threads.ended()
     facts = ModelFacts(
         architecture=architecture,
         labels=tuple(str(label) for label in range(class_count)),

@@ -114,7 +114,7 @@ def train_generator(
         generator_optimizer=generator_optimizer,
         discriminator_optimizer=discriminator_optimizer,
     )
-    while training.done < config.steps:
+    while training.goes_on(config.steps):
         fall = 0.5 * (1.0 + math.cos(math.pi * training.done / config.steps))
         generator_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
         discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate

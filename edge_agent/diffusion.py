@@ -77,7 +77,7 @@ def train_diffusion(
     images_NCHW = images_NCHW.to(device)
 
     training = Resumable(checkpoint, rng, diffusion=diffusion, averaged=averaged, optimizer=optimizer)
-    while training.done < config.steps:
+    while training.goes_on(config.steps):
         optimizer.param_groups[0]["lr"] = config.generator_learning_rate * rise_and_fall(
             training.done / config.steps, _WARMUP_FRACTION
         )

@@ -220,7 +220,7 @@ def train_student(
     }
 
     training = Resumable(checkpoint, rng, student=student, averaged=averaged, optimizer=optimizer)
-    while training.done < steps:
+    while training.goes_on(steps):
         place = training.done % steps_a_pass
         if place == 0:
             training.order = _order(len(images_NCHW), weight_N, rng)

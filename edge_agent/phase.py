@@ -71,6 +71,12 @@ class Resumable:
             self.done, self.order = state["done"], state.get("order", self.order)
         self._threads = Threads()
 
+    def goes_on(self, steps: int) -> bool:
+        """Whether there are steps to do, of so many in all."""
+        if self.done >= steps:
+            self._threads.ended()
+        return self.done < steps
+
     def stepped(self) -> None:
         """One step more is done; keep it, if that is due."""
         self.done += 1
