@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+_WRITTEN = [f":(top,exclude)benchmarks/{name}" for name in ("results", "README.md", "accuracy.svg")]
 
 
 def about(name: str, note: str = "") -> dict[str, Any]:
@@ -32,7 +33,7 @@ def _commit(results: Path) -> str | None:
     head = git("rev-parse", "HEAD")
     if head.returncode != 0:
         return None
-    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(exclude).").returncode != 0
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", *_WRITTEN).returncode != 0
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 

@@ -31,7 +31,7 @@ from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool
 from edge_agent.egress import CopyGate, EgressDoor
-from edge_agent.failures import BadInput, DiskProblem, RunFolderProblem, TeacherAway
+from edge_agent.failures import BadInput, BudgetSpent, DiskProblem, Failure, RunFolderProblem, TeacherAway
 from edge_agent.generators import AnyGenerator, PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.journal import Totals
@@ -496,9 +496,10 @@ class Agent:
         self._compare(books)
         self._journal.set_facts(compared=compared)
 
-    def _compare(self, books: Books) -> None:
+    def _compare(self, books: Books, *, within_seconds: float | None = None) -> None:
         """Raises RunFolderProblem where journal and books disagree on what this run has paid for."""
-        ours, theirs = self._journal.charges(), books.posts(self._journal.run_id)
+        ours = self._journal.charges()
+        theirs = books.posts(self._journal.run_id, within_seconds=within_seconds)
         open_ids = self._journal.open_ids()
         wrong = sorted(
             batch_id
@@ -607,14 +608,18 @@ class Agent:
         gate = self._gate(generator, digest)
         teacher = self._paid_for()
         outbox = self._outbox(sources.synthetic(generator, gate, seed=self._config.seed))
-        with self._console.bar("distill: ask", "pictures") as tell:
-            pools.fill_pool(
-                teacher,
-                self._journal,
-                outbox,
-                self._description,
-                progress=lambda answered: tell(answered, self._config.budget),
-            )
+        try:
+            with self._console.bar("distill: ask", "pictures") as tell:
+                pools.fill_pool(
+                    teacher,
+                    self._journal,
+                    outbox,
+                    self._description,
+                    progress=lambda answered: tell(answered, self._config.budget),
+                )
+        except BudgetSpent:
+            self._let_go_of_the_account()
+            raise
 
     def _paid_for(self) -> Teacher:
         """The teacher, once it is known who pays it: no question is asked before."""
@@ -641,7 +646,7 @@ class Agent:
                 f"{account.account}'s; give a key of that account, or another --run-dir"
             )
         if account.run_posted != totals.charged_pictures:
-            self._compare(books)
+            self._compare(books, within_seconds=within_seconds)
         self._journal.set_facts(account=account.account)
         self._account_is_known = True
         # Before it was stopped this run may have paid for more than its journal knows, and what is held may be its.
@@ -652,6 +657,15 @@ class Agent:
                 f"account {account.account} has {account.balance} pictures, {missing} fewer than --budget "
                 f"{self._config.budget} needs; have it granted more meanwhile, or lower --budget"
             )
+
+    def _let_go_of_the_account(self) -> None:
+        """An account that had nothing to pay with, and paid for nothing, may be another one the next time."""
+        books = self._books()
+        if books is not None and self._journal.totals().charged_pictures == 0:
+            with suppress(Failure):
+                account = books.balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
+                if account.run_posted == account.held == 0:
+                    self._journal.set_facts(account=None)
 
     def _packing(self) -> Packing:
         return Packing(self._config.image_encoding, self._config.image_quality, self._description.encodings)

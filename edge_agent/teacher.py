@@ -147,8 +147,8 @@ class Books(Protocol):
     def balance(self, run_id: str, *, within_seconds: float | None = None) -> Balance:
         """The books; waits `within_seconds` at most, where given."""
 
-    def posts(self, run_id: str) -> dict[str, int]:
-        """Batch id -> pictures, as the teacher's books have them for this run."""
+    def posts(self, run_id: str, *, within_seconds: float | None = None) -> dict[str, int]:
+        """Batch id -> pictures, as the teacher's books have them for this run; waits as `balance`, for each page."""
 
 
 class RemoteTeacher:
@@ -220,12 +220,12 @@ class RemoteTeacher:
             balance=answer.balance_count,
         )
 
-    def posts(self, run_id: str) -> dict[str, int]:
+    def posts(self, run_id: str, *, within_seconds: float | None = None) -> dict[str, int]:
         found: dict[str, int] = {}
         after = 0
         while True:
             request = ledger_wire.ListStatementRequest(run_id=run_id, after_sequence=after)
-            page = self._link.unary(self._ledger.ListStatement, request)
+            page = self._link.unary(self._ledger.ListStatement, request, within_seconds)
             for entry in page.entries:
                 if entry.kind == ledger_wire.ENTRY_KIND_POST:
                     found[entry.batch_id] = found.get(entry.batch_id, 0) + entry.picture_count

@@ -457,7 +457,8 @@ class Store(AbstractContextManager["Store"]):
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._name = url.removeprefix("sqlite:///").rpartition("@")[2]  # without a password
+        # A URL of PostgreSQL may have a password in several places, and its driver names the host.
+        self._name = url.removeprefix("sqlite:///") if url.startswith("sqlite:///") else "PostgreSQL"
         self._connection: Any = None
         self._errors: tuple[type[Exception], ...] = (sqlite3.Error,)
 
@@ -471,7 +472,7 @@ class Store(AbstractContextManager["Store"]):
                 raise AuditError("expected the ledger's own store, sqlite:///FILE or postgresql://…")
         except self._errors as error:
             self.close()
-            raise AuditError(f"expected a ledger at {self._name}: {_one_line(error)}") from None
+            raise AuditError(f"expected a ledger in {self._name}: {_one_line(error)}") from None
         return self
 
     def _open_sqlite(self, path: Path) -> None:

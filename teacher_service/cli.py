@@ -484,21 +484,24 @@ def _read(flag: str, path: Path) -> bytes:
         _fail(f"{flag} {path}: {error.strerror}")
 
 
-class _LedgerFirst(click.Group):
-    """Says where the flags go that are not a command's own but the program's."""
+class _Helpful(click.Group):
+    """Says where flags go that are not a command's own but the program's, and what a negative number is taken for."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if not error.option_name.startswith("--ledger"):
+            if error.option_name.startswith("--ledger"):
+                advice = f"It goes before the command: teacher-admin {error.option_name} ... COMMAND"
+            elif error.option_name[1:].isdecimal():
+                advice = "Expected a number of at least 1."
+            else:
                 raise
-            there = f"It goes before the command: teacher-admin {error.option_name} ... COMMAND"
-            raise click.UsageError(f"{error.format_message()} {there}", ctx=error.ctx) from None
+            raise click.UsageError(f"{error.format_message()} {advice}", ctx=error.ctx) from None
 
 
-@click.group("teacher-admin", cls=_LedgerFirst, context_settings=SETTINGS)
+@click.group("teacher-admin", cls=_Helpful, context_settings=SETTINGS)
 @click.version_option(package_name="mekd")
 @_ledger_options
 @click.pass_context
@@ -603,7 +606,7 @@ def account_list(ledger: str, form: str) -> None:
     _on_books(ledger, pages)
 
 
-@account.command("grant", context_settings={"ignore_unknown_options": True})  # -5 is a number, and too small a one
+@account.command("grant")
 @click.argument("name")
 @click.argument("pictures", type=int)
 @click.option(

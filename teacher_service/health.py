@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2 as wire
 from grpc_health.v1.health_pb2_grpc import HealthServicer
 
 from protos.errors import Refusal
-from teacher_service.ledger import Ledger, LedgerError
+from teacher_service.ledger import Ledger, LedgerError, LedgerRefusesKey
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ class Health(HealthServicer):
 
 async def follow(ledger: Ledger, health: Health) -> None:
     """Not ready while the ledger cannot be read or written, ready when it is back; for ever."""
-    last: Exception | None = None
+    told = ""  # of the ledger: nothing, "away" or "refuses", since it was last there
     probe: asyncio.Task[Exception | None] | None = None
     try:
         while True:
@@ -83,13 +83,19 @@ async def follow(ledger: Ledger, health: Health) -> None:
             await asyncio.wait({probe}, timeout=PROBE_TIMEOUT_SECONDS)
             problem = probe.result() if probe.done() else TimeoutError(f"no answer in {PROBE_TIMEOUT_SECONDS:g} s")
             probe = None if probe.done() else probe
-            if type(problem) is not type(last):
-                health.set_ready(problem is None)
-                if problem is None:
-                    log.info("ledger is back")
-                else:
-                    log.error("ledger is away, not ready until it is back", problem=str(problem))
-            last = problem
+            before = told
+            if problem is None:
+                told = ""
+            elif isinstance(problem, LedgerRefusesKey):  # which does not end by itself
+                told = "refuses"
+            else:
+                told = told or "away"  # there are many ways to be, one after the other
+            if bool(told) != bool(before):
+                health.set_ready(not told)
+            if told and told != before:
+                log.error("ledger is away, not ready until it is back", problem=str(problem))
+            elif before and not told:
+                log.info("ledger is back")
             await asyncio.sleep(PROBE_SECONDS)
     finally:
         if probe is not None:

@@ -306,8 +306,8 @@ class _Model:
         """
         sold = self._sold_output(caller)
         for output in outputs:
-            if output.name == sold and output.parameters:
-                _refuse(f"outputs.{sold}.parameters", "none", ", ".join(sorted(output.parameters)))
+            if output.name in (LABELS, PROBABILITIES) and output.parameters:
+                _refuse(f"outputs.{output.name}.parameters", "none", ", ".join(sorted(output.parameters)))
         names = {output.name for output in outputs}  # the same one twice is one, as with Triton
         if not names - {sold}:
             return (sold if names else ""), None

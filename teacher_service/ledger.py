@@ -45,6 +45,10 @@ class LedgerUnavailable(LedgerError):
     """The store cannot be read or written just now; nothing was changed."""
 
 
+class LedgerRefusesKey(LedgerUnavailable):
+    """There is a ledger elsewhere, but not for this key: nothing was done, and only an operator can help."""
+
+
 class HoldState(enum.StrEnum):
     """Where a batch stands. Posted is final; voided and expired pin nothing: the id may be held again."""
 

@@ -39,6 +39,7 @@ from teacher_service.ledger import (
     HoldState,
     Key,
     LedgerError,
+    LedgerRefusesKey,
     LedgerUnavailable,
     Posted,
 )
@@ -68,10 +69,6 @@ SCHEMES = ("grpc://", "grpcs://")
 _EXPECTED = "expected a ledger as grpc://HOST:PORT or grpcs://HOST:PORT"
 _AWAY = (Reason.LEDGER_UNAVAILABLE, Reason.LEDGER_OUTCOME_UNKNOWN, Reason.DRAINING)
 _Batch = tuple[str, str]  # account and batch id
-
-
-class LedgerRefusesKey(LedgerUnavailable):
-    """There is a ledger, but not for this key: nothing was done, and only an operator can help."""
 
 
 class RemoteLedger:

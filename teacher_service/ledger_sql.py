@@ -1100,7 +1100,7 @@ def _without_password(url: str) -> str:
 @contextlib.contextmanager
 def _store_errors(location: URL) -> Iterator[None]:
     """What the store says, as one line: which store it is, and what to do where that is known."""
-    name = location.database if location.get_backend_name() == "sqlite" else location.host
+    name = location.database if location.get_backend_name() == "sqlite" else location.host or "in PostgreSQL"
     try:
         yield
     except sa.exc.DatabaseError as error:

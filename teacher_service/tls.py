@@ -52,7 +52,7 @@ class Certificates:
             return self._context
 
     def expires_seconds(self) -> float:
-        """When the first certificate of the file in use expires, in seconds since 1970."""
+        """When the certificate in use expires, in seconds since 1970; not those between it and its authority."""
         with self._lock:
             self._look()
             return self._expires_seconds
@@ -103,7 +103,7 @@ class Certificates:
                     f"({getattr(error, 'reason', None) or error})"
                 ) from None
             context.verify_mode = ssl.CERT_REQUIRED
-        expires_seconds = min(one.not_valid_after_utc.timestamp() for one in chain)
+        expires_seconds = chain[0].not_valid_after_utc.timestamp()
         return grpc.ssl_server_certificate_configuration([(key, cert)], roots), context, expires_seconds
 
 

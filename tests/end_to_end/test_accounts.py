@@ -77,6 +77,17 @@ def test_an_account_that_was_never_asked_with_may_be_another_one_the_next_time(w
     assert (balance_of(world, "device"), balance_of(world, "other")) == (400, 360)
 
 
+def test_an_account_that_had_nothing_to_pay_with_may_be_another_one_the_next_time(world):
+    world.account(40)
+    other = world.admin("account", "create", "other", "--budget", "400")
+    world.start_server()
+    assert world.agent("--run-dir", str(world.folder / "before"), budget=40).returncode == 0
+    assert world.agent(budget=40).returncode == 3
+    assert world.agent(budget=40, environment={"MEKD_API_KEY": other}).returncode == 0
+    assert balance_of(world, "other") == 360
+    assert world.agent(budget=60).returncode == 6  # bound again, to the one that paid
+
+
 @pytest.mark.parametrize("what", ["an older copy of the folder", "another teacher's address"])
 def test_books_that_do_not_know_what_the_run_has_paid_are_refused_before_anything_is_asked(world, what):
     world.account(400)

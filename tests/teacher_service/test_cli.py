@@ -241,7 +241,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(ledger: str, tmp_path: Pat
         (("account", "set", "device"), "expected something to set or --unset, got nothing"),
         (("account", "set", "device", "--unset", "budget"), "'budget' is not one of 'answers', 'top-k'"),
         (("account", "set", "nobody", "--top-k", "3"), "error: expected the name of an account on these books"),
-        (("account", "grant", "device", "-5"), "error: expected a grant of 1 to "),
+        (("account", "grant", "device", "-5"), "No such option '-5'. Expected a number of at least 1."),
         (("account", "list", "--ledger", ledger), "It goes before the command: teacher-admin --ledger ... COMMAND"),
         (("account", "show", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),
         (("statement", "nobody"), "error: expected the name of an account on these books, got 'nobody'"),

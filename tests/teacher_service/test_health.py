@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2 as wire
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -26,7 +27,7 @@ from teacher_service import health as module
 from teacher_service.auth import Authenticator, AuthInterceptor, new_key
 from teacher_service.health import LIVENESS, Health, follow
 from teacher_service.interceptors import Gate
-from teacher_service.ledger import OPERATORS, LedgerError, LedgerUnavailable, Role
+from teacher_service.ledger import OPERATORS, LedgerError, LedgerRefusesKey, LedgerUnavailable, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
@@ -179,6 +180,38 @@ def test_a_teacher_whose_ledger_is_away_is_alive_and_not_ready_until_it_is_back(
     away, back = _told_of_the_ledger(teacher)
     assert away["event"] == "ledger is away, not ready until it is back" and listen in away["problem"]
     assert back["event"] == "ledger is back"
+
+
+async def test_a_ledger_that_is_away_in_several_ways_is_told_once_and_a_refused_key_besides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "PROBE_TIMEOUT_SECONDS", 0.02)
+    away, refuses = LedgerUnavailable("it is away"), LedgerRefusesKey("it refuses the key")
+    slow = 0.1
+    probes: list[tuple[float, LedgerError | None]] = [(0, away), (slow, away), (0, away), (slow, None)]
+    probes += [(slow, refuses), (0, refuses), (slow, away), (0, refuses), (0, None)]
+
+    class Away(MemoryLedger):
+        async def check(self) -> None:
+            seconds, problem = probes.pop(0) if probes else (0, None)
+            await asyncio.sleep(seconds)
+            if problem is not None:
+                raise problem
+
+    health = Health(())
+    health.set_ready(True)
+    with structlog.testing.capture_logs() as told:
+        following = asyncio.create_task(follow(Away(), health))
+        await until(lambda: not probes and health.is_ready)
+        following.cancel()
+    assert [line.get("problem", line["event"]) for line in told] == [
+        "it is away",
+        "ledger is back",
+        "no answer in 0.02 s",
+        "it refuses the key",
+        "ledger is back",
+    ]
 
 
 def _told_of_the_ledger(teacher: Any) -> list[dict[str, str]]:

@@ -28,9 +28,9 @@ from teacher_service import ledger as rules
 from teacher_service import ledger_remote
 from teacher_service.auth import new_key
 from teacher_service.engine import ArrayEngine
-from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted, Role
+from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerRefusesKey, LedgerUnavailable, Posted, Role
 from teacher_service.ledger_memory import MemoryLedger
-from teacher_service.ledger_remote import LedgerRefusesKey, RemoteLedger
+from teacher_service.ledger_remote import RemoteLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import Terms
 from tests.conftest import teacher_admin
