@@ -26,6 +26,8 @@ ORDER = (
     "mnist-hard-kl-only",
     "mnist-10k",
     "mnist-paper",
+    "mnist-paper-mean",
+    "mnist-paper-kl-only",
     "mnist-paper-no-im",
     "mnist-local",
     "mnist-10k-local",
