@@ -75,6 +75,7 @@ students measured are of the settings shown. The diffusion model under the last 
 
 The generators under `cifar10-diffusion-generations`, seed 2, and `mnist-10k*`, seed 0, were begun at an earlier
 commit than their lines name (6fc77e2 and 4a356ce); what trains them and draws with them did not change in between.
+The first 900 of the 8,000 steps under `mnist-paper`, seed 0, were made earlier, too, maybe in float32.
 So were generator, answers and the first assistant under `cifar10-generations`, seed 1 (c2eaac8); the same answers and
 assistants of 7ea5cfc are under `cifar10-hard-generations`, seed 1, whose student was trained on two processors.
 The pool under `mnist-10k*` was bought anew: it is not that of `mnist-soft`, seed 0, and its students' views have no
@@ -86,6 +87,9 @@ it up to 2026-11-22, 10:50 UTC; later ones have figures of their own, and none w
 those under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, are those of `cifar10-generations`, seed 1.
 The seconds of `cifar10-10k` and `cifar10-mobilenet-hard`, seed 1, have a pause of ten minutes or more in them, and
 those of all rows whatever else the machine did.
+
+A commit that is "-dirty" was so, up to 2026-11-22, 15:20 UTC, by lines of results alone where benchmarks ran one after
+the other.
 
 Ideas that were tried on the development part alone have no line here; their figures stand where the idea would be,
 in [distill.py](../edge_agent/distill.py) and [diffusion.py](../edge_agent/diffusion.py).
