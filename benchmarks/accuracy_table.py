@@ -93,8 +93,8 @@ those under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, are tho
 The seconds of `cifar10-10k` and `cifar10-mobilenet-hard`, seed 1, have a pause of ten minutes or more in them, and
 those of all rows whatever else the machine did.
 
-A commit that is "-dirty" was so, up to 2026-11-22, 15:20 UTC, by lines of results alone where benchmarks ran one after
-the other.
+A commit that is "-dirty" was so, up to 2026-11-22, 15:20 UTC, by lines of results alone where benchmarks ran one
+after the other.
 
 Ideas that were tried on the development part alone have no line here; their figures stand where the idea would be,
 in [distill.py](../edge_agent/distill.py) and [diffusion.py](../edge_agent/diffusion.py).
