@@ -19,19 +19,17 @@ import dataclasses
 import itertools
 import logging
 import queue
-import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.engine import Connection
 
 from protos.errors import Refusal
 from teacher_service import ledger as rules
@@ -53,12 +51,12 @@ from teacher_service.ledger import (
     Receipt,
     Step,
 )
+from teacher_service.ledger_store import bring_schema_up_to_date, engine_at, store_errors
 from teacher_service.terms import Terms
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
 LEASE_MS = 10_000
 FRESH_LEASE_PARTS = 10  # another instance's lease is written again when a tenth of it has passed, not at every hold
 MAX_GROUP_COMMANDS = 256
@@ -71,26 +69,8 @@ STEADY_SECONDS = 600.0  # for so long the clock must have run steadily before an
 STEADY_TOLERANCE_MS = 60_000
 PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
 PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
-BUSY_TIMEOUT_SECONDS = 5
 POST_SECONDS = 5.0  # how long a post whose outcome is unknown is made again
 POST_PAUSE_SECONDS = 0.25
-CONNECTIONS = 3  # the writer's and the two readers'
-# What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
-# the disk before it returns.
-POSTGRES_SETTINGS = (
-    "-c synchronous_commit=on -c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
-)
-# A connection lost without a word (a NAT that forgot it, a failover) would block its thread, and one thread writes,
-# for as long as the kernel sends again: a quarter of an hour. It is given up about ten seconds after the last sign of
-# life. A slow query is no such thing: the other side's kernel answers.
-POSTGRES_KEEPALIVE: dict[str, int] = {
-    "keepalives_idle": 5,  # seconds
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,  # milliseconds; of what was sent, which keepalives say nothing of
-}
-_SCHEMA_LOCK = 0x6D656B64  # "mekd", an advisory lock of PostgreSQL
-
 Clock = Callable[[], int]
 
 
@@ -437,7 +417,7 @@ class _Reader:
     def _read(self, read: Callable[[Connection], T], outcome: "Future[T]") -> None:
         try:
             with (
-                _store_errors(self._engine.url),
+                store_errors(self._engine.url),
                 self._engine.connect().execution_options(read_only=True) as connection,
                 connection.begin(),
             ):
@@ -482,12 +462,12 @@ class SqlLedger:
         (unless ``create``), a store that is no ledger, one made by a newer program, or a PostgreSQL that may lose
         what it has committed.
         """
-        engine = _engine(_checked_url(url, create))
+        engine = engine_at(url, create=create)
         opened = cls(engine, lease_ms, clock)
         try:
-            with _store_errors(engine.url), engine.begin() as connection:
-                _bring_schema_up_to_date(connection, _without_password(url))
-            with _store_errors(engine.url), engine.begin() as connection:
+            with store_errors(engine.url), engine.begin() as connection:
+                bring_schema_up_to_date(connection, url)
+            with store_errors(engine.url), engine.begin() as connection:
                 opened._renew(connection)
             opened._try("expiring what the dead left held", opened._sweep)
         except BaseException:
@@ -848,7 +828,7 @@ class SqlLedger:
         once another instance has seen our lease lapse.
         """
         try:
-            with _store_errors(self._engine.url), self._engine.begin() as connection:
+            with store_errors(self._engine.url), self._engine.begin() as connection:
                 step(connection)
         except Exception as error:
             log.warning("the ledger failed at %s: %s", what, str(error) or repr(error))
@@ -863,7 +843,7 @@ class SqlLedger:
         told: list[tuple[_Command, Any]] = []
         applying = False
         try:
-            with _store_errors(self._engine.url), self._engine.begin() as connection:
+            with store_errors(self._engine.url), self._engine.begin() as connection:
                 applying = True
                 transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
                 transaction.read(group)
@@ -969,147 +949,3 @@ class SqlLedger:
             )
         transaction.flush()
         return len(found)
-
-
-# --- the store --------------------------------------------------------------------------------------
-
-
-_REMEDIES = {
-    "database is locked": "; another program holds it, and nothing was changed: try again",
-    "malformed": "; 'teacher-admin ledger restore' puts a backup in its place",
-    "not a database": "; give another --ledger, or put a backup in its place with 'teacher-admin ledger restore'",
-}
-"""Of what SQLite says."""
-
-
-def _checked_url(url: str, create: bool) -> URL:
-    expected = "expected a ledger as sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-    try:
-        location = make_url(url)
-    except (sa.exc.ArgumentError, ValueError):  # the second of a port that is no number
-        raise LedgerError(f"{expected}, got {_without_password(url)!r}") from None
-    if location.get_backend_name() == "postgresql":
-        return location.set(drivername="postgresql+psycopg")
-    if location.get_backend_name() != "sqlite" or not location.database or location.database == ":memory:":
-        raise LedgerError(f"{expected}, got {_without_password(url)!r}")
-    path = Path(location.database)
-    with _store_errors(location):
-        if not path.exists():
-            if not create:
-                raise LedgerError(
-                    f"expected a ledger at {path}, found no file; 'teacher-admin account create' makes one"
-                )
-            if not path.parent.is_dir():
-                raise LedgerError(f"expected a folder for the ledger, found no {path.parent}")
-            path.touch(mode=0o600)
-    return location.set(drivername="sqlite+pysqlite")
-
-
-def _engine(location: URL) -> sa.Engine:
-    if location.get_backend_name() == "postgresql":
-        given = location.query.get("options", ())
-        # After those of the URL, so that ours win.
-        options = " ".join([*((given,) if isinstance(given, str) else given), POSTGRES_SETTINGS])
-        connect_args = {"options": options, "connect_timeout": BUSY_TIMEOUT_SECONDS} | POSTGRES_KEEPALIVE
-        # pool_pre_ping: a connection that died while it was idle is found out before it is used.
-        # READ COMMITTED: what is read after the account's row was locked is what its last holder left.
-        try:
-            engine = sa.create_engine(
-                location,
-                pool_size=CONNECTIONS,
-                pool_pre_ping=True,
-                isolation_level="READ COMMITTED",
-                connect_args=connect_args,
-            )
-        except ImportError:  # SQLAlchemy imports the driver here; one without libpq is none
-            message = "expected psycopg for postgresql://, found none; pip install 'mekd[postgres]'"
-            raise LedgerError(message) from None
-        sa.event.listen(engine, "connect", _check_postgres_durable)
-        return engine
-    engine = sa.create_engine(
-        location, poolclass=sa.pool.QueuePool, pool_size=CONNECTIONS, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}
-    )
-    sa.event.listen(engine, "connect", _configure_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _check_postgres_durable(connection: Any, _record: Any) -> None:
-    """Refuses (LedgerUnavailable) a server that may lose what it has committed, at every new connection.
-
-    The synchronous_commit of POSTGRES_SETTINGS holds everywhere but behind a pooler that drops such options.
-    """
-    rows = connection.execute(
-        "SELECT name FROM pg_settings WHERE setting = 'off' "
-        "AND name IN ('fsync', 'full_page_writes', 'synchronous_commit') ORDER BY name"
-    ).fetchall()
-    connection.rollback()
-    if rows:
-        connection.close()
-        names = [name for (name,) in rows]
-        raise LedgerUnavailable(
-            "expected a PostgreSQL that keeps what it has committed, "
-            f"got {', '.join(f'{name} = off' for name in names)}; set {', '.join(f'{name} = on' for name in names)} "
-            "(ALTER SYSTEM SET …, then SELECT pg_reload_conf()) and start again"
-        )
-
-
-def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin where we say so (see _begin_sqlite)
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # IMMEDIATE: a writer takes its lock at the start, so that what it reads is what it may change.
-    read_only = connection.get_execution_options().get("read_only", False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-
-def _bring_schema_up_to_date(connection: Connection, url: str) -> None:
-    if connection.dialect.name == "postgresql":  # two servers that start at once
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-    found = set(sa.inspect(connection).get_table_names())
-    revision = None
-    if "alembic_version" in found:
-        revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
-        if revision == SCHEMA_REVISION:
-            return
-    elif found:
-        raise LedgerError(f"expected a ledger at {url}, found a database of something else")
-    from teacher_service import migrations  # Alembic is slow to import, and seldom needed
-
-    if revision is not None and revision not in migrations.revisions():
-        raise LedgerError(
-            f"expected a ledger of schema {SCHEMA_REVISION} at {url}, got {revision}; "
-            "use the program that made it, or a newer one"
-        )
-    migrations.upgrade(connection)
-
-
-def _without_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except (sa.exc.ArgumentError, ValueError):
-        return url if "@" not in url else "***"
-
-
-@contextlib.contextmanager
-def _store_errors(location: URL) -> Iterator[None]:
-    """What the store says, as one line: which store it is, and what to do where that is known."""
-    name = location.database if location.get_backend_name() == "sqlite" else location.host or "in PostgreSQL"
-    try:
-        yield
-    except sa.exc.DatabaseError as error:
-        said = _one_line(error.orig)
-        remedy = next((remedy for part, remedy in _REMEDIES.items() if part in said), "")
-        raise LedgerUnavailable(f"the ledger's store {name} failed: {said}{remedy}") from error
-    except (sa.exc.SQLAlchemyError, OSError) as error:
-        raise LedgerUnavailable(f"the ledger's store {name} failed: {_one_line(error)}") from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

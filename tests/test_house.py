@@ -42,6 +42,7 @@ DOORS = {
     ("teacher_service", "grpc_reflection"): {"teacher_service.server"},
     ("teacher_service", "sqlalchemy"): {
         "teacher_service.ledger_sql",
+        "teacher_service.ledger_store",
         "teacher_service.ledger_tables",
         "teacher_service.migrations",
         "teacher_service.migrations.versions.v0001_ledger",
@@ -214,6 +215,7 @@ def test_nothing_of_ours_imports_the_tests() -> None:
         "teacher_service.ledger",
         "teacher_service.ledger_memory",
         "teacher_service.ledger_sql",
+        "teacher_service.ledger_store",
         "teacher_service.inference",
         "teacher_service.kserve",
         "teacher_service.server",

@@ -23,12 +23,12 @@ from tests.conftest import StartServer
 
 SERVE = "from teacher_service.cli import serve; serve()"
 FORGETFUL = """
-from teacher_service import ledger_sql
-configure = ledger_sql._configure_sqlite
+from teacher_service import ledger_store
+configure = ledger_store._configure_sqlite
 def configure_and_forget(connection, record):
     configure(connection, record)
     connection.execute("PRAGMA synchronous = OFF")
-ledger_sql._configure_sqlite = configure_and_forget
+ledger_store._configure_sqlite = configure_and_forget
 """
 CALL = re.compile(r"^\d+ +(?:<\.\.\. )?(\w+)(?:\((\d+)<([^>]*)>)?")
 

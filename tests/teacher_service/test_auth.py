@@ -10,7 +10,7 @@ import pytest
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
-from teacher_service import auth, ledger_sql
+from teacher_service import auth, ledger_store
 from teacher_service.auth import ALLOWED, CACHE_SECONDS, Authenticator, AuthInterceptor, Caller, new_key
 from teacher_service.ledger import Key, LedgerError, LedgerUnavailable, Role
 from teacher_service.ledger_memory import MemoryLedger
@@ -286,7 +286,7 @@ async def test_who_has_no_key_is_refused_before_the_message_is_waited_for_or_par
 async def test_a_ledger_failure_while_authenticating_is_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_sql, "BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_store, "BUSY_TIMEOUT_SECONDS", 0.05)
     async with serving(SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")) as service:
         await service.ledger.close()
         with pytest.raises(LedgerUnavailable):

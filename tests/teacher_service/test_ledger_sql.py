@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 
 from protos.errors import Reason, Refusal
-from teacher_service import audit, ledger_sql, ledger_tables
+from teacher_service import audit, ledger_sql, ledger_store, ledger_tables
 from teacher_service import ledger as rules
 from teacher_service.auth import new_key
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
@@ -653,7 +653,7 @@ async def test_closing_waits_for_no_reports_and_stops_nobody_else(
 async def test_books_locked_by_another_program_are_unavailable_and_unchanged(
     path: Path, monkeypatch: pytest.MonkeyPatch, opened: Any
 ) -> None:
-    monkeypatch.setattr(ledger_sql, "BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_store, "BUSY_TIMEOUT_SECONDS", 0.05)
     ledger = opened()
     await ledger.create_account("a", 100)
     with write_locked(path):
@@ -1006,7 +1006,7 @@ async def test_a_postgresql_that_may_lose_what_it_committed_is_refused_at_open(
 async def test_a_pooler_that_drops_our_settings_does_not_let_commits_be_forgotten(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_sql, "POSTGRES_SETTINGS", "")
+    monkeypatch.setattr(ledger_store, "POSTGRES_SETTINGS", "")
     await SqlLedger.open(postgres_url).close()
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"ALTER DATABASE {sa.make_url(postgres_url).database} SET synchronous_commit = off")

@@ -14,7 +14,8 @@ from teacher_service import audit, ledger_files, ledger_tables, migrations
 from teacher_service import ledger as rules
 from teacher_service.auth import new_key
 from teacher_service.ledger import Entry, HoldRequest, LedgerError, Posted
-from teacher_service.ledger_sql import SCHEMA_REVISION, SqlLedger
+from teacher_service.ledger_sql import SqlLedger
+from teacher_service.ledger_store import SCHEMA_REVISION
 from teacher_service.terms import Terms
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from protos.errors import Reason
-from teacher_service import ledger_sql, money_path
+from teacher_service import ledger_sql, ledger_store, money_path
 from teacher_service.auth import CACHE_SECONDS
 from teacher_service.engine import ArrayEngine, EngineError
 from teacher_service.ledger import Held, HoldRequest, Posted
@@ -525,7 +525,7 @@ async def test_a_reader_who_does_not_read_cannot_keep_a_drain_from_being_cut_sho
 
 @pytest.fixture
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_sql, "BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_store, "BUSY_TIMEOUT_SECONDS", 0.05)
     monkeypatch.setattr(money_path, "VOID_RETRY_SECONDS", 0.05)
 
 
