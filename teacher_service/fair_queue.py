@@ -4,9 +4,20 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class _Turn(NamedTuple):
+    """Of an owner who waits; the smallest is next."""
+
+    is_regular: bool
+    """False: it was passed over, and goes first."""
+    clock: int
+    order: int
+    """Of arrival."""
+    owner: str
 
 
 class FairQueue(Generic[T]):
@@ -19,7 +30,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[tuple[T, int]]] = {}
-        self._turns: list[tuple[int, int, str]] = []  # a heap: clock, order of arrival, owner; of those who wait
+        self._turns: list[_Turn] = []  # a heap
         self._ahead: dict[str, int] = {}  # clocks of owners who wait for nothing and are ahead of the present
         self._present = 0
         self._order = itertools.count()
@@ -32,7 +43,7 @@ class FairQueue(Generic[T]):
         if owner not in self._waiting:
             self._waiting[owner] = deque()
             clock = max(self._ahead.pop(owner, 0), self._present)
-            heapq.heappush(self._turns, (clock, next(self._order), owner))
+            heapq.heappush(self._turns, _Turn(True, clock, next(self._order), owner))
         self._waiting[owner].append((item, size))
 
     def take(self, most: int) -> list[T]:
@@ -41,10 +52,11 @@ class FairQueue(Generic[T]):
         An owner whose next item does not fit is passed over and goes first the next time.
         """
         taken: list[T] = []
-        passed: list[tuple[int, int, str]] = []
+        passed: list[_Turn] = []
         left = most
         while self._turns and left > 0:
-            turn = clock, _, owner = heapq.heappop(self._turns)
+            turn = heapq.heappop(self._turns)
+            clock, owner = turn.clock, turn.owner
             items = self._waiting[owner]
             item, size = items[0]
             if taken and size > left:
@@ -56,12 +68,12 @@ class FairQueue(Generic[T]):
             self.size -= size
             self._present = max(self._present, clock)
             if items:
-                heapq.heappush(self._turns, (clock + size, next(self._order), owner))
+                heapq.heappush(self._turns, _Turn(True, clock + size, next(self._order), owner))
             else:
                 del self._waiting[owner]
                 self._ahead[owner] = clock + size
         for turn in passed:
-            heapq.heappush(self._turns, turn)
+            heapq.heappush(self._turns, turn._replace(is_regular=False))
         if not self._turns:  # nobody waits: all begin alike
             self._present = max([self._present, *self._ahead.values()])
         self._ahead = {owner: clock for owner, clock in self._ahead.items() if clock > self._present}
@@ -84,9 +96,9 @@ class FairQueue(Generic[T]):
                 del self._waiting[owner]
                 emptied = True
         if emptied:
-            gone = [turn for turn in self._turns if turn[2] not in self._waiting]
-            self._ahead |= {owner: clock for clock, _, owner in gone}
-            self._turns = [turn for turn in self._turns if turn[2] in self._waiting]
+            gone = [turn for turn in self._turns if turn.owner not in self._waiting]
+            self._ahead |= {turn.owner: turn.clock for turn in gone}
+            self._turns = [turn for turn in self._turns if turn.owner in self._waiting]
             heapq.heapify(self._turns)
         return removed
 

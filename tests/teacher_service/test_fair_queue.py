@@ -64,6 +64,18 @@ def test_what_is_removed_is_gone_and_its_owner_keeps_its_turn() -> None:
     assert sorted(queue.take(9)) == ["a0", "a2", "b1"]
 
 
+def test_who_was_passed_over_goes_first_though_others_have_been_given_less() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item, size in (("a1", 1), ("a2", 4)):
+        queue.put("a", item, size)
+    for owner in "bc":
+        for n in range(9):
+            queue.put(owner, f"{owner}{n}", 2)
+    assert queue.take(6) == ["a1", "b0", "c0"]  # a's next one, of 4, does not fit, though a has been given the least
+    queue.put("d", "d0", 1)
+    assert queue.take(6)[0] == "a2"
+
+
 @given(st.data())
 def test_everything_comes_once_in_its_owners_order_and_owners_who_wait_are_served_alike(data: st.DataObject) -> None:
     queue: FairQueue[tuple[str, int, int]] = FairQueue()
@@ -89,8 +101,9 @@ def test_everything_comes_once_in_its_owners_order_and_owners_who_wait_are_serve
             got[owner].append(index)
             if owner in served:
                 served[owner] += size
-        # One item each, and what one was given while the other's item did not fit into the rest of a batch.
-        assert abs(served["a"] - served["b"]) <= 4 + 4
+        # One item each, and what one was given while the other's item did not fit into the rest of a batch: once, and
+        # once more for every other owner whose item came before it in the next one.
+        assert abs(served["a"] - served["b"]) <= 4 + 4 + 3 * len("cde")
     while queue:
         for owner, index, _ in queue.take(most):
             got[owner].append(index)
