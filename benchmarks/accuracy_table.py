@@ -65,9 +65,9 @@ of the row was measured before there was an attack by parts of pictures.
 
 Lines of before 2026-11-21, 19:57 UTC, and those of `mnist-soft`, `mnist-local` and `mnist-hard-local` with seed 2,
 are of students whose views had dark borders; so two of the three seeds of `mnist-digits` are, and the third is not.
-`_students_view` in [distill.py](../edge_agent/distill.py) says what that did to photographs; MNIST's own borders
-are dark. Lines of `*-assistant` of before 2026-11-22, 00:30 UTC, are of students with the batch-norm statistics of
-local pictures; since, they have those of the pool's (`train_student`).
+[The ablations](../docs/ablations.md) say what that did to photographs; MNIST's own borders are dark. Lines of
+`*-assistant` of before 2026-11-22, 00:30 UTC, are of students with the batch-norm statistics of local pictures;
+since, they have those of the pool's (`train_student`).
 
 Lines of `cifar10-diffusion*` with seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained
 weights (`_average` in [diffusion.py](../edge_agent/diffusion.py)).
@@ -96,8 +96,8 @@ those of all rows whatever else the machine did.
 A commit that is "-dirty" was so, up to 2026-11-22, 15:20 UTC, by lines of results alone where benchmarks ran one
 after the other.
 
-Ideas that were tried on the development part alone have no line here; their figures stand where the idea would be,
-in [distill.py](../edge_agent/distill.py) and [diffusion.py](../edge_agent/diffusion.py).
+Ideas that were tried on the development part alone have no line here; their figures are in
+[docs/ablations.md](../docs/ablations.md).
 """
 
 _AIMS_HEAD = """## Aims

@@ -6,18 +6,7 @@ A GAN of an hour on a small CPU does not get beyond textures. To tell a picture 
 regression, which needs no balance of two networks and does not forget what is rare; and unlike mixes nothing that is
 drawn begins with a local picture.
 
-CIFAR-10's development part, 12,000 answers, a ResNet8 after 15 passes in batches of 32, one seed, an hour of one
-core for 8,400 steps of width 64: 55.3 %. With mixes 69.9, with GANs and latent models of as long about 31 at most. A
-ResNet20 60.3, and a ResNet8 that has it as its assistant 63.2; trained on local pictures with labels of its own
-57.8. Of the 12,000 pictures no attack told training pictures from others: AUC 0.49 to 0.50, by quarters too (mixes:
-0.999). On another seed ResNet8 had 53.5: 22 of 100 answers were deer, 2 cars. Seen as often, by
-`distill.balance_pictures`, 58.9 (58.0 with `balance_answers`; 59.3 where, by the teacher's own words, even classes
-had been asked about). That was at commit 240a296, drawn with replacement and without a lower limit; since then the
-whole was not measured there again.
-
-What helped, by eye: noise up to 40 in place of 8, and second-order steps, of which 12 draw what 40 do. Begun with
-local pictures under noise of 4 or 2 in place of noise alone, the pictures keep more of their objects, and the attack
-on the whole finds members: AUC 0.61 and 0.88 (2,000 pictures, six times each).
+How its pictures compare with those of the others, what they give away, and what was tried: docs/ablations.md.
 """
 
 from functools import partial
@@ -109,8 +98,7 @@ def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int,
     """One step of an average that remembers less while it is young: no more than a ninth of the steps so far.
 
     By a constant decay of 0.9995 the untrained weights are still 1.4 % of it after 8,500 steps, and pictures duller
-    for it: inception score 4.74, and 4.83 with just those taken off (2,000 pictures of CIFAR-10 each, one seed, asked
-    of a copy of the teacher outside every row's budget). What this average itself scores was not measured.
+    for it (docs/ablations.md).
     """
     young = (1 + int(count)) / (10 + int(count))
     get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)

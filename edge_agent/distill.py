@@ -8,12 +8,7 @@ schedule is fixed and the last average is the result; nothing is chosen by a sco
 
 With `local_weight` above 0 local pictures take part, without labels, once the student has learnt something: it is
 to say of a hard view what its average says of an easy one (FixMatch, Sohn et al., NeurIPS 2020), where that is sure.
-In short runs on development pictures at half the side, local ones after a quarter of the steps, it took students from
-97.6 to 98.0 % on MNIST (two seeds), and from 74.0 to 87.3 % where the pictures were made to look scanned otherwise,
-past their teacher's 80.6 (one seed). In a longer run on stranger ones, answers balanced, a start half-way was better:
-86.2, not 82.5 (74.8 without; one seed).
-(All of this with views that had dark borders, see `_students_view`.) All local pictures train, the privacy reference
-too: that is about what is sent, and the student is not.
+All local pictures train, the privacy reference too: that is about what is sent, and the student is not.
 
 Where the pool's pictures are mixes, the device knows of which local ones. With `mosaic_fraction` above 0 the student
 sees part of each batch as a mosaic of those themselves, in the same regions: the teacher's answer was to a blurred
@@ -22,38 +17,15 @@ copy, but what the student will be used on is not blurred.
 With `assistant` there is a larger network between teacher and student (Mirzadeh et al., AAAI 2020): `train_assistant`
 makes it learn from the answers, and the student learns from it, too, what to say of local pictures, view by view, as
 often as it likes. It stays on the device and costs no query. It is for students that are too small for mixes: a
-ResNet8 trained on them agrees with the teacher on 53 % of mixes, seen or not, so it overfits nothing.
+ResNet8 trained on them agrees with the teacher on 53 % of mixes, seen or not, so it overfits nothing. Where a student
+taught so is better on real pictures than its assistant, it makes a better one: `assistant_generations`.
 
-Where a student taught so is better on real pictures than its assistant, it makes a better one:
-`assistant_generations`. CIFAR-10's development part, 10,000 pictures of a diffusion model after a quarter of its
-training, answered by a copy of the teacher outside every row's budget, `balance_pictures`, 12 passes in batches
-of 32, one run each, code not kept: ResNet20 53.1 %, a second one taught by the first 57.3; ResNet8 taught by the
-first 56.0, by the second 58.3. Half of the local pictures mixed with each other (mixup): 55.5 in place of 56.0;
-with an `assistant_weight` of 3: 55.3; 5,000 pictures tell such differences hardly from chance.
-
-CIFAR-10's development part, 50,000 answers to mixes, half of them seen as mosaics, batches of 32, one seed: ResNet8
-75.0 % after 10 passes and 80.6 after 40; ResNet20 83.0 after 15; ResNet8 taught by that one, too, 80.9 after 10. On
-the test part: 79.4 after 40, and 81.2 after 20 with the assistant (rows cifar10-soft and cifar10-assistant).
-The same with the pool of another seed, one run each, code not kept: ResNet20 81.0 % after 10 passes; a second one,
-taught by it, 82.4 after 5, and both answering together 81.7; ResNet8 taught by the first 78.6 after 5, and 77.7 by
-it alone, without the teacher's answers. At full length (row cifar10-generations) the second ResNet20 has 84.7 where
-the first has 83.1, and the ResNet8 does not follow: 81.8, and 80.7 on the test part. What a ResNet8 lacks there is
-no better assistant but time: after 60 passes in place of 20 it has 82.6, and 81.5 on the test part (row
-cifar10-patient). A MobileNet follows the second ResNet20 closer: 83.7 after 20 passes, and 82.6 on the test part.
-After 20 passes the ResNet8 agrees with its assistant on 91.5 % of the local pictures and on 89.1 % of the
-development part's. Of 80.5 after 10 passes a weight decay of 1e-4 in place of 5e-4 made 80.7; learning rates of 0.04
-and 0.25 in place of 0.1, 79.6 and 80.1; a temperature of 1 in place of 2, 80.1; and half of each answer to a mix what
-the assistant says of the very view, 80.6. On the test part a ResNet8 that saw all 50,000 pictures and their labels
-in 40 passes ends at 83.4 (row cifar10-supervised-all): there is little room left. With class indices the three have
-79.1, 81.8 and 79.5 (row cifar10-hard-generations).
-What came before, with dark borders and batches of 128, all after 10 passes and without an assistant: half mosaics and
-each local picture with its part of the answers to all its mixes 73.3; FreeMatch's labels in their place 69.6; logits
-of both whole pictures in sum held against the answer to their mix 70.4.
+What each of these brought, and what was tried and dropped: docs/ablations.md.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -107,6 +79,11 @@ class Pool:
     def __len__(self) -> int:
         """Return how many pictures were asked about."""
         return len(self.images_NCHW)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Pool":
+        """Return the pool with every part changed: moved to a device, say."""
+        parts = {field.name: cast(Tensor | None, getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
     def answers_as_probabilities(self, class_count: int) -> Tensor:
         """Return the answers (N, K) float32; an index becomes a one at its place."""
@@ -165,38 +142,15 @@ def train_student(
     the order of its plans, and seen as `mosaic_fraction` says; None where there are none. Raises ValueError where
     `image_weight` or `local_weight` is above 0, or there is an assistant, and what it needs is missing.
     """
-    if config.shift_px >= min(pool.images_NCHW.shape[2:]):
-        raise ValueError(f"shift_px: expected less than the side of the pictures, got {config.shift_px}")
-    image_count = 0
-    if config.image_weight > 0 and config.image_fraction > 0:
-        image_count = max(1, round(config.image_fraction * config.batch_count))
-    if image_count > 0 and generator is None:
-        raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
-    if local_NCHW is None and assistant is not None:
-        raise ValueError("expected local pictures for the assistant to answer, got none")
-    if local_NCHW is None and config.local_weight > 0:
-        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
-
+    _refuse_what_lacks(config, pool, generator, local_NCHW, assistant)
     student.to(device).to(memory_format=torch.channels_last).train()
     if generator is not None:
         generator.to(device).eval().requires_grad_(False)
     if assistant is not None:
         assistant.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    images_NCHW, latents_NL = pool.images_NCHW.to(device), pool.latents_NL.to(device)
-    answers_NK, epsilon_N1 = pool.answers_as_probabilities(class_count).to(device), pool.epsilons().to(device)
+    pool = pool.each(lambda part: part.to(device))
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
-        images_NCHW, latents_NL, answers_NK, epsilon_N1 = (
-            torch.cat([x, x]) for x in (images_NCHW, latents_NL, answers_NK, epsilon_N1)
-        )
-    if assistant is None and config.local_weight == 0:
-        local_NCHW = None
-    elif local_NCHW is not None:
-        local_NCHW = local_NCHW.to(device)
-    if latents_NL.shape[1] == 0 or config.mosaic_fraction == 0:  # mixes from before their plans were kept, or no use
-        mixed_MCHW = None
-    elif mixed_MCHW is not None:
-        mixed_MCHW = mixed_MCHW.to(device)
-    weight_N = responses.balancing_weights(answers_NK).cpu() if config.balance_pictures else None
+        pool = pool.each(lambda part: torch.cat([part, part]))
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -208,65 +162,130 @@ def train_student(
     # Dropout can only draw from the global generator, so everything else does too: one state to keep. On a GPU
     # dropout has a generator of its own: there a network with it (VGG) that was interrupted ends a little otherwise.
     rng = torch.manual_seed(seed)
+    lesson = _Lesson(
+        student=student,
+        averaged=averaged,
+        generator=generator,
+        assistant=assistant,
+        pool=pool,
+        answers_NK=pool.answers_as_probabilities(class_count),
+        epsilon_N1=pool.epsilons().to(device),
+        local_NCHW=None if local_NCHW is None else local_NCHW.to(device),
+        mixed_MCHW=None if mixed_MCHW is None else mixed_MCHW.to(device),
+        config=config,
+        rng=rng,
+    )
+    weight_N = responses.balancing_weights(lesson.answers_NK).cpu() if config.balance_pictures else None
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
-    steps_a_pass = max(1, len(images_NCHW) // config.batch_count)
+    steps_a_pass = max(1, len(pool) // config.batch_count)
     steps = config.passes * steps_a_pass
     local_start = config.local_start_fraction * steps if config.local_weight > 0 else steps
-    weights = {
-        "answer_loss": 1.0,
-        "image_loss": config.image_weight,
-        "assisted_loss": config.assistant_weight,
-        "local_loss": config.local_weight,
-    }
 
     training = Resumable(checkpoint, rng, student=student, averaged=averaged, optimizer=optimizer)
     while training.goes_on(steps):
         place = training.done % steps_a_pass
         if place == 0:
-            training.order = _order(len(images_NCHW), weight_N, rng)
+            training.order = _order(len(pool), weight_N, rng)
         chosen = training.order[place * config.batch_count : (place + 1) * config.batch_count].to(device)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rise_and_fall(
             training.done / steps, config.warmup_fraction
         )
 
-        seen_NCHW = images_NCHW[chosen]
-        if mixed_MCHW is not None:
-            mosaic_count = round(config.mosaic_fraction * len(chosen))
-            plan_NR = latents_NL[chosen[:mosaic_count]].long()
-            seen_NCHW = torch.cat([mosaic(plan_NR, mixed_MCHW), seen_NCHW[mosaic_count:]])
-        with training_precision(device):
-            logits_NK = student(_students_view(seen_NCHW, config, rng)).float()
-        found = {"answer_loss": answer_loss(pool, answers_NK[chosen], logits_NK, config, epsilon_N1[chosen])}
-        if generator is not None and image_count > 0:
-            few = chosen[:image_count]
-            noise_NE = latents_NL[few, class_count:]
-            found["image_loss"] = image_loss(generator, answers_NK[few], logits_NK[:image_count], noise_NE)
-        if local_NCHW is not None and assistant is not None:
-            few_NCHW = _some(local_NCHW, config.local_batch_count, rng)
-            found["assisted_loss"] = assisted_loss(student, assistant, few_NCHW, config, rng)
-        if local_NCHW is not None and training.done >= local_start:
-            few_NCHW = _some(local_NCHW, config.local_batch_count, rng)
-            found["local_loss"] = local_loss(student, averaged, few_NCHW, config, rng)
-        means = {name: loss_N.mean() for name, loss_N in found.items()}
-        loss = sum((weights[name] * mean for name, mean in means.items()), start=torch.zeros((), device=device))
+        loss, parts = lesson.loss(chosen, with_local=training.done >= local_start)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
         averaged.update_parameters(student)
         training.stepped()
-        progress(training.done, steps, **{name: mean.item() for name, mean in means.items()})
+        progress(training.done, steps, **parts)
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # has labelled local pictures by their own statistics, those are what it is used with. With an assistant alone,
-    # the pool's are: what the teacher said, it said of the pool, and such students were right more often by them
-    # (CIFAR-10's development part, one seed each: mixes 80.8 and 80.5 %, diffusion 63.2 and 61.4).
-    if local_NCHW is not None and local_start <= steps - 1:
-        images_NCHW = local_NCHW
-    elif weight_N is not None:  # as it saw them: 59.8 % for 58.7 with each once (diffusion, one student)
+    # the pool's are: what the teacher said, it said of the pool, and such students were right more often by them.
+    images_NCHW = pool.images_NCHW
+    if lesson.local_NCHW is not None and local_start <= steps - 1:
+        images_NCHW = lesson.local_NCHW
+    elif weight_N is not None:  # each as often as the student saw it
         images_NCHW = images_NCHW[_order(len(images_NCHW), weight_N, rng).to(device)]
     update_bn(_batches(images_NCHW), averaged)
     return cast(Classifier, averaged.module).eval()
+
+
+def _refuse_what_lacks(
+    config: DistillConfig,
+    pool: Pool,
+    generator: Generator | None,
+    local_NCHW: Tensor | None,
+    assistant: Classifier | None,
+) -> None:
+    if config.shift_px >= min(pool.images_NCHW.shape[2:]):
+        raise ValueError(f"shift_px: expected less than the side of the pictures, got {config.shift_px}")
+    if _image_count(config) > 0 and generator is None:
+        raise ValueError(f"image_weight: expected 0 without a generator, got {config.image_weight}")
+    if local_NCHW is None and assistant is not None:
+        raise ValueError("expected local pictures for the assistant to answer, got none")
+    if local_NCHW is None and config.local_weight > 0:
+        raise ValueError(f"local_weight: expected 0 without local pictures, got {config.local_weight}")
+
+
+def _image_count(config: DistillConfig) -> int:
+    """Of how many pictures in a batch the generator's pictures of both answers are compared."""
+    if config.image_weight == 0 or config.image_fraction == 0:
+        return 0
+    return max(1, round(config.image_fraction * config.batch_count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lesson:
+    """What a student learns from, all on its device; `train_student` says what it is."""
+
+    student: Classifier
+    averaged: nn.Module
+    generator: Generator | None
+    assistant: Classifier | None
+    pool: Pool
+    answers_NK: Tensor
+    """The pool's, as probabilities."""
+    epsilon_N1: Tensor
+    """The pool's."""
+    local_NCHW: Tensor | None
+    mixed_MCHW: Tensor | None
+    config: DistillConfig
+    rng: torch.Generator
+
+    def loss(self, chosen: Tensor, *, with_local: bool) -> tuple[Tensor, dict[str, float]]:
+        """Return a step's loss on the chosen pictures of the pool, a number, and its parts by name, unweighed."""
+        config, answers_NK = self.config, self.answers_NK[chosen]
+        with training_precision(chosen.device):
+            logits_NK = self.student(_students_view(self._seen(chosen), config, self.rng)).float()
+        divergence_N = answer_loss(self.pool, answers_NK, logits_NK, config, self.epsilon_N1[chosen])
+        weighed = [("answer_loss", 1.0, divergence_N)]
+        image_count = _image_count(config)
+        if self.generator is not None and image_count > 0:
+            noise_NE = self.pool.latents_NL[chosen[:image_count], answers_NK.shape[1] :]
+            distance_N = image_loss(self.generator, answers_NK[:image_count], logits_NK[:image_count], noise_NE)
+            weighed.append(("image_loss", config.image_weight, distance_N))
+        if self.local_NCHW is not None and self.assistant is not None:
+            few_NCHW = _some(self.local_NCHW, config.local_batch_count, self.rng)
+            assisted_N = assisted_loss(self.student, self.assistant, few_NCHW, config, self.rng)
+            weighed.append(("assisted_loss", config.assistant_weight, assisted_N))
+        if self.local_NCHW is not None and with_local:
+            few_NCHW = _some(self.local_NCHW, config.local_batch_count, self.rng)
+            disagreement_N = local_loss(self.student, self.averaged, few_NCHW, config, self.rng)
+            weighed.append(("local_loss", config.local_weight, disagreement_N))
+        means = [(name, weight, loss_N.mean()) for name, weight, loss_N in weighed]
+        loss = sum((weight * mean for _, weight, mean in means), start=torch.zeros((), device=chosen.device))
+        return loss, {name: mean.item() for name, _, mean in means}
+
+    def _seen(self, chosen: Tensor) -> Tensor:
+        """The chosen pictures (N, C, H, W) uint8, part of them as mosaics where they are mixes of known pictures."""
+        images_NCHW, plan_NR = self.pool.images_NCHW[chosen], self.pool.latents_NL[chosen]
+        # Without numbers they are mixes from before their plans were kept.
+        if self.mixed_MCHW is None or self.config.mosaic_fraction == 0 or plan_NR.shape[1] == 0:
+            return images_NCHW
+        count = round(self.config.mosaic_fraction * len(chosen))
+        return torch.cat([mosaic(plan_NR[:count].long(), self.mixed_MCHW), images_NCHW[count:]])
 
 
 def train_assistant(
@@ -337,10 +356,9 @@ def _some(images_NCHW: Tensor, count: int, rng: torch.Generator) -> Tensor:
 def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Generator) -> Tensor:
     """Bytes to what the student sees: another view each time.
 
-    Nothing comes in at the edges that no picture has. Dark borders on most views, as there were before, and batch
-    norm learns another kind of picture than the one whose statistics it is used with: on CIFAR-10's development part
-    students that learnt so had 72.3, 63.8 and (a ResNet20) 79.0 % by the statistics of plain pictures, 78.3, 74.5 and
-    82.3 by those of their views; the first, with views that reflect, 77.5 by either (10 and 15 passes, one seed).
+    Nothing comes in at the edges that no picture has: with dark borders on most views batch norm learns another kind
+    of picture than the one whose statistics it is used with, and students of photographs lose 3 to 10 points
+    (docs/ablations.md).
     """
     view_NCHW = normalise(images_NCHW)
     if config.mirror:

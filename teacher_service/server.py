@@ -298,7 +298,7 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
 
 
 async def _tell_if_empty(ledger: Ledger) -> None:
-    """Of a ledger that was made just now, maybe in another folder than was meant."""
+    """Maybe it is not the ledger that was meant, or nobody has been sold to yet."""
     if not isinstance(ledger, SqlLedger):
         return
     with contextlib.suppress(LedgerError):  # a store that is away just now is health's matter
