@@ -80,7 +80,8 @@ students measured are of the settings shown. The diffusion model under the last 
 
 The generators under `cifar10-diffusion-generations`, seed 2, and `mnist-10k*`, seed 0, were begun at an earlier
 commit than their lines name (6fc77e2 and 4a356ce); what trains them and draws with them did not change in between.
-The first 900 of the 8,000 steps under `mnist-paper`, seed 0, were made earlier, too, maybe in float32.
+The first 900 of the 8,000 steps under `mnist-paper`, seed 0, were made earlier, too, maybe in float32. Rows of its
+answers have the 45,008 of phase 2: the other 4,992 of its 50,000 were spent on training the generator.
 So were generator, answers and the first assistant under `cifar10-generations`, seed 1 (c2eaac8); the same answers and
 assistants of 7ea5cfc are under `cifar10-hard-generations`, seed 1, whose student was trained on two processors.
 The pool under `mnist-10k*` was bought anew: it is not that of `mnist-soft`, seed 0, and its students' views have no

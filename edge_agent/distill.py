@@ -162,6 +162,7 @@ def train_student(
     # Dropout can only draw from the global generator, so everything else does too: one state to keep. On a GPU
     # dropout has a generator of its own: there a network with it (VGG) that was interrupted ends a little otherwise.
     rng = torch.manual_seed(seed)
+    needs_local = assistant is not None or config.local_weight > 0
     lesson = _Lesson(
         student=student,
         averaged=averaged,
@@ -170,8 +171,8 @@ def train_student(
         pool=pool,
         answers_NK=pool.answers_as_probabilities(class_count),
         epsilon_N1=pool.epsilons().to(device),
-        local_NCHW=None if local_NCHW is None else local_NCHW.to(device),
-        mixed_MCHW=None if mixed_MCHW is None else mixed_MCHW.to(device),
+        local_NCHW=local_NCHW.to(device) if local_NCHW is not None and needs_local else None,
+        mixed_MCHW=mixed_MCHW.to(device) if mixed_MCHW is not None and config.mosaic_fraction > 0 else None,
         config=config,
         rng=rng,
     )
@@ -198,7 +199,7 @@ def train_student(
 
         averaged.update_parameters(student)
         training.stepped()
-        progress(training.done, steps, **parts)
+        progress(training.done, steps, **{name: mean.item() for name, mean in parts.items()})
 
     # The batch-norm statistics gathered on the way belong to other weights than the averaged ones. Where the student
     # has labelled local pictures by their own statistics, those are what it is used with. With an assistant alone,
@@ -254,8 +255,8 @@ class _Lesson:
     config: DistillConfig
     rng: torch.Generator
 
-    def loss(self, chosen: Tensor, *, with_local: bool) -> tuple[Tensor, dict[str, float]]:
-        """Return a step's loss on the chosen pictures of the pool, a number, and its parts by name, unweighed."""
+    def loss(self, chosen: Tensor, *, with_local: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a step's loss on the chosen pictures of the pool and its parts by name, unweighed; all numbers."""
         config, answers_NK = self.config, self.answers_NK[chosen]
         with training_precision(chosen.device):
             logits_NK = self.student(_students_view(self._seen(chosen), config, self.rng)).float()
@@ -276,13 +277,13 @@ class _Lesson:
             weighed.append(("local_loss", config.local_weight, disagreement_N))
         means = [(name, weight, loss_N.mean()) for name, weight, loss_N in weighed]
         loss = sum((weight * mean for _, weight, mean in means), start=torch.zeros((), device=chosen.device))
-        return loss, {name: mean.item() for name, _, mean in means}
+        return loss, {name: mean.detach() for name, _, mean in means}
 
     def _seen(self, chosen: Tensor) -> Tensor:
         """The chosen pictures (N, C, H, W) uint8, part of them as mosaics where they are mixes of known pictures."""
         images_NCHW, plan_NR = self.pool.images_NCHW[chosen], self.pool.latents_NL[chosen]
         # Without numbers they are mixes from before their plans were kept.
-        if self.mixed_MCHW is None or self.config.mosaic_fraction == 0 or plan_NR.shape[1] == 0:
+        if self.mixed_MCHW is None or plan_NR.shape[1] == 0:
             return images_NCHW
         count = round(self.config.mosaic_fraction * len(chosen))
         return torch.cat([mosaic(plan_NR[:count].long(), self.mixed_MCHW), images_NCHW[count:]])
@@ -357,7 +358,7 @@ def _students_view(images_NCHW: Tensor, config: DistillConfig, rng: torch.Genera
     """Bytes to what the student sees: another view each time.
 
     Nothing comes in at the edges that no picture has: with dark borders on most views batch norm learns another kind
-    of picture than the one whose statistics it is used with, and students of photographs lose 3 to 10 points
+    of picture than the one whose statistics it is used with, and students of photographs lose 3 to 11 points
     (docs/ablations.md).
     """
     view_NCHW = normalise(images_NCHW)
