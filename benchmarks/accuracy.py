@@ -118,6 +118,7 @@ def facts_of(row: Row, seed: int) -> dict[str, Any]:
         "row": row.name,
         "seed": seed,
         "config_digest": row.digest,
+        "settings_digest": row.settings_digest,
         "config": row.text,
         **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "torch": torch.__version__,
@@ -127,9 +128,7 @@ def facts_of(row: Row, seed: int) -> dict[str, Any]:
 
 def done(row: Row, seed: int) -> bool:
     """Whether the results have this cell, under its present settings."""
-    facts = facts_of(row, seed)
-    wanted = {name: facts[name] for name in ("row", "seed", "config_digest")}
-    return any(wanted.items() <= line.items() for line in record.kept("accuracy"))
+    return any(line.get("seed") == seed and row.is_measured_by(line) for line in record.kept("accuracy"))
 
 
 def measure(row: Row, seed: int, data: Path) -> dict[str, Any]:
@@ -361,6 +360,7 @@ def _test_figures(row: Row, data: Path, teacher: Path, student: Path) -> dict[st
         "share_kept": round(float(students.right_N.mean() / teachers.right_N.mean()), 5),
         "agreement": share(teachers.classes_N == students.classes_N),
         "test_pictures": len(test.labels_N),
+        "teacher_digest": hashlib.sha256(teacher.read_bytes()).hexdigest()[:16],
     }
     if len(test.labels_N) <= KEPT_TEST_PICTURES:
         figures["right"] = {

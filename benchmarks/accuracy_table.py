@@ -56,8 +56,8 @@ _HEAD = """# Accuracy, every query counted
 Written by `python -m benchmarks.accuracy --table` from [results/accuracy.jsonl](results/accuracy.jsonl), which has
 every line that was ever measured: date, commit, device, settings, queries by phase from the ledger, bytes, seconds.
 A cell is measured by `python -m benchmarks.accuracy --data DIR --row ROW --seed S`; its settings and seeds are in
-[configs/accuracy](configs/accuracy), written before its first look at a test figure. No phase, no choice and no
-checkpoint sees a test label; the last average of a fixed schedule is the student.
+[configs/accuracy](configs/accuracy), written before the first test figure that is shown here. No phase, no choice
+and no checkpoint sees a test label; the last average of a fixed schedule is the student.
 
 `kept` is the student's accuracy as a share of the teacher's. Rows `of` another share its pool of answers.
 `membership AUC` is that of the strongest [attack](../docs/privacy.md#the-attacks) on what was sent; "whole": a line
@@ -70,7 +70,7 @@ are of students whose views had dark borders; so two of the three seeds of `mnis
 since, they have those of the pool's (`train_student`).
 
 Lines of `cifar10-diffusion*` with seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained
-weights (`_average` in [diffusion.py](../edge_agent/diffusion.py)).
+weights (`average_of` in [phase.py](../edge_agent/phase.py)).
 
 The lines of 2026-11-22 of `cifar10-mobilenet`, `cifar10-diffusion-balanced` and `cifar10-diffusion-assistant`, seed
 1, were not made by quite the command that they name: a script of a few lines, not kept, called the same code but
@@ -113,23 +113,40 @@ diffusion (CIFAR-10) and GANs (MNIST) made the attacks told none.
 
 def write() -> None:
     """Write both files; unfinished cells are listed with their commands."""
-    lines = present(record.kept("accuracy"))
+    measured = record.kept("accuracy")
+    lines = present(measured)
     picture = curve(lines)
-    parts = [_HEAD, aims(lines), table(lines), unfinished(lines)]
+    parts = [_HEAD, aims(lines), table(lines), former(measured), unfinished(lines)]
     if picture is not None:
         (HERE / "accuracy.svg").write_text(picture)
-        parts.insert(3, "![Accuracy against queries](accuracy.svg)\n")
+        parts.insert(4, "![Accuracy against queries](accuracy.svg)\n")
     (HERE / "README.md").write_text("\n".join(part for part in parts if part))
 
 
 def present(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """The last line of each cell (row, seed) under the row's present settings; lines of former ones are no cell's."""
-    digests = {name: rows.read(name).digest for name in rows.ORDER}
+    known = {name: rows.read(name) for name in rows.ORDER}
     return {
         (line["row"], line["seed"]): line
         for line in lines
-        if line.get("row") in digests and line["config_digest"] == digests[line["row"]]
+        if line.get("row") in known and known[line["row"]].is_measured_by(line)
     }
+
+
+def former(lines: list[dict[str, Any]]) -> str:
+    """Of which rows there are more test figures than the table shows, and how many; empty if of none."""
+    shown = present(lines)
+    more = {
+        name: sum(line.get("row") == name for line in lines) - sum(row == name for row, _ in shown)
+        for name in rows.ORDER
+    }
+    found = ", ".join(f"`{name}` {count}" for name, count in more.items() if count > 0)
+    if not found:
+        return ""
+    return (
+        "Test figures that the table does not show, of former settings or measured again, are in the results, too;\n"
+        f"present settings may have been written with these in mind: {found}.\n"
+    )
 
 
 def aims(lines: dict[tuple[str, int], dict[str, Any]]) -> str:

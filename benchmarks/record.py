@@ -33,7 +33,7 @@ def _commit(results: Path) -> str | None:
     head = git("rev-parse", "HEAD")
     if head.returncode != 0:
         return None
-    changed = git("diff", "--quiet", "HEAD", "--", ":/", *_WRITTEN).returncode != 0
+    changed = git("status", "--porcelain", "--", ":/", *_WRITTEN).stdout
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 

@@ -10,11 +10,14 @@ A row is one of
 """
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from edge_agent.config import build_config
 
 FOLDER = Path(__file__).parent / "configs" / "accuracy"
 
@@ -93,6 +96,20 @@ class Row:
     def digest(self) -> str:
         """Of the text; a result of another one is a result of former settings."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    @property
+    def settings_digest(self) -> str:
+        """Of all settings of edge-agent, those that the text does not name included."""
+        settings = build_config(merged({"images": self.dataset}, self.run))
+        return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+    def is_measured_by(self, line: Mapping[str, Any]) -> bool:
+        """Whether a line of the results is of this row under its present settings.
+
+        Lines of before 2026-11-22, 17:30 UTC, do not say what the settings were that their text does not name.
+        """
+        named = (line.get("row"), line.get("config_digest")) == (self.name, self.digest)
+        return named and line.get("settings_digest", self.settings_digest) == self.settings_digest
 
 
 def read(name: str) -> Row:

@@ -113,6 +113,11 @@ class Agent:
                 f"distill.assistant: expected one of {', '.join(registry.CLASSIFIERS)}, or nothing for none; "
                 f"got {self._config.distill.assistant!r}"
             )
+        if self._side < 8:
+            raise BadInput(
+                "expected a teacher of pictures with 8 x 8 pixels or more, "
+                f"got {self._description.height} x {self._description.width}"
+            )
         if self._config.distill.shift_px >= self._side:
             raise BadInput(
                 f"distill.shift_px: expected less than the side of the pictures, {self._side}, "
@@ -284,9 +289,10 @@ class Agent:
 
     @property
     def _side(self) -> int:
+        """Of the generator's pictures. Never more than is sent: the gate would see what shrinking takes away."""
         height, width = self._description.height, self._description.width
         square = height == width and 8 <= height <= 128 and height % 4 == 0
-        return height if square else self._config.image_size
+        return height if square else min(self._config.image_size, min(height, width) // 4 * 4)
 
     @cached_property
     def _door(self) -> EgressDoor:

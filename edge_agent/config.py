@@ -30,8 +30,8 @@ class DeprivatizeConfig:
     discriminator_learning_rate: float = 4e-4
     """Step size of Adam for the discriminator; it falls to 0 along a half cosine."""
     ema_decay: float = 0.995
-    """Share of the averaged generator that survives a step; about 1 / (1 - decay) steps are averaged, of diffusion a
-    ninth of all so far at most."""
+    """Share of the averaged generator that survives a step; about 1 / (1 - decay) steps are averaged, a ninth of all
+    so far at most."""
     recolour_strength: float = 0.2
     """Largest change of brightness and contrast that the discriminator sees; 1 is half the range."""
     shift_fraction: float = 0.125
@@ -49,7 +49,7 @@ class DeprivatizeConfig:
     latent_channels: int = 16
     """Of mixes: numbers that say what a patch of a picture looks like; fewer blur more."""
     mix_pictures: int = 2
-    """Of mixes: local pictures in each, in equal parts; as many as it has regions at most."""
+    """Of mixes: local pictures in each, of as many regions each, or one more; as many as it has regions at most."""
     mix_regions: int = 2
     """Of mixes: regions along each side; each is of one local picture."""
     mix_noise: float = 0.3
@@ -97,7 +97,8 @@ class DistillConfig:
     weight_decay: float = 5e-4
     """Weight decay of SGD."""
     ema_decay: float = 0.995
-    """Share of the averaged student that survives a step; about 1 / (1 - decay) steps are averaged."""
+    """Share of the averaged student that survives a step; about 1 / (1 - decay) steps are averaged, a ninth of all so
+    far at most."""
     temperature: float = 1.0
     """Softens teacher and student in the divergence; its gradients are scaled back by its square."""
     label_smoothing: float = 0.1
@@ -142,7 +143,7 @@ class AdaptConfig:
     memory_count: int = 1000
     """Most synthetic pictures remembered, split evenly over the classes that the teacher named."""
     memory_bytes: int = 3_500_000
-    """Most bytes that the memory takes, before any compression."""
+    """Most bytes that the memory takes, before any compression; the student's statistics it takes anyway."""
     recent_count: int = 256
     """Pictures of the stream whose features and answers are remembered."""
     neighbour_count: int = 5
@@ -207,7 +208,8 @@ class RunConfig:
     local_pictures: int = 0
     """Most local pictures used, chosen by the seed; 0: all."""
     image_size: int = 64
-    """Side of the generator's pictures where the teacher's are larger than 128 or no square; else it is theirs."""
+    """Largest side of the generator's pictures where the teacher's are larger than 128, or no squares of a side that
+    is divisible by 4; else it is theirs."""
     batch_pictures: int = 128
     """Pictures in one request."""
     image_encoding: str = "auto"

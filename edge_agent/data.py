@@ -93,9 +93,12 @@ def load_local_images(
             f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
             f"found {len(usable)} and skipped {len(skipped)}{_first(skipped)}"
         )
-    images_NCHW = np.stack([usable[i] for i in sorted(usable)])
-    digest = hashlib.sha256(f"{images_NCHW.shape}\n".encode() + images_NCHW.tobytes()).hexdigest()
-    return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest)
+    images_NCHW = np.empty((len(usable), channels, height, width), np.uint8)
+    for row, i in enumerate(sorted(usable)):
+        images_NCHW[row] = usable.pop(i)  # all of them twice may be more than a device has
+    digest = hashlib.sha256(f"{images_NCHW.shape}\n".encode())
+    digest.update(images_NCHW.data)
+    return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest.hexdigest())
 
 
 def _digits() -> list[Image.Image]:

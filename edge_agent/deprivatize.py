@@ -17,11 +17,11 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.phase import Checkpoint, Progress, Resumable
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of
 from edge_agent.pixels import normalise, quantise
 from edge_agent.precision import training_precision
 from networks.gan import Discriminator, Generator, draw_latents
@@ -82,7 +82,7 @@ def train_generator(
     # Convolutions on a CPU are about twice as fast with the channels next to each other.
     generator.to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last)
-    averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    averaged = average_of(generator, decay=config.ema_decay)
     generator_optimizer = adam(generator.parameters(), config.generator_learning_rate)
     discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
     images_NCHW = images_NCHW.to(device)
@@ -138,10 +138,11 @@ def train_generator(
             if not guided:
                 guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
                 guided = True
-            sure_N = guide.confidence(
-                training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
-            )
-            loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
+            if synthetic_NCHW.isfinite().all():  # of a training that ran away nothing is asked
+                sure_N = guide.confidence(
+                    training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
+                )
+                loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
         generator_loss = loss_N.mean()
         generator_optimizer.zero_grad()
         generator_loss.backward()

@@ -9,16 +9,14 @@ drawn begins with a local picture.
 How its pictures compare with those of the others, what they give away, and what was tried: docs/ablations.md.
 """
 
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edge_agent import augment
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.phase import Checkpoint, Progress, Resumable, rise_and_fall
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of, rise_and_fall
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.diffusion import DATA_DEVIATION, Diffusion
@@ -59,7 +57,7 @@ def train_diffusion(
     diffusion = Diffusion(
         side=side, channels=channels, width=config.generator_width, drawing_steps=config.drawing_steps
     ).to(device)
-    averaged = AveragedModel(diffusion, multi_avg_fn=partial(_average, decay=config.ema_decay))
+    averaged = average_of(diffusion, decay=config.ema_decay)
     optimizer = torch.optim.AdamW(
         diffusion.parameters(), lr=config.generator_learning_rate, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY
     )
@@ -92,13 +90,3 @@ def train_diffusion(
         progress(training.done, config.steps, denoising_loss=loss.item())
 
     return cast(Diffusion, averaged.module).eval().requires_grad_(False)
-
-
-def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int, *, decay: float) -> None:
-    """One step of an average that remembers less while it is young: no more than a ninth of the steps so far.
-
-    By a constant decay of 0.9995 the untrained weights are still 1.4 % of it after 8,500 steps, and pictures duller
-    for it (docs/ablations.md).
-    """
-    young = (1 + int(count)) / (10 + int(count))
-    get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)

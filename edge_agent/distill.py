@@ -30,11 +30,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 from edge_agent import augment, losses, responses
 from edge_agent.config import DistillConfig
-from edge_agent.phase import Checkpoint, Progress, Resumable, rise_and_fall
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of, rise_and_fall
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks import registry
@@ -151,7 +151,7 @@ def train_student(
     pool = pool.each(lambda part: part.to(device))
     if len(pool) == 1:  # batch norm cannot train on a single number a channel
         pool = pool.each(lambda part: torch.cat([part, part]))
-    averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+    averaged = average_of(student, decay=config.ema_decay)
     optimizer = torch.optim.SGD(
         student.parameters(),
         lr=config.learning_rate,

@@ -20,13 +20,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.deprivatize import ADVERSARIAL_LOSSES, adam
 from edge_agent.generators import PictureGenerator
-from edge_agent.phase import Checkpoint, Progress, Resumable
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.autoencoder import Decoder, Encoder, PatchDiscriminator
@@ -72,9 +72,8 @@ def train_mixes(
     decoder = Decoder(**shape).to(device).to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
     discriminator.to(memory_format=torch.channels_last)
-    averaging = get_ema_multi_avg_fn(config.ema_decay)
-    averaged_encoder = AveragedModel(encoder, multi_avg_fn=averaging)
-    averaged_decoder = AveragedModel(decoder, multi_avg_fn=averaging)
+    averaged_encoder = average_of(encoder, decay=config.ema_decay)
+    averaged_decoder = average_of(decoder, decay=config.ema_decay)
     autoencoder_optimizer = adam([*encoder.parameters(), *decoder.parameters()], config.generator_learning_rate)
     discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
     images_NCHW = images_NCHW.to(device)

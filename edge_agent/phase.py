@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edge_agent.threads import Threads
 
@@ -86,6 +88,20 @@ class Resumable:
     def _state(self) -> dict[str, Any]:
         own = {"rng": self._rng.get_state(), "done": self.done, "order": self.order}
         return {name: part.state_dict() for name, part in self._parts.items()} | own
+
+
+def average_of(network: nn.Module, *, decay: float) -> AveragedModel:
+    """Return the average of a network along its training, of which `decay` survives each step.
+
+    While it is young it remembers less, no more than a ninth of the steps so far: by a constant decay of 0.995 the
+    untrained weights would still be 29 % of it after 250 steps.
+    """
+    return AveragedModel(network, multi_avg_fn=partial(_average, decay=decay))
+
+
+def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int, *, decay: float) -> None:
+    young = (1 + int(count)) / (10 + int(count))
+    get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)
 
 
 def rise_and_fall(part_done: float, warmup_fraction: float) -> float:

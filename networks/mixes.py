@@ -101,7 +101,8 @@ def deal(count: int, *, pictures: int, regions: int, rng: torch.Generator) -> Te
 def arrange(parts_NRCHW: Tensor, *, cells: int) -> Tensor:
     """Return (N, C, H, W): its region r is that of part r. The regions are those of a square grid, row by row.
 
-    They are cut along the places of a latent, of which there are `cells` along each side, each as large as the next.
+    They are cut along the places of a latent, of which there are `cells` along each side; where these cannot be
+    shared out evenly, some regions are a place larger than others.
     """
     count, parts, channels, height, width = parts_NRCHW.shape
     regions = math.isqrt(parts)

@@ -98,7 +98,8 @@ def build_memory(
 ) -> Memory:
     """Remember pictures of the pool, the first of each class that the teacher named, and look at local ones.
 
-    The memory holds at most `memory_count` features, and `memory_bytes` bytes; fewer features where a class is rare.
+    The memory holds at most `memory_count` features, and as many as `memory_bytes` has room for beside the
+    statistics, which may be none; fewer where a class is rare.
 
     Args:
         student: on its device.

@@ -68,6 +68,14 @@ def test_finished_cell_is_known_and_one_of_other_settings_is_not(
     written = [accuracy.facts_of(row, 0), accuracy.facts_of(row, 1) | {"config_digest": "of other settings"}]
     (tmp_path / "accuracy.jsonl").write_text("".join(json.dumps(facts) + "\n" for facts in written))
     assert accuracy.done(row, 0) and not accuracy.done(row, 1) and not accuracy.done(row, 2)
+    # A setting that the row leaves to the agent, under another default.
+    monkeypatch.setattr(
+        rows, "build_config", lambda *layers: build_config(*layers, {"distill": {"warmup_fraction": 0.2}})
+    )
+    assert not accuracy.done(row, 0)
+    del written[0]["settings_digest"]  # of before lines said it
+    (tmp_path / "accuracy.jsonl").write_text(json.dumps(written[0]) + "\n")
+    assert accuracy.done(row, 0)
 
 
 def test_hard_rows_train_on_what_a_label_only_account_gets() -> None:
@@ -92,15 +100,16 @@ def test_table_names_means_extremes_and_what_is_unfinished() -> None:
         "privacy": {"membership_auc": 0.507, "membership_attacks": {"nearest": {}, "mean_of_parts": {}}},
         "bytes": {"sent": 9_000_000, "received": 2_000_000},
     }
-    lines = accuracy_table.present(
-        [
-            {"no": "row"},
-            line("mnist-soft", 0, 0.5),
-            line("mnist-soft", 0, 0.99, **risk),
-            line("mnist-soft", 2, 0.992),
-            line("mnist-soft", 1, 0.5) | {"config_digest": "of former settings"},
-        ]
-    )
+    measured = [
+        {"no": "row"},
+        line("mnist-soft", 0, 0.5),
+        line("mnist-soft", 0, 0.99, **risk),
+        line("mnist-soft", 2, 0.992),
+        line("mnist-soft", 1, 0.5) | {"config_digest": "of former settings"},
+    ]
+    lines = accuracy_table.present(measured)
+    assert "in mind: `mnist-soft` 2." in accuracy_table.former(measured)
+    assert accuracy_table.former(list(lines.values())) == ""
     told = accuracy_table.table(lines)
     assert "| 2 of 3 | 50,000 | 99.50 | **99.10** (99.00 to 99.20) |" in told and "| 11.0 MB | 0.507 |" in told
     del risk["privacy"]["membership_attacks"]["mean_of_parts"]  # a former version's line

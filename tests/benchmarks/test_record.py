@@ -45,3 +45,7 @@ def test_a_commit_is_dirty_by_what_changed_in_the_code_and_not_by_results(tmp_pa
     assert record._commit(results) == head
     code.write_text("2\n")
     assert record._commit(results) == f"{head}-dirty"
+    code.write_text("1\n")
+    assert record._commit(results) == head
+    (tmp_path / "new.py").write_text("1\n")
+    assert record._commit(results) == f"{head}-dirty"

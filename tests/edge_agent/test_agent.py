@@ -60,6 +60,19 @@ def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(t
         assert door.matches(wire.Batch(images=codec.encode_images(others_NCHW))) == 0
 
 
+@pytest.mark.parametrize(("height", "width", "side"), [(30, 30, 28), (32, 40, 32), (50, 70, 48), (224, 224, 64)])
+def test_the_generator_makes_no_more_pixels_than_are_sent(tmp_path, height: int, width: int, side: int) -> None:
+    """Or pictures could differ from local ones for the gate in what shrinking takes away."""
+    with RunFolder(tmp_path / "run") as folder:
+        assert agent(folder, tmp_path, description(height, width))._side == side
+
+
+def test_a_teacher_of_pictures_too_small_for_a_generator_is_refused(tmp_path, pictures_NHW) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        with pytest.raises(BadInput, match=r"expected a teacher of pictures with 8 x 8 pixels or more, got 7 x 9"):
+            agent(folder, tmp_path, description(7, 9)).prepare()
+
+
 def plan_one(folder: RunFolder, pictures_NHW: np.ndarray) -> None:
     images = codec.encode_images(pictures_NHW[:1, None] ^ 1)
     request = wire.Batch(batch_id="a", images=images).SerializeToString()

@@ -104,6 +104,13 @@ def test_teacher_is_asked_in_the_last_steps_and_its_confidence_weighs_the_genera
     assert not all(plain[name].equal(weighed[name]) for name in plain)
 
 
+def test_of_a_training_that_ran_away_nothing_is_asked() -> None:
+    notes = Notes()
+    generator = train(dataclasses.replace(SMALL, im_queries=19, generator_learning_rate=1e30), guide=notes)
+    assert not all(value.isfinite().all() for value in generator.state_dict().values())
+    assert notes.numbers == []
+
+
 def test_resumed_training_asks_under_the_same_numbers() -> None:
     config = dataclasses.replace(SMALL, im_queries=32)
     keep, first, second = Keep(stop_after=4), Notes(), Notes()

@@ -148,6 +148,14 @@ def test_result_is_the_average_in_eval_mode_and_not_the_last_student() -> None:
     assert not averaged.linear.weight.equal(student.linear.weight)
 
 
+def test_the_average_of_a_short_training_has_forgotten_the_untrained_weights() -> None:
+    student = tiny_student()
+    untrained_KD = student.linear.weight.detach().clone()
+    averaged = train(DistillConfig(passes=8, batch_count=16, image_weight=0.0), student=student)
+    trained_KD = student.linear.weight
+    assert (averaged.linear.weight - trained_KD).norm() < 0.2 * (untrained_KD - trained_KD).norm()
+
+
 def test_batch_norm_statistics_are_those_of_the_pool_under_the_averaged_weights() -> None:
     student = cast(Tiny, train())
     mean_C = student.conv1(normalise(pool().images_NCHW)).mean(dim=(0, 2, 3))

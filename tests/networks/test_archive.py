@@ -323,6 +323,15 @@ def test_an_operator_called_for_its_effect_is_refused(good: Path, tmp_path: Path
         read_archive(write(tmp_path / "bad.pt2", content))
 
 
+@pytest.mark.parametrize(
+    "name", ["empty.memory_format", "empty_like.default", "new_empty.default", "resize_.default"]
+)
+def test_an_operator_that_shows_what_lay_in_memory_before_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    content = node(members(good), lambda found: found.update(target=f"torch.ops.aten.{name}"))
+    with pytest.raises(ArchiveError, match="leaves memory as others left it"):
+        read_archive(write(tmp_path / "bad.pt2", content))
+
+
 def test_sizes_are_never_evaluated(good: Path, tmp_path: Path, mark: Path) -> None:
     text = f"__import__('os').system('touch {mark}')"
 
