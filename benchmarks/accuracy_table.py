@@ -70,7 +70,8 @@ are of students whose views had dark borders; so two of the three seeds of `mnis
 since, they have those of the pool's (`train_student`).
 
 Lines of `cifar10-diffusion*` with seeds 0 and 1 are of a generator whose average still had 1.4 % of its untrained
-weights (`average_of` in [phase.py](../edge_agent/phase.py)).
+weights; those of other rows of before 2026-11-22, 17:30 UTC, had such averages, too, whose untrained share is
+nothing after the thousands of steps that they took (`average_of` in [phase.py](../edge_agent/phase.py)).
 
 The lines of 2026-11-22 of `cifar10-mobilenet`, `cifar10-diffusion-balanced` and `cifar10-diffusion-assistant`, seed
 1, were not made by quite the command that they name: a script of a few lines, not kept, called the same code but

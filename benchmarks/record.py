@@ -33,8 +33,8 @@ def _commit(results: Path) -> str | None:
     head = git("rev-parse", "HEAD")
     if head.returncode != 0:
         return None
-    changed = git("status", "--porcelain", "--", ":/", *_WRITTEN).stdout
-    return head.stdout.strip() + ("-dirty" if changed else "")
+    changed = git("status", "--porcelain", "--", ":/", *_WRITTEN)
+    return head.stdout.strip() + ("-dirty" if changed.stdout or changed.returncode != 0 else "")
 
 
 def _processor() -> str:

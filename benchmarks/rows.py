@@ -13,11 +13,11 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from edge_agent.config import build_config
+from edge_agent.config import build_config, generator_in_use, in_use
 
 FOLDER = Path(__file__).parent / "configs" / "accuracy"
 
@@ -72,6 +72,9 @@ ORDER = (
 )
 
 
+_TOP_LEVEL = ("student", "budget", "held_out_fraction", "local_pictures", "image_encoding", "image_quality")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What a row's file says; the settings of the row that it is `of` are underneath its own."""
@@ -99,9 +102,14 @@ class Row:
 
     @property
     def settings_digest(self) -> str:
-        """Of all settings of edge-agent, those that the text does not name included."""
-        settings = build_config(merged({"images": self.dataset}, self.run))
-        return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
+        """Of the settings of edge-agent that a student depends on, those that the text does not name included."""
+        config = build_config(merged({"images": self.dataset}, self.run))
+        settings = {
+            "deprivatize": generator_in_use(config.deprivatize),
+            "distill": in_use(config.distill, mixes=config.deprivatize.generator == "mixes"),
+            **{name: getattr(config, name) for name in _TOP_LEVEL},
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_measured_by(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of the results is of this row under its present settings.

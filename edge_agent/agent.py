@@ -24,7 +24,15 @@ from edge_agent import pool as pools
 from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
-from edge_agent.config import NO_MATTER, PHASES, RunConfig, as_layers, given_settings, idle_settings, in_use
+from edge_agent.config import (
+    PHASES,
+    RunConfig,
+    as_layers,
+    generator_in_use,
+    given_settings,
+    idle_settings,
+    in_use,
+)
 from edge_agent.console import Console
 from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.deprivatize import train_generator
@@ -148,7 +156,7 @@ class Agent:
             "teacher's model": self._description.model_digest,
             "generator's side": self._side,
             "reference pictures": self._reference,
-            **{f"deprivatize.{name}": value for name, value in self._generators_settings().items()},
+            **{f"deprivatize.{name}": value for name, value in generator_in_use(settings).items()},
         }
         self._check_meter(planned)
         if self._counts_sent:
@@ -203,7 +211,7 @@ class Agent:
         known = self._journal.fact("identity")
         if known is None:
             return
-        # A GAN's identity says nothing of its kind (`_generators_settings`); here it is compared, first of all.
+        # A GAN's identity says nothing of its kind (`generator_in_use`); here it is compared, first of all.
         known = {"deprivatize.generator": "gan"} | known
         now = {"deprivatize.generator": self._config.deprivatize.generator} | identity
         changed = [name for name in now if known.get(name) != now[name] and not self._may_change(name, charged)]
@@ -292,7 +300,11 @@ class Agent:
         """Of the generator's pictures. Never more than is sent: the gate would see what shrinking takes away."""
         height, width = self._description.height, self._description.width
         square = height == width and 8 <= height <= 128 and height % 4 == 0
-        return height if square else min(self._config.image_size, min(height, width) // 4 * 4)
+        side = height if square else min(self._config.image_size, min(height, width) // 4 * 4)
+        if self._journal.totals().planned_pictures == 0:
+            return side
+        # What a former version began with may be larger, and is paid for.
+        return int((self._journal.fact("identity") or {}).get("generator's side", side))
 
     @cached_property
     def _door(self) -> EgressDoor:
@@ -547,11 +559,6 @@ class Agent:
             return train_diffusion(training_NCHW, **shared)
         guide = self._guide() if config.im_queries > 0 else None
         return train_generator(training_NCHW, class_count=len(self._description.labels), guide=guide, **shared)
-
-    def _generators_settings(self) -> dict[str, Any]:
-        """The settings that decide what phase 1 makes."""
-        config = self._config.deprivatize
-        return {name: value for name, value in asdict(config).items() if name not in NO_MATTER[config.generator]}
 
     def _begin(self, *phases: str) -> None:
         """Takes back that phases are done: their results are of other inputs from here on."""

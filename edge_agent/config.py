@@ -296,6 +296,11 @@ def given_settings(tensors: KServeConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in named if value}
 
 
+def generator_in_use(config: DeprivatizeConfig) -> dict[str, Any]:
+    """The settings that decide what phase 1 makes, as plain values."""
+    return {name: value for name, value in asdict(config).items() if name not in NO_MATTER[config.generator]}
+
+
 def in_use(config: DistillConfig, *, mixes: bool) -> dict[str, Any]:
     """The settings that the student depends on, as plain values; `mixes`: whether it learns from such.
 

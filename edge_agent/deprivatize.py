@@ -134,15 +134,15 @@ def train_generator(
         discriminator.requires_grad_(False)
         latents_NL, synthetic_NCHW = fake()
         loss_N = generators_loss(score(synthetic_NCHW))
-        if guide is not None and training.done >= first_guided:
+        # Of a training that ran away nothing is asked.
+        if guide is not None and training.done >= first_guided and synthetic_NCHW.isfinite().all():
             if not guided:
                 guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
                 guided = True
-            if synthetic_NCHW.isfinite().all():  # of a training that ran away nothing is asked
-                sure_N = guide.confidence(
-                    training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
-                )
-                loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
+            sure_N = guide.confidence(
+                training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
+            )
+            loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
         generator_loss = loss_N.mean()
         generator_optimizer.zero_grad()
         generator_loss.backward()

@@ -66,13 +66,13 @@ _ARITHMETIC = {
 }
 # Operators that begin with an underscore are torch's own parts: many trust their numbers and read or write outside
 # a tensor's memory. These are what exports of classifiers hold.
-# They make a tensor without writing to it: what lay there before, another customer's pictures, may show.
-_UNWRITTEN = ("empty", "new_empty", "resize")
 _PRIVATE = re.compile(
     r"_(adaptive_avg_pool|assert_|convolution|log_softmax|native_batch_norm_legit|native_multi_head_attention"
     r"|prelu_kernel|safe_softmax|scaled_dot_product|softmax|to_copy|transformer_encoder_layer_fwd|unsafe_view"
     r"|upsample_|weight_norm)\w*"
 )
+# They make or grow a tensor without writing to it: what lay there before, another customer's pictures, may show.
+_UNWRITTEN = ("empty", "new_empty", "resize", "set")
 
 # The arguments that may be text. A file name is none of them.
 _TEXT_ARGUMENTS = {"approximate", "assert_msg", "equation", "mode", "padding", "rounding_mode"}
@@ -317,7 +317,7 @@ def _step(node: Any) -> _Step:
     if found and found[1].startswith("_") and not _PRIVATE.fullmatch(found[1]):
         raise ArchiveError(f"operator {target!r} is one of torch's inner parts, expected a public one")
     if found and found[1].startswith(_UNWRITTEN):
-        raise ArchiveError(f"operator {target!r} leaves memory as others left it, expected pure computation")
+        raise ArchiveError(f"operator {target!r} leaves memory as others left it, expected one that fills it")
     if arguments.get("train") is True or arguments.get("training") is True:
         raise ArchiveError(f"operator {target!r} is in training mode; {HOW_TO_EXPORT}")
     said = overload._schema.arguments

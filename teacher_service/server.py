@@ -298,7 +298,7 @@ async def _open_ledger(config: ServerConfig) -> Ledger:
 
 
 async def _tell_if_empty(ledger: Ledger) -> None:
-    """Maybe it is not the ledger that was meant, or nobody has been sold to yet."""
+    """Warns of a ledger without accounts: maybe it is not the one that was meant."""
     if not isinstance(ledger, SqlLedger):
         return
     with contextlib.suppress(LedgerError):  # a store that is away just now is health's matter

@@ -68,11 +68,10 @@ def test_finished_cell_is_known_and_one_of_other_settings_is_not(
     written = [accuracy.facts_of(row, 0), accuracy.facts_of(row, 1) | {"config_digest": "of other settings"}]
     (tmp_path / "accuracy.jsonl").write_text("".join(json.dumps(facts) + "\n" for facts in written))
     assert accuracy.done(row, 0) and not accuracy.done(row, 1) and not accuracy.done(row, 2)
-    # A setting that the row leaves to the agent, under another default.
-    monkeypatch.setattr(
-        rows, "build_config", lambda *layers: build_config(*layers, {"distill": {"warmup_fraction": 0.2}})
-    )
-    assert not accuracy.done(row, 0)
+    # Settings that the row leaves to the agent, under another default: one that is no matter, one that is.
+    for default, is_done in (({"wait_seconds": 5.0}, True), ({"distill": {"warmup_fraction": 0.2}}, False)):
+        monkeypatch.setattr(rows, "build_config", lambda layer, default=default: build_config(layer, default))
+        assert accuracy.done(row, 0) == is_done
     del written[0]["settings_digest"]  # of before lines said it
     (tmp_path / "accuracy.jsonl").write_text(json.dumps(written[0]) + "\n")
     assert accuracy.done(row, 0)

@@ -64,10 +64,15 @@ def test_copies_made_at_the_generators_size_are_known_at_the_size_that_is_sent(t
 def test_the_generator_makes_no_more_pixels_than_are_sent(tmp_path, height: int, width: int, side: int) -> None:
     """Or pictures could differ from local ones for the gate in what shrinking takes away."""
     with RunFolder(tmp_path / "run") as folder:
-        assert agent(folder, tmp_path, description(height, width))._side == side
+        made = agent(folder, tmp_path, description(height, width))
+        assert made._side == side
+        folder.journal.set_facts(identity={"generator's side": 72})  # of a former version, which has paid with it
+        assert made._side == side
+        plan_one(folder, np.zeros((1, 8, 8), np.uint8))
+        assert made._side == 72
 
 
-def test_a_teacher_of_pictures_too_small_for_a_generator_is_refused(tmp_path, pictures_NHW) -> None:
+def test_a_teacher_of_pictures_too_small_for_a_generator_is_refused(tmp_path) -> None:
     with RunFolder(tmp_path / "run") as folder:
         with pytest.raises(BadInput, match=r"expected a teacher of pictures with 8 x 8 pixels or more, got 7 x 9"):
             agent(folder, tmp_path, description(7, 9)).prepare()

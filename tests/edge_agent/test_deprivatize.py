@@ -108,7 +108,7 @@ def test_of_a_training_that_ran_away_nothing_is_asked() -> None:
     notes = Notes()
     generator = train(dataclasses.replace(SMALL, im_queries=19, generator_learning_rate=1e30), guide=notes)
     assert not all(value.isfinite().all() for value in generator.state_dict().values())
-    assert notes.numbers == []
+    assert (notes.begun, notes.numbers) == (0, [])
 
 
 def test_resumed_training_asks_under_the_same_numbers() -> None:

@@ -324,7 +324,8 @@ def test_an_operator_called_for_its_effect_is_refused(good: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "name", ["empty.memory_format", "empty_like.default", "new_empty.default", "resize_.default"]
+    "name",
+    ["empty.memory_format", "empty_like.default", "new_empty.default", "resize_.default", "set_.source_Tensor"],
 )
 def test_an_operator_that_shows_what_lay_in_memory_before_is_refused(name: str, good: Path, tmp_path: Path) -> None:
     content = node(members(good), lambda found: found.update(target=f"torch.ops.aten.{name}"))
