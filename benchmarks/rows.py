@@ -35,6 +35,8 @@ ORDER = (
     "mnist-local",
     "mnist-10k-local",
     "mnist-hard-local",
+    "mnist-patient",
+    "mnist-hard-patient",
     "mnist-digits",
     "mnist-digits-balanced",
     "mnist-digits-plain",
