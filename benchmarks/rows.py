@@ -75,6 +75,7 @@ ORDER = (
 
 
 _TOP_LEVEL = ("student", "budget", "held_out_fraction", "local_pictures", "image_encoding", "image_quality")
+"""Settings outside a section that a student depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
