@@ -103,8 +103,8 @@ def assistant_of(folder: RunFolder, lessons: Lessons, *, learnt_from: dict[str, 
         inputs = digest_of({"settings": settings, **depends_on})
         name = name_of(generation)
         if not (folder.done(name, inputs) and folder.has(f"{name}.pt")):
-            # The file will be another's before that is said to be done.
-            folder.journal.set_facts(**{f"done.{name}": None})
+            # The file will be another's before that is said to be done, and whom it teaches another's pupil.
+            folder.journal.set_facts(**{f"done.{name_of(number)}": None for number in (generation, generation + 1)})
             with folder.clock(name), lessons.console.bar(f"distill: {name}", "steps") as tell:
                 trained = train_assistant(
                     lessons.pool,
@@ -112,7 +112,7 @@ def assistant_of(folder: RunFolder, lessons: Lessons, *, learnt_from: dict[str, 
                     config=config,
                     seed=seed + generation - 1,  # another beginning, or it would go the same way again
                     device=lessons.device,
-                    checkpoint=folder.checkpoint(name, inputs),
+                    checkpoint=folder.checkpoint(name, inputs if assistant is None else inputs + _digest(assistant)),
                     progress=tell,
                     local_NCHW=lessons.local_NCHW,
                     mixed_MCHW=lessons.mixed_MCHW,

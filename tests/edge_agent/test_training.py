@@ -125,6 +125,19 @@ def test_each_generation_is_taught_by_the_one_before_from_a_beginning_of_its_own
     assert [seed for seed, _ in begun] == [1, 1, 1]
 
 
+def test_a_generation_whose_teacher_is_trained_anew_is_trained_anew_too(
+    folder: RunFolder, trained: list[DistillConfig]
+) -> None:
+    two = replace(CONFIG, assistant_generations=2, local_batch_count=8)
+    ask(folder, two)
+    (folder.path / "assistant-2.pt").unlink()
+    ask(folder, two)
+    assert len(trained) == 3
+    (folder.path / "assistant.pt").unlink()
+    ask(folder, two)
+    assert len(trained) == 5
+
+
 def test_one_that_was_written_but_not_said_to_be_done_is_no_former_one(
     folder: RunFolder, trained: list[DistillConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
