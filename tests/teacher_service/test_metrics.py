@@ -203,11 +203,12 @@ def test_a_ledger_server_has_metrics_where_a_port_is_given(start_server: Any) ->
     with grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError):
             QuotaLedgerStub(channel).GetBalance(quota_wire.GetBalanceRequest(), timeout=10)
-    found = page(f"http://127.0.0.1:{server.metrics_port()}/metrics")
+    ended = r'grpc_server_handled_total\{grpc_code="Unauthenticated",grpc_method="GetBalance".*\} 1\.0'
+    deadline = time.monotonic() + 10  # a call is counted once it is over: its caller may know that first
+    while not re.search(ended, found := page(f"http://127.0.0.1:{server.metrics_port()}/metrics")):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
     assert "\nmekd_ready 1.0\n" in found
-    assert re.search(
-        r'grpc_server_handled_total\{grpc_code="Unauthenticated",grpc_method="GetBalance".*\} 1\.0', found
-    )
 
 
 def test_metrics_beyond_loopback_without_tls_need_leave(start_server: Any) -> None:
