@@ -11,8 +11,8 @@ With `im_queries` the term is there as written, over the last steps, as a contro
 """
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 
 from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
-from edge_agent.phase import Checkpoint, Progress, Resumable, average_of
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of, fall
 from edge_agent.pixels import normalise, quantise
 from edge_agent.precision import training_precision
 from networks.gan import Discriminator, Generator, draw_latents
@@ -66,100 +66,144 @@ def train_generator(
 
     Returns the average of the generators along the way, in eval mode on `device`, its gradients off.
     """
-    count, channels, side, width = images_NCHW.shape
+    _, _, side, width = images_NCHW.shape
     if width != side:
         raise ValueError(f"local pictures: expected squares, got height {side} and width {width}")
     # Initial weights can only be drawn from the global generator, so everything else is too: one state to keep.
     rng = torch.manual_seed(seed)
-    generator = Generator(
-        class_count=class_count,
-        noise_count=config.noise_count,
-        side=side,
-        channels=channels,
-        width=config.generator_width,
-    ).to(device)
-    discriminator = Discriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
-    # Convolutions on a CPU are about twice as fast with the channels next to each other.
-    generator.to(memory_format=torch.channels_last)
-    discriminator.to(memory_format=torch.channels_last)
-    averaged = average_of(generator, decay=config.ema_decay)
-    generator_optimizer = adam(generator.parameters(), config.generator_learning_rate)
-    discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
-    images_NCHW = images_NCHW.to(device)
+    game = _Game(images_NCHW, class_count=class_count, config=config, rng=rng, device=device)
+    guidance = _Guidance(guide, config)
+    training = Resumable(checkpoint, rng, **game.parts())
+    while training.goes_on(config.steps):
+        game.set_step_sizes(fall(training.done, config.steps))
+        discriminator_loss = game.step_of_the_discriminator()
+        game.step_of_the_generator(partial(guidance.weights, training.done, game.generator))
+        training.stepped()
+        progress(training.done, config.steps, discriminator_loss=discriminator_loss)
+    return game.average()
 
-    real_loss, synthetic_loss, generators_loss = ADVERSARIAL_LOSSES[config.loss]
-    first_guided = config.steps - (config.im_queries // config.batch_count if guide else 0)
-    guided = False
 
-    def fake() -> tuple[Tensor, Tensor]:
-        latents_NL = draw_latents(
-            config.batch_count, class_count=class_count, noise_count=config.noise_count, rng=rng
-        )
-        with training_precision(device):
-            pictures_NCHW: Tensor = generator(latents_NL.to(device))
+class _Game:
+    """A generator and a discriminator, what they learn from, and a step of each; all on their device."""
+
+    def __init__(
+        self,
+        images_NCHW: Tensor,
+        *,
+        class_count: int,
+        config: DeprivatizeConfig,
+        rng: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        _, channels, side, _ = images_NCHW.shape
+        self.generator = Generator(
+            class_count=class_count,
+            noise_count=config.noise_count,
+            side=side,
+            channels=channels,
+            width=config.generator_width,
+        ).to(device)
+        self._discriminator = Discriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
+        # Convolutions on a CPU are about twice as fast with the channels next to each other.
+        self.generator.to(memory_format=torch.channels_last)
+        self._discriminator.to(memory_format=torch.channels_last)
+        self._averaged = average_of(self.generator, decay=config.ema_decay)
+        self._generator_optimizer = adam(self.generator.parameters(), config.generator_learning_rate)
+        self._discriminator_optimizer = adam(self._discriminator.parameters(), config.discriminator_learning_rate)
+        self._images_NCHW = images_NCHW.to(device)
+        self._class_count, self._config, self._rng, self._device = class_count, config, rng, device
+        self._real_loss, self._synthetic_loss, self._generators_loss = ADVERSARIAL_LOSSES[config.loss]
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """All that a step changes."""
+        return {
+            "generator": self.generator,
+            "discriminator": self._discriminator,
+            "averaged": self._averaged,
+            "generator_optimizer": self._generator_optimizer,
+            "discriminator_optimizer": self._discriminator_optimizer,
+        }
+
+    def set_step_sizes(self, factor: float) -> None:
+        """Set the step sizes to a part of the configured ones."""
+        self._generator_optimizer.param_groups[0]["lr"] = factor * self._config.generator_learning_rate
+        self._discriminator_optimizer.param_groups[0]["lr"] = factor * self._config.discriminator_learning_rate
+
+    def step_of_the_discriminator(self) -> float:
+        """Teach the discriminator a batch of both kinds; return its loss."""
+        count = self._config.batch_count
+        chosen = torch.randint(len(self._images_NCHW), (count,), generator=self._rng)
+        real_NCHW = normalise(self._images_NCHW[chosen.to(self._device)])
+        if self._config.mirror:
+            real_NCHW = augment.mirror(real_NCHW, rng=self._rng)
+        with torch.no_grad():
+            _, synthetic_NCHW = self._fake()
+        real_N, synthetic_N = self._score(torch.cat([real_NCHW, synthetic_NCHW])).split(count)
+        loss = self._real_loss(real_N).mean() + self._synthetic_loss(synthetic_N).mean()
+        self._discriminator_optimizer.zero_grad()
+        loss.backward()
+        self._discriminator_optimizer.step()
+        return loss.item()
+
+    def step_of_the_generator(self, weights: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Teach the generator a batch; `weights` of latents and pictures says how much each counts; None: alike."""
+        self._discriminator.requires_grad_(False)
+        latents_NL, synthetic_NCHW = self._fake()
+        loss_N = self._generators_loss(self._score(synthetic_NCHW))
+        weight_N = weights(latents_NL, synthetic_NCHW.detach())
+        if weight_N is not None:
+            loss_N = weight_N.to(self._device) * loss_N
+        self._generator_optimizer.zero_grad()
+        loss_N.mean().backward()
+        self._generator_optimizer.step()
+        self._discriminator.requires_grad_(True)
+        self._averaged.update_parameters(self.generator)
+
+    def average(self) -> Generator:
+        """Return the average of the generators so far, in eval mode, its gradients off."""
+
+        def latents() -> Iterator[Tensor]:
+            for _ in range(_STATISTICS_BATCHES):
+                yield self._latents(256)
+
+        # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
+        update_bn(latents(), self._averaged, device=self._device)
+        return cast(Generator, self._averaged.module).eval().requires_grad_(False)
+
+    def _latents(self, count: int) -> Tensor:
+        return draw_latents(count, class_count=self._class_count, noise_count=self._config.noise_count, rng=self._rng)
+
+    def _fake(self) -> tuple[Tensor, Tensor]:
+        latents_NL = self._latents(self._config.batch_count)
+        with training_precision(self._device):
+            pictures_NCHW: Tensor = self.generator(latents_NL.to(self._device))
         return latents_NL, pictures_NCHW.float()
 
-    def score(pictures_NCHW: Tensor) -> Tensor:
-        view_NCHW = _discriminators_view(pictures_NCHW, config, rng)
-        with training_precision(device):
-            scores_N: Tensor = discriminator(view_NCHW)
+    def _score(self, pictures_NCHW: Tensor) -> Tensor:
+        view_NCHW = _discriminators_view(pictures_NCHW, self._config, self._rng)
+        with training_precision(self._device):
+            scores_N: Tensor = self._discriminator(view_NCHW)
         return scores_N.float()
 
-    training = Resumable(
-        checkpoint,
-        rng,
-        generator=generator,
-        discriminator=discriminator,
-        averaged=averaged,
-        generator_optimizer=generator_optimizer,
-        discriminator_optimizer=discriminator_optimizer,
-    )
-    while training.goes_on(config.steps):
-        fall = 0.5 * (1.0 + math.cos(math.pi * training.done / config.steps))
-        generator_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
-        discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
 
-        chosen = torch.randint(count, (config.batch_count,), generator=rng)
-        real_NCHW = normalise(images_NCHW[chosen.to(device)])
-        if config.mirror:
-            real_NCHW = augment.mirror(real_NCHW, rng=rng)
-        with torch.no_grad():
-            _, synthetic_NCHW = fake()
-        real_N, synthetic_N = score(torch.cat([real_NCHW, synthetic_NCHW])).split(config.batch_count)
-        discriminator_loss = real_loss(real_N).mean() + synthetic_loss(synthetic_N).mean()
-        discriminator_optimizer.zero_grad()
-        discriminator_loss.backward()
-        discriminator_optimizer.step()
+class _Guidance:
+    """Asks the guide, if there is one, in the last `im_queries / batch_count` steps."""
 
-        discriminator.requires_grad_(False)
-        latents_NL, synthetic_NCHW = fake()
-        loss_N = generators_loss(score(synthetic_NCHW))
+    def __init__(self, guide: Guide | None, config: DeprivatizeConfig) -> None:
+        self._guide, self._config = guide, config
+        self._first_step = config.steps - config.im_queries // config.batch_count
+        self._begun = False
+
+    def weights(self, step: int, generator: Generator, latents_NL: Tensor, images_NCHW: Tensor) -> Tensor | None:
+        """Return how much each picture (N, C, H, W) counts in the generator's loss (N,); None: alike."""
         # Of a training that ran away nothing is asked.
-        if guide is not None and training.done >= first_guided and synthetic_NCHW.isfinite().all():
-            if not guided:
-                guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
-                guided = True
-            sure_N = guide.confidence(
-                training.done - first_guided, latents_NL, quantise(synthetic_NCHW.detach()).cpu()
-            )
-            loss_N = (1.0 + config.im_weight * sure_N.to(device)) * loss_N
-        generator_loss = loss_N.mean()
-        generator_optimizer.zero_grad()
-        generator_loss.backward()
-        generator_optimizer.step()
-        discriminator.requires_grad_(True)
-
-        averaged.update_parameters(generator)
-        training.stepped()
-        progress(training.done, config.steps, discriminator_loss=discriminator_loss.item())
-
-    def latents() -> Iterator[Tensor]:
-        for _ in range(_STATISTICS_BATCHES):
-            yield draw_latents(256, class_count=class_count, noise_count=config.noise_count, rng=rng)
-
-    # The batch-norm statistics gathered on the way belong to other weights than the averaged ones.
-    update_bn(latents(), averaged, device=device)
-    return cast(Generator, averaged.module).eval().requires_grad_(False)
+        if self._guide is None or step < self._first_step or not images_NCHW.isfinite().all():
+            return None
+        if not self._begun:
+            self._guide.begin(copy.deepcopy(generator))  # what it draws must not move the batch-norm statistics
+            self._begun = True
+        sure_N = self._guide.confidence(step - self._first_step, latents_NL, quantise(images_NCHW).cpu())
+        return 1.0 + self._config.im_weight * sure_N
 
 
 def _discriminators_view(images_NCHW: Tensor, config: DeprivatizeConfig, rng: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from edge_agent import augment, losses
 from edge_agent.config import DeprivatizeConfig
 from edge_agent.deprivatize import ADVERSARIAL_LOSSES, adam
 from edge_agent.generators import PictureGenerator
-from edge_agent.phase import Checkpoint, Progress, Resumable, average_of
+from edge_agent.phase import Checkpoint, Progress, Resumable, average_of, fall
 from edge_agent.pixels import normalise
 from edge_agent.precision import training_precision
 from networks.autoencoder import Decoder, Encoder, PatchDiscriminator
@@ -56,102 +56,132 @@ def train_mixes(
     Returns the average of the decoders along the way, in eval mode on `device`, its gradients off, with the latents
     of the average of the encoders. Raises ValueError for pictures that are no squares.
     """
-    count, channels, side, width = images_NCHW.shape
+    _, _, side, width = images_NCHW.shape
     if width != side:
         raise ValueError(f"local pictures: expected squares, got height {side} and width {width}")
     # Initial weights can only be drawn from the global generator, so everything else is too: one state to keep.
     rng = torch.manual_seed(seed)
-    shape: dict[str, int] = {
-        "side": side,
-        "channels": channels,
-        "width": config.generator_width,
-        "latent_channels": config.latent_channels,
-    }
-    # Convolutions on a CPU are about twice as fast with the channels next to each other.
-    encoder = Encoder(**shape).to(device).to(memory_format=torch.channels_last)
-    decoder = Decoder(**shape).to(device).to(memory_format=torch.channels_last)
-    discriminator = PatchDiscriminator(side=side, channels=channels, width=config.discriminator_width).to(device)
-    discriminator.to(memory_format=torch.channels_last)
-    averaged_encoder = average_of(encoder, decay=config.ema_decay)
-    averaged_decoder = average_of(decoder, decay=config.ema_decay)
-    autoencoder_optimizer = adam([*encoder.parameters(), *decoder.parameters()], config.generator_learning_rate)
-    discriminator_optimizer = adam(discriminator.parameters(), config.discriminator_learning_rate)
-    images_NCHW = images_NCHW.to(device)
-
-    real_loss, synthetic_loss, generators_loss = ADVERSARIAL_LOSSES[config.loss]
+    learning = _Learning(images_NCHW, config=config, rng=rng, device=device)
     first_sharpened = math.ceil(_BLURRED_PART * config.steps)
-    half = config.batch_count // 2
+    training = Resumable(checkpoint, rng, **learning.parts())
+    while training.goes_on(config.steps):
+        learning.set_step_sizes(fall(training.done, config.steps))
+        figures = learning.step(sharpens=training.done >= first_sharpened)
+        training.stepped()
+        progress(training.done, config.steps, **figures)
+    return learning.average()
 
-    def back_and_mixed(real_NCHW: Tensor, mixed_count: int) -> tuple[Tensor, Tensor]:
+
+class _Learning:
+    """An autoencoder and its discriminator, what they learn from, and a step of both; all on their device."""
+
+    def __init__(
+        self, images_NCHW: Tensor, *, config: DeprivatizeConfig, rng: torch.Generator, device: torch.device
+    ) -> None:
+        _, channels, side, _ = images_NCHW.shape
+        shape: dict[str, int] = {
+            "side": side,
+            "channels": channels,
+            "width": config.generator_width,
+            "latent_channels": config.latent_channels,
+        }
+        # Convolutions on a CPU are about twice as fast with the channels next to each other.
+        self._encoder = Encoder(**shape).to(device).to(memory_format=torch.channels_last)
+        self._decoder = Decoder(**shape).to(device).to(memory_format=torch.channels_last)
+        self._discriminator = PatchDiscriminator(side=side, channels=channels, width=config.discriminator_width).to(
+            device
+        )
+        self._discriminator.to(memory_format=torch.channels_last)
+        self._averaged_encoder = average_of(self._encoder, decay=config.ema_decay)
+        self._averaged_decoder = average_of(self._decoder, decay=config.ema_decay)
+        both = [*self._encoder.parameters(), *self._decoder.parameters()]
+        self._autoencoder_optimizer = adam(both, config.generator_learning_rate)
+        self._discriminator_optimizer = adam(self._discriminator.parameters(), config.discriminator_learning_rate)
+        self._images_NCHW = images_NCHW.to(device)
+        self._config, self._rng, self._device = config, rng, device
+        self._real_loss, self._synthetic_loss, self._generators_loss = ADVERSARIAL_LOSSES[config.loss]
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """All that a step changes."""
+        return {
+            "encoder": self._encoder,
+            "decoder": self._decoder,
+            "discriminator": self._discriminator,
+            "averaged_encoder": self._averaged_encoder,
+            "averaged_decoder": self._averaged_decoder,
+            "autoencoder_optimizer": self._autoencoder_optimizer,
+            "discriminator_optimizer": self._discriminator_optimizer,
+        }
+
+    def set_step_sizes(self, factor: float) -> None:
+        """Set the step sizes to a part of the configured ones."""
+        self._autoencoder_optimizer.param_groups[0]["lr"] = factor * self._config.generator_learning_rate
+        self._discriminator_optimizer.param_groups[0]["lr"] = factor * self._config.discriminator_learning_rate
+
+    def step(self, *, sharpens: bool) -> dict[str, float]:
+        """Teach both networks a batch, or the autoencoder alone before it sharpens; return the losses by name."""
+        chosen = torch.randint(len(self._images_NCHW), (self._config.batch_count,), generator=self._rng)
+        real_NCHW = normalise(self._images_NCHW[chosen.to(self._device)])
+        if self._config.mirror:  # but no shifts: the background that comes in would be drawn in mixes, too
+            real_NCHW = augment.mirror(real_NCHW, rng=self._rng)
+        half = self._config.batch_count // 2
+        back_NCHW, mixed_NCHW = self._back_and_mixed(real_NCHW, half if sharpens else 0)
+        loss = losses.image_distance(back_NCHW, real_NCHW).mean()
+        figures = {"image_loss": loss.item()}
+        if sharpens:
+            synthetic_NCHW = torch.cat([back_NCHW[:half], mixed_NCHW])
+            figures["discriminator_loss"] = self._step_of_the_discriminator(real_NCHW, synthetic_NCHW.detach())
+            loss = loss + self._looks(real_NCHW[:half], synthetic_NCHW)
+        self._autoencoder_optimizer.zero_grad()
+        loss.backward()
+        self._autoencoder_optimizer.step()
+        self._averaged_encoder.update_parameters(self._encoder)
+        self._averaged_decoder.update_parameters(self._decoder)
+        return figures
+
+    def average(self) -> Mixes:
+        """Return the averages so far as what makes mixes of the local pictures' latents."""
+        encoder, decoder = self._averaged_encoder.module, self._averaged_decoder.module
+        return _with_latents(encoder, decoder, self._images_NCHW, self._config, self._rng)
+
+    def _back_and_mixed(self, real_NCHW: Tensor, mixed_count: int) -> tuple[Tensor, Tensor]:
         """All pictures as they come back, and so many mixes of them."""
-        with training_precision(device):
-            latents_NZhw = encoder(real_NCHW).float()
+        config, rng = self._config, self._rng
+        with training_precision(self._device):
+            latents_NZhw = self._encoder(real_NCHW).float()
             own_NZhw = noisy(latents_NZhw, noise=config.mix_noise, rng=rng)
             # Each picture's neighbours in the batch are as random as the batch.
             dealt_NR = deal(mixed_count, pictures=config.mix_pictures, regions=config.mix_regions, rng=rng)
             plan_NR = (torch.arange(mixed_count)[:, None] - dealt_NR) % len(latents_NZhw)
             # Mixes train the decoder alone: the encoder is there to describe pictures, not to hide seams.
-            mixed_NZhw = arrange(latents_NZhw.detach()[plan_NR.to(device)], cells=latents_NZhw.shape[-1])
+            mixed_NZhw = arrange(latents_NZhw.detach()[plan_NR.to(self._device)], cells=latents_NZhw.shape[-1])
             mixed_NZhw = noisy(mixed_NZhw, noise=config.mix_noise, rng=rng)
-            pictures_NCHW = decoder(torch.cat([own_NZhw, mixed_NZhw])).float()
+            pictures_NCHW = self._decoder(torch.cat([own_NZhw, mixed_NZhw])).float()
         return pictures_NCHW[: len(real_NCHW)], pictures_NCHW[len(real_NCHW) :]
 
-    def score(pictures_NCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with training_precision(device):
-            scores_NX, features = discriminator(pictures_NCHW)
-        return scores_NX.float(), [feature_NFHW.float() for feature_NFHW in features]
-
-    training = Resumable(
-        checkpoint,
-        rng,
-        encoder=encoder,
-        decoder=decoder,
-        discriminator=discriminator,
-        averaged_encoder=averaged_encoder,
-        averaged_decoder=averaged_decoder,
-        autoencoder_optimizer=autoencoder_optimizer,
-        discriminator_optimizer=discriminator_optimizer,
-    )
-    while training.goes_on(config.steps):
-        fall = 0.5 * (1.0 + math.cos(math.pi * training.done / config.steps))
-        autoencoder_optimizer.param_groups[0]["lr"] = fall * config.generator_learning_rate
-        discriminator_optimizer.param_groups[0]["lr"] = fall * config.discriminator_learning_rate
-
-        chosen = torch.randint(count, (config.batch_count,), generator=rng)
-        real_NCHW = normalise(images_NCHW[chosen.to(device)])
-        if config.mirror:  # but no shifts: the background that comes in would be drawn in mixes, too
-            real_NCHW = augment.mirror(real_NCHW, rng=rng)
-        sharpens = training.done >= first_sharpened
-        back_NCHW, mixed_NCHW = back_and_mixed(real_NCHW, half if sharpens else 0)
-        loss = losses.image_distance(back_NCHW, real_NCHW).mean()
-        figures = {"image_loss": loss.item()}
-        if sharpens:
-            synthetic_NCHW = torch.cat([back_NCHW[:half], mixed_NCHW])
-            scores_NX, _ = score(torch.cat([real_NCHW, synthetic_NCHW.detach()]))
-            real_NX, synthetic_NX = scores_NX[: len(real_NCHW)], scores_NX[len(real_NCHW) :]
-            discriminator_loss = real_loss(real_NX).mean() + synthetic_loss(synthetic_NX).mean()
-            discriminator_optimizer.zero_grad()
-            discriminator_loss.backward()
-            discriminator_optimizer.step()
-            figures["discriminator_loss"] = discriminator_loss.item()
-
-            discriminator.requires_grad_(False)
-            with torch.no_grad():
-                _, wanted = score(real_NCHW[:half])
-            scores_NX, got = score(synthetic_NCHW)
-            distance = feature_distance([features_NFHW[:half] for features_NFHW in got], wanted)
-            loss = loss + _FEATURE_WEIGHT * distance + _SCORE_WEIGHT * generators_loss(scores_NX).mean()
-            discriminator.requires_grad_(True)
-        autoencoder_optimizer.zero_grad()
+    def _step_of_the_discriminator(self, real_NCHW: Tensor, synthetic_NCHW: Tensor) -> float:
+        scores_NX, _ = self._score(torch.cat([real_NCHW, synthetic_NCHW]))
+        real_NX, synthetic_NX = scores_NX[: len(real_NCHW)], scores_NX[len(real_NCHW) :]
+        loss = self._real_loss(real_NX).mean() + self._synthetic_loss(synthetic_NX).mean()
+        self._discriminator_optimizer.zero_grad()
         loss.backward()
-        autoencoder_optimizer.step()
+        self._discriminator_optimizer.step()
+        return loss.item()
 
-        averaged_encoder.update_parameters(encoder)
-        averaged_decoder.update_parameters(decoder)
-        training.stepped()
-        progress(training.done, config.steps, **figures)
+    def _looks(self, real_NCHW: Tensor, synthetic_NCHW: Tensor) -> Tensor:
+        """What the discriminator has against pictures, the first of which are the real ones given back; a number."""
+        self._discriminator.requires_grad_(False)
+        with torch.no_grad():
+            _, wanted = self._score(real_NCHW)
+        scores_NX, got = self._score(synthetic_NCHW)
+        distance = feature_distance([features_NFHW[: len(real_NCHW)] for features_NFHW in got], wanted)
+        self._discriminator.requires_grad_(True)
+        return _FEATURE_WEIGHT * distance + _SCORE_WEIGHT * self._generators_loss(scores_NX).mean()
 
-    return _with_latents(averaged_encoder.module, averaged_decoder.module, images_NCHW, config, rng)
+    def _score(self, pictures_NCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with training_precision(self._device):
+            scores_NX, features = self._discriminator(pictures_NCHW)
+        return scores_NX.float(), [feature_NFHW.float() for feature_NFHW in features]
 
 
 def mixed_pictures(generator: PictureGenerator, training_NCHW: Tensor) -> Tensor | None:

@@ -104,6 +104,11 @@ def _average(averages: list[Tensor], weights: list[Tensor], count: Tensor | int,
     get_ema_multi_avg_fn(min(decay, young))(averages, weights, count)
 
 
+def fall(done: int, steps: int) -> float:
+    """Factor of the step size after so many steps: half a cosine from 1 to 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * done / steps))
+
+
 def rise_and_fall(part_done: float, warmup_fraction: float) -> float:
     """Factor of the step size: a straight rise to 1, then half a cosine to 0."""
     if part_done < warmup_fraction:
