@@ -44,6 +44,7 @@ class Reason(enum.Enum):
     UNIMPLEMENTED = enum.auto()
     UNAUTHENTICATED = enum.auto()
     PERMISSION_DENIED = enum.auto()
+    ACCOUNT_SUSPENDED = enum.auto()
     WATCH_LIMIT = enum.auto()
     ENGINE_FAILED = enum.auto()
     UNKNOWN = enum.auto()
@@ -138,6 +139,10 @@ TABLE: dict[Reason, Entry] = {
         code_pb2.UNAUTHENTICATED, "expected 'authorization: Bearer KEY' with a valid key, got {got}"
     ),
     Reason.PERMISSION_DENIED: Entry(code_pb2.PERMISSION_DENIED, "{method}: expected {expected}, got {got}"),
+    Reason.ACCOUNT_SUSPENDED: Entry(
+        code_pb2.PERMISSION_DENIED,
+        "account {account} is suspended; its balance stays as it is: ask whoever runs this teacher",
+    ),
     Reason.WATCH_LIMIT: Entry(
         code_pb2.RESOURCE_EXHAUSTED,
         "{limit} watches or statements of {scope} are open already; end one, or ask with GetBalance or ListStatement",

@@ -140,7 +140,10 @@ class Authenticator:
         self._good: OrderedDict[bytes, tuple[float, Caller]] = OrderedDict()
 
     async def identify(self, metadata: Metadata | None) -> Caller:
-        """The caller behind ``authorization: Bearer KEY``. Refusal: UNAUTHENTICATED, LEDGER_UNAVAILABLE."""
+        """The caller behind ``authorization: Bearer KEY``.
+
+        Refusal: UNAUTHENTICATED, ACCOUNT_SUSPENDED, LEDGER_UNAVAILABLE.
+        """
         header = _header(metadata)
         if not isinstance(header, str):
             raise Refusal.of(Reason.UNAUTHENTICATED, got="no such header")
@@ -163,7 +166,7 @@ class Authenticator:
         stored = credential.key
         if stored.revoked:
             raise Refusal.of(Reason.UNAUTHENTICATED, got=f"key {stored.key_id}, which was revoked")
-        return self._remember(cached_under, Caller(stored.account, stored.role, credential.terms))
+        return self._let_in(cached_under, Caller(stored.account, stored.role, credential.terms))
 
     async def identify_certificate(self, names: Sequence[str]) -> Caller:
         """The customer that a certificate with these DNS names speaks for. Refusals as of ``identify``."""
@@ -182,9 +185,11 @@ class Authenticator:
         except LedgerError:
             got = f"no key, and a certificate for {names[0][:80]!r}, which names no account"
             raise Refusal.of(Reason.UNAUTHENTICATED, got=got) from None
-        return self._remember(cached_under, Caller(names[0], Role.CUSTOMER, terms))
+        return self._let_in(cached_under, Caller(names[0], Role.CUSTOMER, terms))
 
-    def _remember(self, cached_under: bytes, caller: Caller) -> Caller:
+    def _let_in(self, cached_under: bytes, caller: Caller) -> Caller:
+        if caller.role is Role.CUSTOMER and caller.terms.suspended:
+            raise Refusal.of(Reason.ACCOUNT_SUSPENDED, account=caller.account)
         self._good[cached_under] = (self._clock() + CACHE_SECONDS, caller)
         if len(self._good) > CACHE_KEYS:
             self._good.popitem(last=False)
@@ -245,6 +250,13 @@ def not_allowed(caller: Caller, roles: frozenset[Role], method: str) -> Refusal:
 
 def _header(metadata: Metadata | None) -> str | bytes | None:
     return next((value for name, value in metadata or () if name == "authorization"), None)
+
+
+def key_id_of(metadata: Metadata | None) -> str | None:
+    """The public part of the key that a call brings; None: it brings none."""
+    header = _header(metadata)
+    found = KEY.search(header) if isinstance(header, str) else None
+    return found[1] if found else None
 
 
 def around(handler: "Handler", guard: Callable[[Any], contextlib.AbstractAsyncContextManager[None]]) -> "Handler":

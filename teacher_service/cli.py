@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -167,6 +168,12 @@ def _terms_options(command: Callable[..., T]) -> Callable[..., T]:
                 metavar="N",
                 help="Most pictures asked for and not yet answered on one server.",
             ),
+            click.option(
+                "--suspended",
+                is_flag=True,
+                default=None,
+                help="Refuse its customers, by key and by certificate; --unset suspended lets them in again.",
+            ),
         )
     ):
         command = option(command)
@@ -237,6 +244,13 @@ def _given_facts(
     show_default=True,
     metavar="ADDRESS",
     help="Where --metrics-port is. Beyond loopback: with TLS, as --listen.",
+)
+@click.option(
+    "--metrics-max-accounts",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Accounts with metrics of their own; further ones are counted together.",
 )
 @_ledger_options
 @click.option(
@@ -389,6 +403,8 @@ def serve(
         raise click.UsageError("expected one of --model and --ledger-only, got both")
     if model is not None and settings["metrics_port"] is None:
         settings["metrics_port"] = METRICS_PORT
+    # As a container's first process it would not hear the signal before the server listens to it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     heap.bound()
     _configure_logging()
     given = _given_facts(arch, input_shape, mean, std, labels, output)
@@ -578,6 +594,7 @@ def account_set(ledger: str, /, name: str, unset: tuple[str, ...], **given: Any)
     teacher-admin account set my-device --top-k 3 --decimals 2
     teacher-admin account set my-device --pictures-per-second 500 --max-streams 4
     teacher-admin account set my-device --unset top-k
+    teacher-admin account set my-device --suspended
     """
     said, unsaid = _given_terms(given), [field.replace("-", "_") for field in unset]
     if said == Terms() and not unsaid:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from teacher_service import audit, ledger_files
+from teacher_service.config import unprotected
 
 FOUND = 1
 BAD_INPUT = 2
@@ -30,8 +31,11 @@ COLUMNS = (
 
 
 @click.group()
-def ledger() -> None:
+@click.pass_obj
+def ledger(url: str) -> None:
     """Verify, export, back up and restore the books, on the store itself."""
+    if (problem := unprotected(url)) is not None:
+        _fail(problem)
 
 
 @ledger.command()

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, make_url
 
+from teacher_service.config import unprotected
 from teacher_service.ledger import LedgerError, LedgerUnavailable
 
 SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
@@ -90,6 +91,8 @@ def _checked_url(url: str, create: bool) -> URL:
     except (sa.exc.ArgumentError, ValueError):  # the second of a port that is no number
         raise LedgerError(f"{expected}, got {_without_password(url)!r}") from None
     if location.get_backend_name() == "postgresql":
+        if (problem := unprotected(url)) is not None:
+            raise LedgerError(problem)
         return location.set(drivername="postgresql+psycopg")
     if location.get_backend_name() != "sqlite" or not location.database or location.database == ":memory:":
         raise LedgerError(f"{expected}, got {_without_password(url)!r}")

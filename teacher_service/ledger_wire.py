@@ -19,7 +19,14 @@ _ROLES = {Role.CUSTOMER: wire.ROLE_CUSTOMER, Role.TEACHER: wire.ROLE_TEACHER, Ro
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 _ANSWERS = {None: wire.SOLD_ANSWERS_UNSPECIFIED, "soft": wire.SOLD_ANSWERS_SOFT, "hard": wire.SOLD_ANSWERS_HARD}
 _ANSWERS_BACK = {number: answers for answers, number in _ANSWERS.items()}
-_TERMS_NUMBERS = ("top_k", "decimals", "pictures_per_second", "max_streams", "max_outstanding_pictures")
+_TERMS_VALUES = (
+    "top_k",
+    "decimals",
+    "pictures_per_second",
+    "max_streams",
+    "max_outstanding_pictures",
+    "suspended",
+)
 
 
 def account_message(account: Account) -> wire.Account:
@@ -49,8 +56,8 @@ def account_of(message: wire.Account) -> Account:
 
 def terms_message(terms: Terms) -> wire.Terms:
     """Terms to be sent."""
-    numbers = {name: getattr(terms, name) for name in _TERMS_NUMBERS}
-    return wire.Terms(answers=_ANSWERS[terms.answers], **numbers)
+    values = {name: getattr(terms, name) for name in _TERMS_VALUES}
+    return wire.Terms(answers=_ANSWERS[terms.answers], **values)
 
 
 def terms_of(message: wire.Terms) -> Terms:
@@ -59,9 +66,9 @@ def terms_of(message: wire.Terms) -> Terms:
         raise Refusal.of(
             Reason.INVALID_REQUEST, field="terms.answers", expected="soft, hard or nothing", got=message.answers
         )
-    numbers = {name: getattr(message, name) for name in _TERMS_NUMBERS if message.HasField(name)}
+    values = {name: getattr(message, name) for name in _TERMS_VALUES if message.HasField(name)}
     try:
-        return Terms(answers=_ANSWERS_BACK[message.answers], **numbers)
+        return Terms(answers=_ANSWERS_BACK[message.answers], **values)
     except TermsError as error:
         raise Refusal.of(
             Reason.INVALID_REQUEST, field=f"terms.{error.field}", expected=error.expected, got=error.got

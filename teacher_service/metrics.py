@@ -19,7 +19,9 @@ from prometheus_client.registry import Collector
 
 OTHER = "other"
 PROTOCOLS = ("mekd", "kserve")
-WATCHED_OUTCOMES = ("ledger_unavailable", "engine_failed", "failed", "overloaded")  # by alerts
+ANSWERED_OUTCOMES = ("charged", "replayed")
+# By alerts.
+WATCHED_OUTCOMES = ("ledger_unavailable", "engine_failed", "failed", "overloaded", "hold_lost", "ledger_refused")
 _GO_CODES = {"OK": "OK", "CANCELLED": "Canceled"}  # the others differ by case and underscores alone
 _HTTP_TIMEOUT_SECONDS = 10.0  # for any one read
 _HTTP_WHOLE_SECONDS = 30.0
@@ -29,9 +31,19 @@ _SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0
 
 
 class Metrics:
-    """What the server counts. Label values that clients choose are bounded: beyond ``max_accounts`` it is "other"."""
+    """What the server counts. Label values that clients choose are bounded: beyond ``max_accounts`` it is "other".
 
-    def __init__(self, *, max_accounts: int, queue_pictures: Callable[[], int], is_ready: Callable[[], bool]) -> None:
+    ``model_digest`` is of the model that answers; empty where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_accounts: int,
+        queue_pictures: Callable[[], int],
+        is_ready: Callable[[], bool],
+        model_digest: str = "",
+    ) -> None:
         self.registry = CollectorRegistry()
         self._max_accounts = max_accounts
         self._accounts: set[str] = set()
@@ -49,7 +61,7 @@ class Metrics:
             self._requests.labels(protocol, outcome)
         self._duration = Histogram(
             "mekd_request_duration_seconds",
-            "From a batch read to its answer ready to send.",
+            "From a batch read to its answer ready to send, of batches that got one.",
             ["protocol"],
             buckets=_SECONDS_BUCKETS,
             registry=self.registry,
@@ -81,7 +93,9 @@ class Metrics:
             "1 while the ledger can be read and written and the server is not stopping, else 0.",
             registry=self.registry,
         ).set_function(is_ready)
-        Info("mekd_build", "What runs here.", registry=self.registry).info({"version": version("mekd")})
+        Info("mekd_build", "What runs here.", registry=self.registry).info(
+            {"version": version("mekd"), "model_digest": model_digest}
+        )
         # To find a counter by its labels costs more than to count; as many as the registry has, at most.
         self._batches: dict[tuple[str, str, str], _BatchCounters] = {}
         self._balances: dict[str, Gauge] = {}
@@ -115,7 +129,8 @@ class Metrics:
             if bounded == account:  # of the others there is no end
                 self._batches[protocol, account, outcome] = counters
         counters.requests.inc()
-        counters.duration.observe(seconds)
+        if outcome in ANSWERED_OUTCOMES:  # refusals cost next to nothing: among them slow answers would not show
+            counters.duration.observe(seconds)
         counters.pictures.inc(pictures)
 
     def engine_batch(self, pictures: int, seconds: float, waited_seconds: Iterable[float]) -> None:
@@ -159,6 +174,7 @@ class Metrics:
         names = (kind, service, method)
         if names not in self._rpcs:
             handled = functools.cache(lambda code: self._rpc_handled.labels(*names, code))
+            handled("OK")  # from the start, so that calls begun less calls ended is a number before the first end
             self._rpcs[names] = RpcCounters(
                 started=self._rpc_started.labels(*names).inc,
                 received=self._rpc_received.labels(*names).inc,

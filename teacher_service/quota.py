@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 from weakref import WeakValueDictionary
 
+import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from protos.errors import Reason, Refusal
@@ -23,6 +24,7 @@ from teacher_service.auth import (
     Authenticator,
     Caller,
     caller_of,
+    key_id_of,
     not_allowed,
     refusals_as_status,
     refusals_as_stream_status,
@@ -55,6 +57,8 @@ MAX_DIGEST_BYTES = 64
 # Every open watch asks the books once a second.
 MAX_WATCHES = 256
 MAX_ACCOUNT_WATCHES = 16
+
+log = structlog.get_logger()
 
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -274,6 +278,7 @@ class QuotaServicer(QuotaLedgerServicer):
             account = await self._ledger.create_account(
                 request.account, granted, key, terms, grant_id=request.grant_id
             )
+        await self._note(context, "account created", account=request.account, granted=granted)
         return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(terms))
 
     @refusals_as_status
@@ -282,12 +287,14 @@ class QuotaServicer(QuotaLedgerServicer):
         check_account_name(request.account)
         with _outcome_unknown(request.grant_id):
             account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
+        await self._note(context, "granted", account=request.account, pictures=request.picture_count)
         return wire.GrantResponse(account=account_message(account))
 
     @refusals_as_status
     async def SetTerms(self, request: wire.SetTermsRequest, context: Any) -> wire.SetTermsResponse:
         """Other terms for an account."""
         terms = await self._ledger.set_terms(request.account, terms_of(request.terms), request.unset_fields)
+        await self._note(context, "terms set", account=request.account)
         return wire.SetTermsResponse(terms=terms_message(terms))
 
     @refusals_as_status
@@ -296,6 +303,7 @@ class QuotaServicer(QuotaLedgerServicer):
         key = _checked_key(request.key)
         with _outcome_unknown():
             await self._ledger.add_key(key)
+        await self._note(context, "key created", account=key.account, role=key.role.value, key_id=key.key_id)
         return wire.CreateKeyResponse()
 
     @refusals_as_status
@@ -311,7 +319,13 @@ class QuotaServicer(QuotaLedgerServicer):
             raise no_such_key(request.key_id)
         with _outcome_unknown():
             await self._ledger.revoke_key(request.key_id)
+        await self._note(context, "key revoked", key_id=request.key_id)
         return wire.RevokeKeyResponse()
+
+    async def _note(self, context: Any, what: str, **fields: object) -> None:
+        """A line in the log about what an operator changed: the books know what, and not by whose key."""
+        key = key_id_of(context.invocation_metadata())
+        log.info(what, by_account=(await self._caller(context)).account, by_key=key, **fields)
 
     async def _caller(self, context: Any) -> Caller:
         return await caller_of(self._authenticator, context)

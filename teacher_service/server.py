@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -50,6 +51,7 @@ LAST_RESORT_SECONDS = 6.0
 MAX_METADATA_BYTES = 16 * 2**10
 MAX_CALLS_OF_A_CONNECTION = 128  # a call may hold a whole message before any limit of its account is looked at
 SPARE_CONNECTIONS = 256  # for those who ask without a stream: admins, probes
+OWN_DESCRIPTORS = 128  # the books, the log, metrics, what libraries open
 HANDSHAKE_TIMEOUT_MS = 10_000
 MAX_CONNECTION_IDLE_MS = 60_000
 KEEPALIVE_MS = 60_000
@@ -88,6 +90,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
         max_accounts=config.metrics_max_accounts,
         queue_pictures=lambda: batcher.taken_pictures,
         is_ready=lambda: health.is_ready,
+        model_digest=engine.model_digest,
     )
     if certificates is not None:
         metrics.certificate(certificates.expires_seconds)
@@ -345,6 +348,19 @@ def _fitting(config: ServerConfig, engine: Engine) -> ServerConfig:
     return config
 
 
+def _raise_descriptor_limit(wanted: int) -> None:
+    """Every connection is a file descriptor: takes as many as this process may; a line in the log if that is less."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(ValueError, OSError):  # less than the hard limit is allowed where the kernel has its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < wanted:
+        log.warning("few file descriptors for --max-streams: raise the limit", allowed=allowed, wanted=wanted)
+
+
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         # Refused by gRPC itself, before a message is decoded.
@@ -415,6 +431,7 @@ def _listening_on(config: ServerConfig, certificates: Certificates | None) -> st
 def _bind(server: grpc.aio.Server, config: ServerConfig, certificates: Certificates | None) -> str:
     """Binds the port and returns HOST:PORT. Raises StartError."""
     host = _listening_on(config, certificates)
+    _raise_descriptor_limit(config.max_streams + SPARE_CONNECTIONS + OWN_DESCRIPTORS)
     try:
         if certificates is not None:
             bound = server.add_secure_port(config.listen, certificates.credentials())

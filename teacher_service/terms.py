@@ -36,6 +36,8 @@ class Terms:
     """Most streams open at once on one server."""
     max_outstanding_pictures: int | None = None
     """Most pictures asked for and not yet answered on one server."""
+    suspended: bool | None = None
+    """Whether its customers are refused, whatever they show."""
 
     def __post_init__(self) -> None:
         if self.answers not in (None, "soft", "hard"):
@@ -47,6 +49,8 @@ class Terms:
         for name in ("top_k", "max_streams", "max_outstanding_pictures"):
             if not _whole(getattr(self, name), MOST_COUNT):
                 raise TermsError(name, f"a whole number, 1 to {MOST_COUNT}", getattr(self, name))
+        if type(self.suspended) not in (bool, type(None)):
+            raise TermsError("suspended", "true or false", self.suspended)
 
     def over(self, default: "Terms") -> "Terms":
         """These terms, with another's where they say nothing."""

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import queue
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,6 +35,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 BATCH_TOLERANCE = 1e-5
 """Most that a probability in fp32 depends on the size of its batch."""
+
+CONTAINER_SHARE = Path("/sys/fs/cgroup/cpu.max")  # of the control group that a container is
 
 _TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUM_TOLERANCE = 1e-3  # half-precision softmax inside an exported model stays within it
@@ -303,9 +308,21 @@ def use_threads(count: int | None) -> None:
 
 
 def threads_beside_the_network() -> int:
-    """Every core but one, which is left to gRPC; of two both, for gRPC needs a small part of one."""
-    cores = torch.get_num_threads()
+    """Every core but one, which is left to gRPC; of two both, for gRPC needs a small part of one.
+
+    Of a container's share of the processor no more is taken than that: threads beyond it would wait for each other.
+    """
+    cores = min(torch.get_num_threads(), _cores_of_the_container(CONTAINER_SHARE))
     return cores if cores <= 2 else cores - 1
+
+
+def _cores_of_the_container(share: Path) -> int:
+    """How many cores a container's limit allows, at least 1; as many as anybody has where there is none."""
+    try:
+        quota_us, period_us = share.read_text().split()
+        return max(1, math.floor(int(quota_us) / int(period_us)))
+    except (OSError, ValueError):  # no Linux, no control group, or its quota is "max"
+        return sys.maxsize
 
 
 def _fused(module: Classifier) -> nn.Module:

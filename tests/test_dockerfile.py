@@ -46,7 +46,7 @@ def test_the_image_has_the_driver_of_every_store() -> None:
 def test_there_are_the_two_targets_and_both_run_as_a_user():
     assert [line.split(" AS ")[1] for line in instructions("FROM")] == ["base", "teacher", "agent"]
     assert all(line.startswith("base ") for line in instructions("FROM")[1:])
-    assert instructions("USER") == ["mekd"]
+    assert instructions("USER") == ["10001:10001"], "a number: Kubernetes' runAsNonRoot takes no name"
 
 
 @pytest.mark.parametrize("entry", instructions("ENTRYPOINT"))

@@ -1,5 +1,6 @@
 """How a ledger's schema came to be, step by step (Alembic); ``upgrade`` brings a store to this program's."""
 
+import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
@@ -7,7 +8,9 @@ from sqlalchemy.engine import Connection
 
 
 def upgrade(connection: Connection) -> None:
-    """Brings the store to the newest schema, inside the connection's transaction."""
+    """Brings the store to the newest schema, inside the connection's transaction, however long that takes."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
     command.upgrade(_config(connection), "head")
 
 

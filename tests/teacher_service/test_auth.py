@@ -109,6 +109,35 @@ async def test_changed_terms_are_noticed_when_the_cache_has_run_out_and_not_late
     assert (await authenticator.identify(metadata)).terms == Terms(answers="hard", top_k=3)
 
 
+async def test_a_suspended_account_is_refused_by_key_and_by_certificate_until_it_is_no_longer() -> None:
+    books, text, _ = await with_key()
+    clock = Clock()
+    authenticator = Authenticator(books, clock)
+    metadata = [("authorization", f"Bearer {text}")]
+    ways = (lambda: authenticator.identify(metadata), lambda: authenticator.identify_certificate(["device"]))
+    for identify in ways:
+        await identify()
+    await books.set_terms("device", Terms(suspended=True))
+    clock.seconds += CACHE_SECONDS
+    for identify in ways:
+        with pytest.raises(Refusal) as raised:
+            await identify()
+        assert raised.value == Refusal.of(Reason.ACCOUNT_SUSPENDED, account="device")
+        assert raised.value.code == grpc.StatusCode.PERMISSION_DENIED.value[0] and raised.value.retry_seconds is None
+    await books.set_terms("device", Terms(), ["suspended"])
+    for identify in ways:  # at once: refusals are not cached
+        assert (await identify()).account == "device"
+
+
+@pytest.mark.parametrize("role", [Role.TEACHER, Role.ADMIN])
+async def test_those_who_work_for_a_suspended_account_go_on(role: Role) -> None:
+    books, _, _ = await with_key()
+    text, stored = new_key("device", role)
+    await books.add_key(stored)
+    await books.set_terms("device", Terms(suspended=True))
+    assert (await Authenticator(books).identify([("authorization", f"Bearer {text}")])).role is role
+
+
 async def test_terms_that_nobody_understands_sell_nothing(tmp_path: Path) -> None:
     books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
     for name in ("device", "other"):

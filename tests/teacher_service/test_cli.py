@@ -107,6 +107,10 @@ def test_terms_are_made_set_unset_and_shown(ledger: str) -> None:
     )
     admin_says(ledger, "account", "set", "plain", *flags, *limits)
     assert shown("plain") == terms
+    assert admin_says(ledger, "account", "set", "plain", "--suspended").endswith(" suspended True\n")
+    assert shown("plain") == terms | {"suspended": True}
+    admin_says(ledger, "account", "set", "plain", "--unset", "suspended")
+    assert shown("plain") == terms
     assert len(admin_says(ledger, "statement", "plain").splitlines()) == 1
 
 
@@ -386,6 +390,19 @@ def test_check_tells_a_server_that_is_ready_from_one_that_is_not(start_server: A
     gone = run("teacher-serve", "--check", server.address)
     assert gone.returncode == 1 and f"{server.address} is not ready: UNAVAILABLE" in gone.stderr
     assert time.monotonic() - started < 10
+
+
+def test_a_server_that_still_loads_its_model_ends_at_once_when_it_is_told_to(tmp_path: Path) -> None:
+    """Also as the first process of a container, which does not hear a signal that it has no handler for."""
+    code = (
+        "import time, teacher_service.cli as cli\n"
+        "cli._engine = lambda *given: (print('loading', flush=True), time.sleep(60))\n"
+        "cli.serve(['--model', 'teacher.pt'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM  # -SIGTERM: no handler
 
 
 def test_check_asks_for_liveness_too(start_server: Any, ledger: str) -> None:

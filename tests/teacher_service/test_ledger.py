@@ -1040,7 +1040,13 @@ async def test_an_account_and_its_first_key_are_made_together_or_not_at_all(book
 # --- terms ---
 
 EVERY_TERM = Terms(
-    answers="soft", top_k=3, decimals=2, pictures_per_second=0.5, max_streams=4, max_outstanding_pictures=2**31 - 1
+    answers="soft",
+    top_k=3,
+    decimals=2,
+    pictures_per_second=0.5,
+    max_streams=4,
+    max_outstanding_pictures=2**31 - 1,
+    suspended=True,
 )
 
 

@@ -247,9 +247,15 @@ def test_backup_of_forged_books_is_refused(url: str, path: Path, tmp_path: Path)
 def test_backup_to_nowhere_and_of_other_stores_is_refused(url: str, tmp_path: Path) -> None:
     made(url)
     assert "No such file or directory" in run(url, "backup", tmp_path / "none" / "backup").output
-    found = run("postgresql://u@h/d", "backup", tmp_path / "backup")
+    found = run("postgresql://u@127.0.0.1/d", "backup", tmp_path / "backup")
     assert (found.exit_code, "pg_dump" in found.output) == (2, True)
     assert run(f"{url}x", "backup", tmp_path / "backup").exit_code == 2
+
+
+def test_books_beyond_loopback_are_not_read_over_a_way_of_which_nobody_said_how_it_is_protected() -> None:
+    found = run("postgresql://u:secret@db.example/d", "verify")
+    assert found.exit_code == 2
+    assert "db.example is not loopback: add ?sslmode=verify-full" in found.output and "secret" not in found.output
 
 
 # --- restore ---

@@ -23,6 +23,7 @@ from protos.errors import Reason, Refusal
 from teacher_service import audit, ledger_sql, ledger_store, ledger_tables
 from teacher_service import ledger as rules
 from teacher_service.auth import new_key
+from teacher_service.config import unprotected
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
 from teacher_service.ledger_sql import SqlLedger
 from tests.postgres import Postgres
@@ -748,6 +749,29 @@ def test_another_kind_of_url_is_refused_with_the_form_that_is_expected(url: str)
     expected = "expected a ledger as sqlite:///FILE or postgresql://USER@HOST/DATABASE, got "
     with pytest.raises(LedgerError, match=expected):
         SqlLedger.open(url)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "u:secret@db.example/books",
+        "u@127.0.0.1,db.example:5433/books",
+        "/books?host=db.example",
+        "u@[2001:db8::1]:5432/b",
+    ],
+)
+def test_a_postgresql_beyond_loopback_is_refused_until_somebody_says_how_the_way_is_protected(where: str) -> None:
+    url = f"postgresql://{where}"
+    with pytest.raises(LedgerError, match=r"is not loopback: add \?sslmode=verify-full") as raised:
+        SqlLedger.open(url)
+    assert "secret" not in str(raised.value)
+    assert unprotected(f"{url}{'&' if '?' in url else '?'}sslmode=require") is None
+
+
+def test_a_postgresql_of_this_machine_needs_no_such_word() -> None:
+    for url in ("@127.0.0.1:5432/b", "@localhost/b", "/b", "/b?host=/run/postgresql", "@[::1]/b", "@%2Frun%2Fpg/b"):
+        assert unprotected(f"postgresql://u{url}" if url[0] == "@" else f"postgresql://{url}") is None
+    assert unprotected("sqlite:///books.db") is None
 
 
 def test_a_missing_folder_or_file_is_named_and_not_made(tmp_path: Path) -> None:

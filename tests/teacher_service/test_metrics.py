@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -60,7 +61,7 @@ def test_names_and_labels_are_those_of_the_contract() -> None:
     assert {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} <= of_process
     rpc = {"grpc_type", "grpc_service", "grpc_method"}
     assert {name: labels for name, labels in families.items() if name not in of_process} == {
-        "mekd_build": {"version"},
+        "mekd_build": {"version", "model_digest"},
         "mekd_tls_certificate_expiry_timestamp_seconds": set(),
         "grpc_server_started": rpc,
         "grpc_server_handled": rpc | {"grpc_code"},
@@ -89,12 +90,28 @@ def test_what_happened_is_counted_once() -> None:
         ("protocol=mekd", "outcome=charged"): 2.0,
         ("protocol=mekd", "outcome=overloaded"): 1.0,
     }
-    assert found["mekd_request_duration_seconds_sum"] == {("protocol=mekd",): pytest.approx(0.321)}
+    assert found["mekd_request_duration_seconds_sum"] == {("protocol=mekd",): pytest.approx(0.32)}
     assert found["mekd_engine_batch_pictures_sum"] == {(): 9.0}
     assert found["mekd_engine_seconds_sum"] == {(): 0.25}
     assert (found["mekd_queue_wait_seconds_sum"], found["mekd_queue_wait_seconds_count"]) == ({(): 1.5}, {(): 2.0})
     assert found["mekd_queue_pictures"] == {(): 7.0}
     assert found["mekd_account_balance_pictures"] == {("account=a",): 91.0}
+
+
+def test_only_answers_have_a_duration() -> None:
+    metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True)
+    for outcome in ("charged", "replayed", "overloaded", "departed", "failed", "engine_failed"):
+        metrics.batch_done(protocol="mekd", account="a", outcome=outcome, pictures=1, seconds=1.0)
+    found = texts(metrics)
+    assert found["mekd_request_duration_seconds_count"] == {("protocol=mekd",): 2.0}
+    assert sum(found["mekd_requests_total"].values()) == 6
+
+
+def test_what_runs_is_told_with_the_digest_of_its_model() -> None:
+    for given, told in (({}, ""), ({"model_digest": "5eed"}, "5eed")):
+        metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True, **given)
+        (labels,) = texts(metrics)["mekd_build_info"]
+        assert f"model_digest={told}" in labels
 
 
 def test_readiness_is_told_as_it_is_when_asked() -> None:
@@ -282,7 +299,8 @@ async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
             await stream.send(f"b{index}", pictures(2))
             await stream.result()
         assert rpcs(service, "grpc_server_started_total")[INFER] == 1
-        assert (*INFER, "OK") not in rpcs(service, "grpc_server_handled_total")
+        # There before its first end, for what is shown as open: begun less ended.
+        assert rpcs(service, "grpc_server_handled_total")[*INFER, "OK"] == 0
         await stream.call.done_writing()
         assert await stream.call.read() is grpc.aio.EOF
         cancelled = await service.stream()
@@ -316,6 +334,7 @@ async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
             (*INFER, "Canceled"): 1,
             (*INFER, "DeadlineExceeded"): 1,
             (*INFER, "InvalidArgument"): 1,
+            (*WATCH, "OK"): 0,
             (*WATCH, "Canceled"): 1,
         }
         assert rpcs(service, "grpc_server_started_total")[INFER] == 4
@@ -333,7 +352,7 @@ async def test_names_that_callers_make_up_are_counted_together() -> None:
             assert ended.value.code() is grpc.StatusCode.UNIMPLEMENTED
         other = ("other", "other", "other")
         assert rpcs(service, "grpc_server_started_total") == {other: 30}
-        assert rpcs(service, "grpc_server_handled_total") == {(*other, "Unimplemented"): 30}
+        assert rpcs(service, "grpc_server_handled_total") == {(*other, "OK"): 0, (*other, "Unimplemented"): 30}
 
 
 def test_codes_are_written_as_go_writes_them() -> None:
@@ -363,11 +382,34 @@ def test_every_outcome_that_alerts_wait_for_is_there_before_the_first_of_them() 
     rules = (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8")
     named = re.findall(r'mekd_requests_total\{outcome=~?"([a-z_|]+)"', rules)
     outcomes = {outcome for names in named for outcome in names.split("|")}
-    assert "ledger_unavailable" in outcomes
+    assert {"ledger_unavailable", "hold_lost", "ledger_refused"} <= outcomes
     metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True)
     found = texts(metrics)["mekd_requests_total"]
     expected = {(f"protocol={name}", f"outcome={outcome}") for name in ("mekd", "kserve") for outcome in outcomes}
     assert found == dict.fromkeys(expected, 0.0)
+
+
+def alert_rules() -> dict[str, str]:
+    """The text of each rule by the name of its alert, without comments."""
+    text = re.sub(r"^ *#.*\n", "", (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8"), flags=re.MULTILINE)
+    return dict(re.findall(r"- alert: (\w+)\n(.*?)(?=\n *- alert:|\Z)", text, re.DOTALL))
+
+
+def test_alerts_on_metrics_that_others_have_too_are_of_ours_alone() -> None:
+    shared = {name: rule for name, rule in alert_rules().items() if re.search(r"\b(process|grpc_server)_", rule)}
+    assert set(shared) == {"TeacherRefusesKeys", "TeacherFileDescriptors"}
+    assert all("and on (job, instance) mekd_build_info" in rule for rule in shared.values())
+
+
+def test_a_server_that_vanished_from_the_targets_has_an_alert() -> None:
+    assert "expr: absent(mekd_build_info)" in alert_rules()["TeacherAbsent"]
+
+
+def test_one_refusal_for_the_ledger_pages_nobody() -> None:
+    rule = alert_rules()["TeacherLedgerUnavailable"]
+    assert "severity: warning" in rule
+    window, lasting = re.search(r"\[(\d+)m\]", rule), re.search(r"for: (\d+)m", rule)
+    assert window is not None and lasting is not None and int(lasting[1]) > int(window[1])
 
 
 def test_every_alert_fires_on_what_it_is_there_for_and_is_silent_beside_it() -> None:
@@ -392,4 +434,34 @@ def test_dashboard_and_rules_are_well_formed() -> None:
     for expression in [target["expr"] for panel in panels for target in panel["targets"]]:
         assert expression.count("(") == expression.count(")"), expression
     rules = (ROOT / "deploy/prometheus/alerts.yml").read_text("utf-8")
-    assert rules.count("- alert:") == rules.count("expr:") == rules.count("summary:") > 0
+    assert rules.count("- alert:") == rules.count("expr:") == rules.count("summary:") == len(alert_rules()) > 0
+
+
+def test_panels_lie_beside_each_other_within_the_width() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads((ROOT / "deploy/grafana/dashboard.json").read_text("utf-8"))["panels"]:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        cells = set(itertools.product(columns, range(place["y"], place["y"] + place["h"])))
+        assert columns.stop <= 24 and not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_panels_show_the_servers_chosen_and_all_of_ours_are_no_others() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text("utf-8"))
+    (servers,) = [found for found in dashboard["templating"]["list"] if found["name"] == "instance"]
+    assert servers["includeAll"] and "allValue" not in servers  # so All is those that the query finds
+    assert servers["query"]["query"] == "label_values(mekd_build_info, instance)"
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            metrics = re.findall(r"\b(?:mekd|grpc_server|process)_\w+", target["expr"])
+            assert target["expr"].count('{instance=~"$instance"') == len(metrics) > 0, panel["title"]
+
+
+def test_how_busy_the_engine_is_and_how_long_it_is_waited_for_is_shown() -> None:
+    panels = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text("utf-8"))["panels"]
+    shown = {target["expr"] for panel in panels for target in panel.get("targets", [])}
+    servers = '{instance=~"$instance"}[$__rate_interval]'
+    assert f"sum by (instance) (rate(mekd_engine_seconds_sum{servers}))" in shown
+    waited = f"sum by (instance, le) (rate(mekd_queue_wait_seconds_bucket{servers}))"
+    assert f"histogram_quantile(0.99, {waited})" in shown

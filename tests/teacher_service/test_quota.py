@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
@@ -290,6 +291,34 @@ async def test_what_the_books_cannot_do_is_told_to_the_operator_and_changes_noth
         assert refusal is not None and refusal.reason is Reason.LEDGER_REFUSED and "expected" in refusal.message
         assert refusal.retry_seconds is None and await server.ledger.accounts() == before
         assert await server.ledger.terms("customer") == Terms()
+
+
+async def test_what_an_operator_changes_is_a_line_in_the_log_with_its_key_and_no_secret() -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        admin = server.keys[Role.ADMIN]
+        calls: list[tuple[str, dict[str, Any]]] = [
+            ("CreateAccount", {"account": "new", "picture_count": 7}),
+            ("Grant", {"account": "new", "picture_count": 5}),
+            ("SetTerms", {"account": "new", "terms": wire.Terms(top_k=3)}),
+            ("CreateKey", {"key": STORED}),
+            ("RevokeKey", {"key_id": STORED["key_id"]}),
+            ("RevokeKey", {"key_id": "f" * 16}),  # refused: nothing was changed
+            ("GetAccount", {"account": "new"}),
+        ]
+        with structlog.testing.capture_logs() as told:
+            for method, fields in calls:
+                await outcome(server, method, admin, **fields)
+        lines = [line for line in told if "by_key" in line]
+        assert [line["event"] for line in lines] == [
+            "account created",
+            "granted",
+            "terms set",
+            "key created",
+            "key revoked",
+        ]
+        assert {line["by_key"] for line in lines} == {admin.split("_")[1]}
+        assert lines[1]["account"] == "new" and lines[1]["pictures"] == 5
+        assert admin.split("_")[2] not in str(told)
 
 
 async def test_a_teacher_reads_the_terms_of_its_customers_where_it_looks_up_a_key_or_an_account() -> None:

@@ -302,6 +302,18 @@ def test_certificates_that_cannot_be_used_are_one_clear_line(certificate: tuple[
 # --- stopping ---
 
 
+@pytest.mark.parametrize(("hard", "found"), [(4096, 1384), (600, 600)])
+def test_the_server_takes_the_file_descriptors_that_its_streams_need(
+    start_server: Any, hard: int, found: int
+) -> None:
+    limited = ("bash", "-c", f'ulimit -Sn 512; ulimit -Hn {hard}; exec "$@"', "-", program("teacher-serve"))
+    server = start_server("--max-streams", "1000", command=limited)
+    limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    (files,) = [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")]
+    assert files == [str(found), str(hard)]
+    assert ("few file descriptors for --max-streams" in server.log()) is (found < 1384)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_server_at_once_with_status_0(start_server: Any, number: signal.Signals) -> None:
     server = start_server()

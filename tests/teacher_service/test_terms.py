@@ -4,7 +4,15 @@ import pytest
 
 from teacher_service.terms import FIELDS, Terms, TermsError
 
-EVERY = Terms(answers="hard", top_k=1, decimals=7, pictures_per_second=0.5, max_streams=1, max_outstanding_pictures=9)
+EVERY = Terms(
+    answers="hard",
+    top_k=1,
+    decimals=7,
+    pictures_per_second=0.5,
+    max_streams=1,
+    max_outstanding_pictures=9,
+    suspended=True,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +32,7 @@ EVERY = Terms(answers="hard", top_k=1, decimals=7, pictures_per_second=0.5, max_
         ("pictures_per_second", float("inf"), "a number above 0"),
         ("max_streams", 0, "a whole number"),
         ("max_outstanding_pictures", "5", "a whole number"),
+        ("suspended", 1, "true or false"),
     ],
 )
 def test_terms_that_cannot_be_meant_are_refused_by_name(field: str, value: object, expected: str) -> None:

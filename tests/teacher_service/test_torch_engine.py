@@ -270,6 +270,27 @@ def test_of_more_than_two_cores_one_is_left_to_the_network(
     cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(torch_engine, "CONTAINER_SHARE", Path("/nowhere"))
+    assert threads_beside_the_network() == threads
+
+
+@pytest.mark.parametrize(
+    ("share", "threads"),
+    [
+        ("max 100000", 63),
+        ("200000 100000", 2),
+        ("150000 100000", 1),
+        ("800000 100000", 7),
+        ("5000 100000", 1),
+        ("", 63),
+    ],
+)
+def test_a_containers_share_of_the_processor_counts_and_not_the_machines_cores(
+    share: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(share + "\n")
+    monkeypatch.setattr(torch_engine, "CONTAINER_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     assert threads_beside_the_network() == threads
 
 

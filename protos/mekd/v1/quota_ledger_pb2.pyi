@@ -161,20 +161,22 @@ class Account(_message.Message):
     def __init__(self, name: _Optional[str] = ..., granted_count: _Optional[int] = ..., posted_count: _Optional[int] = ..., held_count: _Optional[int] = ..., balance_count: _Optional[int] = ..., sequence: _Optional[int] = ..., head: _Optional[bytes] = ...) -> None: ...
 
 class Terms(_message.Message):
-    __slots__ = ("answers", "top_k", "decimals", "pictures_per_second", "max_streams", "max_outstanding_pictures")
+    __slots__ = ("answers", "top_k", "decimals", "pictures_per_second", "max_streams", "max_outstanding_pictures", "suspended")
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     DECIMALS_FIELD_NUMBER: _ClassVar[int]
     PICTURES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTSTANDING_PICTURES_FIELD_NUMBER: _ClassVar[int]
+    SUSPENDED_FIELD_NUMBER: _ClassVar[int]
     answers: SoldAnswers
     top_k: int
     decimals: int
     pictures_per_second: float
     max_streams: int
     max_outstanding_pictures: int
-    def __init__(self, answers: _Optional[_Union[SoldAnswers, str]] = ..., top_k: _Optional[int] = ..., decimals: _Optional[int] = ..., pictures_per_second: _Optional[float] = ..., max_streams: _Optional[int] = ..., max_outstanding_pictures: _Optional[int] = ...) -> None: ...
+    suspended: bool
+    def __init__(self, answers: _Optional[_Union[SoldAnswers, str]] = ..., top_k: _Optional[int] = ..., decimals: _Optional[int] = ..., pictures_per_second: _Optional[float] = ..., max_streams: _Optional[int] = ..., max_outstanding_pictures: _Optional[int] = ..., suspended: _Optional[bool] = ...) -> None: ...
 
 class StoredKey(_message.Message):
     __slots__ = ("key_id", "account", "role", "secret_digest", "revoked")

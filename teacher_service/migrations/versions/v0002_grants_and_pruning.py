@@ -13,7 +13,7 @@ _GRANT_WITH_ID = sa.text("kind = 'grant' AND batch_id <> ''")
 
 
 def upgrade() -> None:
-    """Adds a column, an index and a trigger. No row is written anew: none is slow on a journal of any length."""
+    """Adds a column, an index and a trigger. No row is written anew; the index reads the journal once."""
     op.add_column("accounts", sa.Column("pruned_sequence", _COUNT, nullable=False, server_default="0"))
     op.create_index(
         "one_grant_an_id",
