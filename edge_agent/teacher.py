@@ -326,7 +326,9 @@ class Link:
 
     def raise_if_final(self, error: grpc.RpcError) -> None:
         """Raises BadCredential or BadInput for a status that waiting does not change."""
-        code = error.code()
+        code, refusal = error.code(), _refusal(error)
+        if refusal is not None and refusal.reason is Reason.ACCOUNT_SUSPENDED:
+            raise BadCredential(f"the teacher at {self._address} sells nothing: {refusal.message}") from None
         if code in _CREDENTIAL:
             given = "refuses the key" if self.metadata else "wants a key"
             raise BadCredential(
@@ -616,9 +618,15 @@ def _check_pair(cert: Path, key: Path) -> None:
 
 def _advised_wait(error: grpc.RpcError) -> float | None:
     """Seconds to wait, where the server said so in its status: a limit that passes is no fault of the request."""
+    refusal = _refusal(error)
+    return None if refusal is None else refusal.retry_seconds
+
+
+def _refusal(error: grpc.RpcError) -> Refusal | None:
+    """What a server of this project said in its status; None where the status has no such detail."""
     trailing: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     try:
-        return Refusal.from_status(Status.FromString(dict(trailing or ())["grpc-status-details-bin"])).retry_seconds
+        return Refusal.from_status(Status.FromString(dict(trailing or ())["grpc-status-details-bin"]))
     except (KeyError, DecodeError):
         return None
 

@@ -354,15 +354,22 @@ def test_unknown_key_is_one_line_and_exit_5(world, key):
     assert "Traceback" not in refused.stderr and key not in refused.stderr
 
 
-def test_revoked_key_stops_a_run_under_way(world):
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (("key", "revoke"), "which was revoked; give a valid one in MEKD_API_KEY"),
+        (("account", "set", "--suspended"), "sells nothing: account device is suspended; its balance stays"),
+    ],
+)
+def test_revoked_key_or_suspended_account_stops_a_run_under_way(world, end, said):
     key = world.account(100_000)
     world.start_server()
     process = world.start_agent(budget=60_000)
     world.wait_for_answers(process, 100)
-    world.admin("key", "revoke", key.split("_")[1])
+    world.admin(*end, key.split("_")[1] if end[0] == "key" else "device")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 5, errors
-    assert "revoked" in errors
+    assert said in errors
     assert world.books()["posted"] < 60_000
 
 
