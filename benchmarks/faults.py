@@ -556,14 +556,16 @@ class Proxy:
 def cut_connections(minutes: float, rng: random.Random, say: Callable[[str], None] = print) -> Count:
     """Agents behind a proxy that cuts, delays and repeats."""
     total = Count()
-    until = time.monotonic() + minutes * 60
-    while time.monotonic() < until:
+    left = minutes * 60  # not counting what servers take to start
+    while left > 0:
         with world() as here:
             here.start_server()
             here.wait_ready()
             proxy = Proxy(here.address, rng.randrange(2**32))
             here.start_agents(proxy.address)
-            end_of_round = min(until, time.monotonic() + 30)
+            turn = min(left, 30.0)
+            left -= turn
+            end_of_round = time.monotonic() + turn
             while time.monotonic() < end_of_round:
                 time.sleep(min(2.0, max(0.1, end_of_round - time.monotonic())))
                 compare(here.journals, here.ledger, at_rest=False)

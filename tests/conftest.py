@@ -20,6 +20,7 @@ import click
 import psycopg
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, settings
 
 from teacher_service.cli import admin
 from teacher_service.ledger_sql import SqlLedger
@@ -34,6 +35,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The tests must not depend on a developer's own settings.
 for name in ("MEKD_API_KEY", "MEKD_LEDGER", "MEKD_LEDGER_KEY", "MEKD_LOG_LEVEL"):
     os.environ.pop(name, None)
+# A machine that stands still for a moment says nothing about an example. Before any @settings, which inherit it.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0

@@ -32,7 +32,6 @@ def test_what_is_missing_is_named_in_one_line(peer: peers.Peer, monkeypatch: pyt
     assert "\n" not in lacking
 
 
-@pytest.mark.timeout(400)  # Ray Serve takes its time
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_installed_server_answers_as_the_model_does_and_leaves_no_process(peer: peers.Peer, tmp_path: Path) -> None:
     if lacking := peers.missing(peer, torch=False):
@@ -79,12 +78,16 @@ def test_client_over_http_keeps_its_calls_in_flight_for_its_turn_and_tells_a_ref
     client = serving._CallingClient(connect, load)
     try:
         for _ in range(2):
-            began = time.perf_counter()
-            client.work(began + 0.2)
-            latencies = client.rest()
-            assert len(latencies) > 3 and sum(latencies) <= 3 * (time.perf_counter() - began)
+            for seconds in (0.2, 5.0):  # a machine that stood still gets a longer turn
+                began = time.perf_counter()
+                client.work(began + seconds)
+                latencies = client.rest()
+                assert sum(latencies) <= 3 * (time.perf_counter() - began)
+                if len(latencies) > 3:
+                    break
+            assert len(latencies) > 3
         Echo.status = 503
-        client.work(time.perf_counter() + 5)
+        client.work(time.perf_counter() + 60)
         with pytest.raises(ServiceError, match="HTTP 503"):
             client.rest()
     finally:

@@ -23,7 +23,7 @@ from edge_agent import cli
 from tests.conftest import in_process, teacher_admin
 
 MODEL = "array:4,1,8,8"
-START_SECONDS = 60
+START_SECONDS = 150
 FAST = ("--set", "deprivatize.steps=2", "--set", "distill.passes=1", "--set", "batch_pictures=16")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_agent import cli
 from tests.conftest import in_process, teacher_admin_ends
+from tests.end_to_end.test_run import SMALL_BATCHES
 
 
 def receipts(world) -> list[dict[str, Any]]:
@@ -26,10 +27,10 @@ def verify(world) -> tuple[int, dict[str, Any]]:
 def test_receipts_of_a_run_through_a_killed_server_prove_the_books(world):
     world.account(1000)
     world.start_server()
-    process = world.start_agent(budget=600)
-    world.wait_for_answers(process, 100)
+    process = world.start_agent(*SMALL_BATCHES, budget=300)
+    world.wait_for_answers(process, 20)
     world.stop_server(signal.SIGKILL)
-    assert world.kept() < 600, "nothing was left to ask"
+    assert world.kept() < 300, "nothing was left to ask"
     time.sleep(1.0)
     world.start_server()
     _, errors = process.communicate(timeout=120)
@@ -43,7 +44,7 @@ def test_receipts_of_a_run_through_a_killed_server_prove_the_books(world):
     assert {row["account"] for row in kept} == {"device"}
     status, report = verify(world)  # while the server runs
     assert (status, report["findings"]) == (0, [])
-    assert (report["receipts"], report["posted_pictures"]) == (len(posts), 600)
+    assert (report["receipts"], report["posted_pictures"]) == (len(posts), 300)
 
 
 def test_a_teacher_whose_journal_was_cut_off_is_found_out_by_the_agents_receipts(world):

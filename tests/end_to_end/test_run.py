@@ -117,17 +117,17 @@ def test_questions_of_the_first_phase_are_counted_and_a_kill_pays_for_none_twice
 def test_server_drained_under_way_loses_nothing(world):
     world.account(1000)
     world.start_server()
-    process = world.start_agent(budget=600)
-    world.wait_for_answers(process, 100)
+    process = world.start_agent(*SMALL_BATCHES, budget=300)
+    world.wait_for_answers(process, 20)
     world.stop_server(signal.SIGTERM)
-    assert world.kept() < 600, "nothing was left to ask"
+    assert world.kept() < 300, "nothing was left to ask"
     time.sleep(1.0)
     world.start_server()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "is away" in errors
     world.assert_books_agree()
-    assert world.books()["posted"] == 600
+    assert world.books()["posted"] == 300
 
 
 def test_spent_budget_stops_cleanly_and_goes_on_after_a_grant(world):

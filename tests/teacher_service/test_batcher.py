@@ -388,8 +388,7 @@ async def test_pictures_are_freed_as_soon_as_they_are_answered() -> None:
                 weakref.finalize(asked_for, freed.append, count)
                 await batcher.ask(asked_for, deadline=time.monotonic() + 60)
                 del asked_for
-                await asyncio.sleep(0.05)
-            assert freed == [3, 9]
+                await until(lambda count=count: freed[-1:] == [count])
     finally:
         gc.enable()
 

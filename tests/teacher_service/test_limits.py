@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import threading
 from typing import Any
 
 import grpc
@@ -421,18 +420,21 @@ def test_an_agent_waits_and_sends_the_same_batch_again_where_a_limit_says_so(sta
     key = server.create_account()
     teacher_admin(server.ledger, "account", "set", "device", "--pictures-per-second", "32", "--max-streams", "1")
     told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if "streams open" in line:
+            blocker.close()  # type: ignore[attr-defined]
+
     blocking, teacher = (
-        RemoteTeacher(server.address, api_key=key, check_egress=lambda batch: None, wait_seconds=30, tell=told.append)
+        RemoteTeacher(server.address, api_key=key, check_egress=lambda batch: None, wait_seconds=30, tell=tell)
         for _ in range(2)
     )
     digest = teacher.describe().model_digest
     blocker = blocking.answers("blocker", digest, Box("blocker", 2))
     next(blocker)  # the account's one stream is taken
-    ending = threading.Timer(1.0, blocker.close)  # type: ignore[attr-defined]
-    ending.start()
     box = Box("run", 10)
     answered = list(teacher.answers("run", digest, box))
-    ending.join()
     assert all(isinstance(outcome, Answered) for outcome in answered)
     assert sorted(outcome.batch.batch_id for outcome in answered) == sorted(f"run-{index}" for index in range(10))
     assert box.repeats, "80 pictures at 32 a second are not let in at once"

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import itertools
 import json
@@ -9,6 +10,7 @@ import subprocess
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,6 +19,7 @@ import pytest
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from protos.mekd.v1.quota_ledger_pb2_grpc import QuotaLedgerStub
+from teacher_service import interceptors
 from teacher_service import metrics as metrics_module
 from teacher_service.metrics import Metrics, RpcCounters
 from teacher_service.tls import Certificates
@@ -251,23 +254,23 @@ def test_metrics_are_served_to_so_many_at_once_and_further_connections_are_close
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_who_sends_a_byte_now_and_then_is_cut_off(tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "_HTTP_WHOLE_SECONDS", 0.5)
+    monkeypatch.setattr(metrics_module, "_HTTP_WHOLE_SECONDS", 2.0)  # of 30
     authority = Authority(tmp_path)
     certificates = Certificates(*authority.issue("IP:127.0.0.1"))
     port = used().serve("127.0.0.1", 0, certificates.context if tls else None)
+    trusting = ssl.create_default_context(cafile=authority.pem)
     client = socket.create_connection(("127.0.0.1", port), timeout=5)
     if tls:
-        trusting = ssl.create_default_context(cafile=authority.pem)
         client = trusting.wrap_socket(client, server_hostname="127.0.0.1")
     started = time.monotonic()
     with client, contextlib.suppress(OSError):
         client.settimeout(0.1)
-        while time.monotonic() - started < 5:
+        while time.monotonic() - started < 25:
             client.sendall(b"x")
             with contextlib.suppress(TimeoutError):
                 if client.recv(1) == b"":
                     break
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
 
 
 # --- calls ---
@@ -308,7 +311,7 @@ async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
         await cancelled.send("under-way", pictures(2))
         await until(lambda: len(service.engine.calls) == 4)
         cancelled.call.cancel()
-        late = service.stub.Infer(metadata=service.metadata(), timeout=0.3)
+        late = service.stub.Infer(metadata=service.metadata(), timeout=2.0)
         with pytest.raises(grpc.aio.AioRpcError):
             await late.read()
         wrong = service.open()
@@ -327,12 +330,14 @@ async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
 
         await until(lambda: sum(handled().values()) == 8)
         service.engine.gate.set()
-        assert handled() == {
+        found = handled()
+        # The caller's own clock ends a late call, too: the server may hear of that first.
+        left = [found.pop((*INFER, code), 0) for code in ("Canceled", "DeadlineExceeded")]
+        assert sum(left) == 2 and left[0] >= 1
+        assert found == {
             (*DESCRIBE, "OK"): 1,
             (*DESCRIBE, "Unauthenticated"): 2,
             (*INFER, "OK"): 1,
-            (*INFER, "Canceled"): 1,
-            (*INFER, "DeadlineExceeded"): 1,
             (*INFER, "InvalidArgument"): 1,
             (*WATCH, "OK"): 0,
             (*WATCH, "Canceled"): 1,
@@ -342,6 +347,24 @@ async def test_calls_and_messages_are_counted_whatever_their_end() -> None:
         assert rpcs(service, "grpc_server_msg_sent_total")[INFER] == 4 + 1
         assert rpcs(service, "grpc_server_msg_sent_total")[DESCRIBE] == 1
         assert rpcs(service, "grpc_server_handling_seconds_count")[INFER] == 4
+
+
+@pytest.mark.parametrize(
+    ("remaining_seconds", "code"),
+    [(None, "Canceled"), (1.0, "Canceled"), (0.0, "DeadlineExceeded"), (-1.0, "DeadlineExceeded")],
+)
+def test_who_leaves_is_told_from_whose_time_is_up(remaining_seconds: float | None, code: str) -> None:
+    context = SimpleNamespace(time_remaining=lambda: remaining_seconds)
+    seen: list[str] = []
+    with pytest.raises(asyncio.CancelledError), interceptors._handling(counters_told(seen), context):
+        raise asyncio.CancelledError
+    assert seen == [code]
+
+
+def counters_told(ended: list[str]) -> RpcCounters:
+    """Counters of nothing, but for a list of the codes that calls ended with."""
+    nothing = lambda *_: None  # noqa: E731
+    return RpcCounters(started=nothing, received=nothing, sent=nothing, ended=ended.append, took_seconds=nothing)
 
 
 async def test_names_that_callers_make_up_are_counted_together() -> None:
@@ -357,8 +380,7 @@ async def test_names_that_callers_make_up_are_counted_together() -> None:
 
 def test_codes_are_written_as_go_writes_them() -> None:
     seen: list[str] = []
-    nothing = lambda *_: None  # noqa: E731
-    counters = RpcCounters(started=nothing, received=nothing, sent=nothing, ended=seen.append, took_seconds=nothing)
+    counters = counters_told(seen)
     for code in grpc.StatusCode:
         counters.handled(code.name, 0.0)
     expected = """OK Canceled Unknown InvalidArgument DeadlineExceeded NotFound AlreadyExists PermissionDenied
