@@ -7,8 +7,8 @@ generator or teacher needs a new folder.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +34,11 @@ from edge_agent.config import (
     in_use,
 )
 from edge_agent.console import Console
-from edge_agent.data import DataError, LocalImages, load_local_images
+from edge_agent.data import DataError, LocalImages, UInt8Array, each_local_image, load_local_images
 from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool
-from edge_agent.egress import CopyGate, EgressDoor
+from edge_agent.egress import CopiesStopped, CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadInput, BudgetSpent, DiskProblem, Failure, RunFolderProblem, TeacherAway
 from edge_agent.generators import AnyGenerator, PictureGenerator
 from edge_agent.guidance import TeachersConfidence
@@ -84,11 +84,10 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
             agent.reconcile()
         finally:
             summary: dict[str, Any] = {}
-            # A command that was refused leaves the summary of the run that it is no part of.
-            if prepared or not folder.has("summary.json"):
-                with suppress(DiskProblem):
+            with closing(agent), suppress(DiskProblem):
+                # A command that was refused leaves the summary of the run that it is no part of.
+                if prepared or not folder.has("summary.json"):
                     summary = agent.write_summary()
-            agent.close()
         return summary
 
 
@@ -142,6 +141,17 @@ class Agent:
         if idle := idle_settings(self._config):
             self._console.warn(f"settings that change nothing in this run: {', '.join(idle)}")
         settings = self._config.deprivatize
+        if self._description.indices_only and settings.im_queries > 0:
+            self._console.warn(
+                f"deprivatize.im_queries: {settings.im_queries} questions will be paid for and change nothing: this "
+                "account is sold class indices, so the teacher seems equally sure of all pictures"
+            )
+        if self._description.height != self._description.width:
+            self._console.warn(
+                f"the teacher takes pictures of {self._description.height} x {self._description.width}, and the "
+                "generator makes squares: the middle of each local picture is learnt from, and stretched when it is "
+                "sent, which the teacher may understand less well"
+            )
         if planned == 0:  # with answers, former versions took them as they are
             self._check_counts()
         most = latent_side(self._side)
@@ -184,6 +194,9 @@ class Agent:
                 f"expected at least {planned}, or {charged} to train on those alone, got {self._config.budget}"
             )
         self._packing()  # refuses an encoding that the teacher does not take, before anything is trained
+        if self._journal.fact("first_model") is None:
+            before = self._journal.fact("identity") or identity
+            self._journal.set_facts(first_model=before["teacher's model"])
         self._journal.set_facts(identity=identity)
         self._folder.write_toml("run.toml", as_layers(self._config))
 
@@ -214,7 +227,11 @@ class Agent:
         # A GAN's identity says nothing of its kind (`generator_in_use`); here it is compared, first of all.
         known = {"deprivatize.generator": "gan"} | known
         now = {"deprivatize.generator": self._config.deprivatize.generator} | identity
-        changed = [name for name in now if known.get(name) != now[name] and not self._may_change(name, charged)]
+        changed = [
+            name
+            for name in now
+            if known.get(name) != now[name] and not self._may_change(name, planned=planned, answered=charged)
+        ]
         if changed and planned > 0:
             refusal = f"{self._folder.path} has paid answers for other {changed[0]}: "
             if changed[0] == "pictures":
@@ -247,9 +264,14 @@ class Agent:
     def _metered_by(self) -> str:
         return "agent" if self._counts_sent else "teacher"
 
-    def _may_change(self, name: str, answered: int) -> bool:
-        """How a server's tensors are read may be corrected until the first answer is kept."""
-        return self._counts_sent and answered == 0 and name in CORRECTABLE
+    def _may_change(self, name: str, *, planned: int, answered: int) -> bool:
+        """How a server's tensors are read may be corrected until the first answer is kept.
+
+        And a teacher that phase 1 asked nothing may have other weights by the first question.
+        """
+        if self._counts_sent:
+            return answered == 0 and name in CORRECTABLE
+        return planned == 0 and name == "teacher's model" and self._config.deprivatize.im_queries == 0
 
     @cached_property
     def _description(self) -> Description:
@@ -269,12 +291,18 @@ class Agent:
     @cached_property
     def _local(self) -> LocalImages:
         """The local pictures at the generator's size."""
-        local = self._load(self._side, self._side)
+        try:
+            local = load_local_images(**self._source(self._side, self._side))
+        except DataError as error:
+            raise BadInput(str(error)) from None
         if local.skipped:
             name, why = local.skipped[0]
             self._console.say(f"{len(local.skipped)} files left out, such as {name}: {why}")
+        skipped = digest_of({"skipped": local.skipped})
+        if local.skipped and self._journal.fact("skipped") != skipped:  # else the list is there from an earlier start
             for name, why in local.skipped:
                 self._folder.metric(skipped=name, why=why)
+            self._journal.set_facts(skipped=skipped)
         self._console.say(f"{len(local.images_NCHW)} local pictures of {local.source}")
         return local
 
@@ -315,21 +343,26 @@ class Agent:
             return EgressDoor(local_NCHW)
         # A generator that copies does so at its own size: such a copy is resized as everything that is sent.
         resized = (resize(torch.from_numpy(image)[None], height, width)[0].numpy() for image in local_NCHW)
-        return EgressDoor(itertools.chain(self._load(height, width).images_NCHW, resized))
+        return EgressDoor(itertools.chain(self._each(height, width), resized))
 
-    def _load(self, height: int, width: int) -> LocalImages:
+    def _each(self, height: int, width: int) -> Iterator[UInt8Array]:
+        """The local pictures (C, H, W) at a size, one by one."""
         try:
-            return load_local_images(
-                self._config.images,
-                channels=self._description.channels,
-                height=height,
-                width=width,
-                data_root=Path(self._config.data) if self._config.data else None,
-                limit=self._config.local_pictures or None,
-                seed=self._config.seed,
-            )
+            yield from each_local_image(**self._source(height, width))
         except DataError as error:
             raise BadInput(str(error)) from None
+
+    def _source(self, height: int, width: int) -> dict[str, Any]:
+        """Where the local pictures come from, as `data` takes it."""
+        return {
+            "source": self._config.images,
+            "channels": self._description.channels,
+            "height": height,
+            "width": width,
+            "data_root": Path(self._config.data) if self._config.data else None,
+            "limit": self._config.local_pictures or None,
+            "seed": self._config.seed,
+        }
 
     def _connected(self) -> Teacher:
         if self._teacher is None:
@@ -574,6 +607,8 @@ class Agent:
         identity = self._journal.fact("identity")
         if self._counts_sent:  # how its tensors are read may still be corrected, and is no matter for the generator
             identity = {name: value for name, value in identity.items() if name not in CORRECTABLE}
+        elif self._config.deprivatize.im_queries == 0 and (first := self._journal.fact("first_model")) is not None:
+            identity |= {"teacher's model": first}  # nor are weights of a teacher that was not asked
         return digest_of({"identity": identity, "classes": len(self._description.labels)})
 
     def _generator(self) -> AnyGenerator:
@@ -605,6 +640,8 @@ class Agent:
         trained_on = self._journal.fact("trained_on") or self._answers_digest()
         try:
             self._ask(generator, digest)
+        except (CopiesStopped, PrivatePictureStopped) as stopped:
+            raise type(stopped)(f"{stopped}{self._or_train()}") from None
         finally:
             with suppress(DiskProblem):  # the reason why we are here is worth more
                 if self._answers_digest() != trained_on:
@@ -633,6 +670,11 @@ class Agent:
         except BudgetSpent:
             self._let_go_of_the_account()
             raise
+
+    def _or_train(self) -> str:
+        """What may be done with answers of a run that buys no more; empty where there are none."""
+        paid = self._charged(self._journal.totals())
+        return f"; or give --budget {paid} to train on the answers that are paid" if paid else ""
 
     def _paid_for(self) -> Teacher:
         """The teacher, once it is known who pays it: no question is asked before."""
@@ -798,7 +840,11 @@ class Agent:
             return 0
         if "_local" not in self.__dict__:  # the run ended before it read them
             return None
-        return sum(self._door.matches(Batch.FromString(request)) for request in self._journal.requests())
+        try:
+            door = self._door  # may read them once more, at another size
+        except BadInput:  # which they have gone away from since
+            return None
+        return sum(door.matches(Batch.FromString(request)) for request in self._journal.requests())
 
     def close(self) -> None:
         """Closes the connection; the next question opens another."""

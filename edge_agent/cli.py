@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from edge_agent.config import (
     PHASES,
@@ -110,7 +111,7 @@ def main() -> None:
     "--data",
     metavar="DIR",
     envvar="MEKD_DATA",
-    help="Where mnist and cifar10 lie, or are downloaded to; also in MEKD_DATA.",
+    help="Where mnist and cifar10 lie, or are downloaded to; also in MEKD_DATA; a file and the flag win.",
 )
 @click.option(
     "--key-file",
@@ -148,7 +149,9 @@ def run(
     _raise_on_sigterm()
     try:
         given = {name: value for name, value in flags.items() if value is not None}
-        config = _config(config_file, settings, given, preset)
+        source = click.get_current_context().get_parameter_source
+        environment = {name: given.pop(name) for name in list(given) if source(name) is ParameterSource.ENVIRONMENT}
+        config = _config(config_file, settings, given, preset, environment)
         api_key = _api_key(key_file)
         if "OMP_WAIT_POLICY" not in os.environ:
             # Read when torch is imported: its threads would spin for milliseconds after every layer. A ResNet8's step
@@ -329,7 +332,11 @@ def receipts(run_dir: str) -> None:
 
 
 def _config(
-    config_file: Path | None, settings: tuple[str, ...], flags: dict[str, Any], preset: str | None = None
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    flags: dict[str, Any],
+    preset: str | None = None,
+    environment: dict[str, Any] | None = None,
 ) -> RunConfig:
     layers: list[dict[str, Any]] = []
     path = config_file or Path("run.toml")
@@ -345,11 +352,11 @@ def _config(
             layers[0]["run_dir"] = str(path.parent)
     set_ones = [parse_setting(setting) for setting in settings]
     for layer in set_ones:
-        # Sections go beside a flag of their name, and a folder in the environment (--data) is a mere default.
-        flat = {name: value for name, value in layer.items() if name != "data" and not isinstance(value, dict)}
+        # Sections go beside a flag of their name.
+        flat = {name: value for name, value in layer.items() if not isinstance(value, dict)}
         if twice := [name for name, value in flat.items() if flags.get(name, value) != value]:
             raise ConfigError(f"{twice[0]}: given twice, as {flags[twice[0]]!r} and by --set as {layer[twice[0]]!r}")
-    given = [*([preset_layer(preset)] if preset else []), *layers, flags, *set_ones]
+    given = [environment or {}, *([preset_layer(preset)] if preset else []), *layers, flags, *set_ones]
     # Money is never spent because a flag was left out: a budget is changed by giving another.
     run_dir = next((layer["run_dir"] for layer in reversed(given) if "run_dir" in layer), RunConfig.run_dir)
     before = _budget_of(Path(run_dir)) if isinstance(run_dir, str) else None

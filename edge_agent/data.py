@@ -57,6 +57,40 @@ def load_local_images(
     Raises:
         DataError: no such source, or fewer than LEAST_PICTURES usable pictures.
     """
+    skipped: dict[int, tuple[str, str]] = {}
+    usable = dict(_usable(source, channels, height, width, data_root, limit, seed, skipped))
+    if len(usable) < LEAST_PICTURES:
+        raise DataError(
+            f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
+            f"found {len(usable)} and skipped {len(skipped)}{_first(skipped)}"
+        )
+    images_NCHW = np.empty((len(usable), channels, height, width), np.uint8)
+    for row, i in enumerate(sorted(usable)):
+        images_NCHW[row] = usable.pop(i)  # all of them twice may be more than a device has
+    digest = hashlib.sha256(f"{images_NCHW.shape}\n".encode())
+    digest.update(images_NCHW.data)
+    return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest.hexdigest())
+
+
+def each_local_image(
+    source: str, *, channels: int, height: int, width: int, data_root: Path | None, limit: int | None, seed: int
+) -> Iterator[UInt8Array]:
+    """Yield what `load_local_images` returns, each picture (C, H, W) by itself, in any order: none has to stay."""
+    for _, image_CHW in _usable(source, channels, height, width, data_root, limit, seed, {}):
+        yield image_CHW
+
+
+def _usable(
+    source: str,
+    channels: int,
+    height: int,
+    width: int,
+    data_root: Path | None,
+    limit: int | None,
+    seed: int,
+    skipped: dict[int, tuple[str, str]],
+) -> Iterator[tuple[int, UInt8Array]]:
+    """Yield usable pictures with their places in the source; `skipped` is told of others: name and reason."""
     if channels not in (1, 3):
         raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
     if limit is not None and limit < LEAST_PICTURES:
@@ -74,31 +108,23 @@ def load_local_images(
         raise DataError(f"expected digits, mnist, cifar10 or a folder of pictures, got {source!r}")
 
     order = np.arange(len(pictures)) if limit is None else np.random.default_rng(seed).permutation(len(pictures))
-    usable: dict[int, UInt8Array] = {}
-    skipped: dict[int, tuple[str, str]] = {}
+    count = 0
     for i in order.tolist():
-        if len(usable) == limit:
+        if count == limit:
             break
         picture = pictures[i]
-        if isinstance(picture, Image.Image):
-            usable[i] = pixels_CHW(picture, channels, height, width)
-            continue
         try:
-            usable[i] = decode(picture, channels, height, width)
+            image_CHW = (
+                pixels_CHW(picture, channels, height, width)
+                if isinstance(picture, Image.Image)
+                else decode(picture, channels, height, width)
+            )
         except DataError as error:
             name = str(picture.relative_to(source)) if Path(source).is_dir() else str(picture)
             skipped[i] = (name, str(error))
-    if len(usable) < LEAST_PICTURES:
-        raise DataError(
-            f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
-            f"found {len(usable)} and skipped {len(skipped)}{_first(skipped)}"
-        )
-    images_NCHW = np.empty((len(usable), channels, height, width), np.uint8)
-    for row, i in enumerate(sorted(usable)):
-        images_NCHW[row] = usable.pop(i)  # all of them twice may be more than a device has
-    digest = hashlib.sha256(f"{images_NCHW.shape}\n".encode())
-    digest.update(images_NCHW.data)
-    return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest.hexdigest())
+            continue
+        count += 1
+        yield i, image_CHW
 
 
 def _digits() -> list[Image.Image]:

@@ -209,7 +209,10 @@ def load_pool(
     """
     class_count = len(description.labels)
     side = generator.side
-    images: list[Tensor] = []
+    count = 0
+    charged = journal.totals(PHASE).charged_pictures
+    # Room for all at once: pictures in a list, and then together, would be there twice.
+    images_NCHW = torch.empty((charged, description.channels, side, side), dtype=torch.uint8)
     latents: list[Tensor] = []
     answers: list[codec.Float32Array | codec.Int64Array] = []
     epsilons: list[Tensor] = []
@@ -218,7 +221,8 @@ def load_pool(
         if found is None:
             continue
         sent_NCHW, answer, decimals = found
-        images.append(resize(torch.from_numpy(sent_NCHW.copy()), side, side))
+        images_NCHW[count : count + batch.picture_count] = resize(torch.from_numpy(sent_NCHW.copy()), side, side)
+        count += batch.picture_count
         # Of mixes that were asked about before their plans were kept there is none; the answers are good without.
         columns = 0 if isinstance(generator, Mixes) and not batch.latents else generator.latent_count
         found_NL = np.frombuffer(batch.latents, dtype="<f4").reshape(batch.picture_count, columns).copy()
@@ -226,17 +230,23 @@ def load_pool(
         answers.append(answer)
         epsilon = responses.epsilon(decimals, class_count)
         epsilons.append(torch.full((batch.picture_count, 1), epsilon))
-    if not images:
-        raise BadInput("expected answers to train on, the journal has none; raise --budget")
+    images_NCHW = images_NCHW[:count]
+    if count == 0:
+        if charged == 0:
+            raise BadInput("expected answers to train on, the journal has none; raise --budget")
+        raise BadInput(
+            f"expected answers to train on: {charged} pictures were paid for, and what came back for them is no "
+            "answer of this teacher's to the very pixels that were sent, or is no longer kept; raise --budget"
+        )
     fewest = min(latents_NL.shape[1] for latents_NL in latents)
     latents = [latents_NL[:, :fewest] for latents_NL in latents]
     kinds = {answer.ndim for answer in answers}
     if kinds == {1}:
         indices_N = torch.from_numpy(np.concatenate(answers))
-        return Pool(images_NCHW=torch.cat(images), latents_NL=torch.cat(latents), class_indices_N=indices_N)
+        return Pool(images_NCHW=images_NCHW, latents_NL=torch.cat(latents), class_indices_N=indices_N)
     soft = [_as_probabilities(answer, class_count, label_smoothing) for answer in answers]
     return Pool(
-        images_NCHW=torch.cat(images),
+        images_NCHW=images_NCHW,
         latents_NL=torch.cat(latents),
         probabilities_NK=torch.cat(soft),
         epsilon_N1=torch.cat(epsilons),

@@ -1,6 +1,6 @@
 """The agent's own decisions, without a teacher: what the door knows, and what is never written down."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +350,75 @@ def test_paid_answers_to_mixes_are_no_answers_to_a_gan(tmp_path, pictures_NHW):
         folder.journal.plan("distill", Batch(slot=0, batch_id="a", picture_count=1, request=b"x", latents=b""))
         with pytest.raises(RunFolderProblem, match=r"deprivatize\.generator: it began with 'mixes', now it is 'gan'"):
             agent(folder, tmp_path, description(8, 8)).prepare()
+
+
+def test_other_weights_of_a_teacher_that_was_asked_nothing_leave_phase_1_as_it_is(tmp_path, pictures_NHW, capsys):
+    def with_model(folder: RunFolder, model_digest: str, **deprivatize: object) -> Agent:
+        made = agent(folder, tmp_path, replace(description(8, 8), model_digest=model_digest), deprivatize=deprivatize)
+        made.prepare()
+        return made
+
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_tensors("generator.pt", {"any": torch.zeros(1)})
+        folder.finish("deprivatize", with_model(folder, "m")._generators_inputs())
+        folder.journal.set_facts(first_model=None)  # as former versions left it
+        for digest in ("m2", "m3"):
+            made = with_model(folder, digest)
+            assert folder.done("deprivatize", made._generators_inputs())
+        assert "phase 1 replaces it" not in capsys.readouterr().err
+        asked = with_model(folder, "m3", im_queries=640)
+        assert not folder.done("deprivatize", asked._generators_inputs()), "this one asks about the weights of today"
+        plan_one(folder, pictures_NHW)
+        with pytest.raises(RunFolderProblem, match="paid answers for other teacher's model"):
+            with_model(folder, "m4")
+
+
+def test_what_a_teacher_will_understand_less_well_is_told_before_anything_is_trained(tmp_path, pictures_NHW, capsys):
+    settings = {"deprivatize": {"im_queries": 640}}
+    with RunFolder(tmp_path / "run") as folder:
+        agent(folder, tmp_path, description(8, 8), **settings).prepare()
+        assert "WARNING" not in capsys.readouterr().err
+    with RunFolder(tmp_path / "other") as folder:
+        agent(folder, tmp_path, replace(description(8, 12), indices_only=True), **settings).prepare()
+    said = capsys.readouterr().err
+    assert "im_queries: 640 questions will be paid for and change nothing" in said
+    assert "the teacher takes pictures of 8 x 12, and the generator makes squares" in said
+
+
+def test_files_left_out_are_listed_once_and_not_at_every_start(tmp_path, pictures_NHW):
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    with RunFolder(tmp_path / "run") as folder:
+        for _ in range(3):
+            assert len(agent(folder, tmp_path, description(8, 8))._local.skipped) == 1
+        assert (folder.path / "metrics.jsonl").read_text().count("notes.txt") == 1
+        (tmp_path / "pictures" / "more.txt").write_text("no picture")
+        assert len(agent(folder, tmp_path, description(8, 8))._local.skipped) == 2
+        assert (folder.path / "metrics.jsonl").read_text().count("notes.txt") == 2
+
+
+def test_a_summary_does_without_pictures_that_went_away_while_the_run_ended(tmp_path, pictures_NHW):
+    """The door reads them once more where another size is sent; why the run ended is worth more than their count."""
+    with RunFolder(tmp_path / "run") as folder:
+        made = agent(folder, tmp_path, description(20, 30), image_size=8)
+        made.prepare()
+        plan_one(folder, pictures_NHW)
+        (tmp_path / "pictures").rename(tmp_path / "elsewhere")
+        assert made.write_summary()["private_images_sent"] is None
+        (tmp_path / "elsewhere").rename(tmp_path / "pictures")
+        assert made.write_summary()["private_images_sent"] == 0
+
+
+def test_a_generator_that_copies_leaves_the_answers_that_are_paid_to_train_on(tmp_path, pictures_NHW, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise CopiesStopped("it has copied")
+
+    with RunFolder(tmp_path / "run") as folder:
+        made = asked(folder, tmp_path, pictures_NHW)
+        monkeypatch.setattr(Agent, "_ask", stopped)
+        with pytest.raises(
+            CopiesStopped, match=r"^it has copied; or give --budget 4 to train on the answers that are"
+        ):
+            made.ask()
 
 
 def test_more_regions_than_a_latent_has_cells_are_refused(tmp_path, pictures_NHW):

@@ -184,7 +184,15 @@ def test_setting_that_is_given_twice_otherwise_is_refused():
     assert _config(None, ("run_dir=a",), {"images": "x", "run_dir": "a"}).run_dir == "a"
     kserve = _config(None, ("teacher.output_kind=logits",), {"images": "x", "teacher": "kserve://h:1/m"})
     assert (kserve.teacher, kserve.kserve.output_kind) == ("kserve://h:1/m", "logits")
-    assert _config(None, ("data=b",), {"images": "x", "data": "of MEKD_DATA"}).data == "b"
+
+
+def test_the_environment_is_a_default_that_a_file_and_a_flag_win_over(tmp_path):
+    (tmp_path / "run.toml").write_text('images = "x"\ndata = "of the file"\n')
+    of_environment = {"data": "of MEKD_DATA"}
+    assert _config(None, (), {"images": "x"}, environment=of_environment).data == "of MEKD_DATA"
+    assert _config(tmp_path / "run.toml", (), {}, environment=of_environment).data == "of the file"
+    assert _config(tmp_path / "run.toml", (), {"data": "of a flag"}, environment=of_environment).data == "of a flag"
+    assert _config(None, ("data=set",), {"images": "x"}, environment=of_environment).data == "set"
 
 
 def test_a_mistake_is_blamed_on_the_file_where_it_is_in_the_file_alone(tmp_path, monkeypatch):

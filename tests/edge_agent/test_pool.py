@@ -509,7 +509,7 @@ def test_every_policy_of_a_run_is_kept_with_its_answers_and_told(journal, genera
 
 
 def test_empty_pool_is_refused(journal, generator):
-    with pytest.raises(BadInput, match="raise --budget"):
+    with pytest.raises(BadInput, match="the journal has none; raise --budget"):
         load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
 
 
@@ -550,7 +550,7 @@ def test_answer_that_stopped_a_run_is_never_trained_on_and_does_not_spoil_the_ot
     account.result = lambda batch: original(batch, **changes)
     with pytest.raises(BadInput):
         fill(account, journal, outbox(journal, generator, budget=48))
-    with pytest.raises(BadInput, match="raise --budget"):
+    with pytest.raises(BadInput, match=r"^expected answers to train on: \d+ pictures were paid for.*raise --budget$"):
         load_pool(journal, generator, DESCRIPTION, label_smoothing=0.1)
     account.result = original
     fill(account, journal, outbox(journal, generator, budget=48))

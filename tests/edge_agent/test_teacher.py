@@ -86,7 +86,7 @@ def server(script):
 
 @pytest.fixture
 def teacher(server):
-    opened = RemoteTeacher(server, api_key="k", wait_seconds=5, check_egress=lambda batch: None)
+    opened = RemoteTeacher(server, api_key="k", wait_seconds=30, check_egress=lambda batch: None)
     yield opened
     opened.close()
 
