@@ -24,6 +24,20 @@ from tests.conftest import in_process, teacher_admin
 
 MODEL = "array:4,1,8,8"
 START_SECONDS = 150
+# teacher-serve that takes its time once it has answered some: whoever is to kill it then may be late.
+SLOWING_SERVER = """
+import time
+from teacher_service.cli import serve
+from teacher_service.engine import ArrayEngine
+answer, asked = ArrayEngine.answer, []
+def slower(self, images):
+    asked.append(len(images))
+    time.sleep(0.3 if sum(asked) > 60 else 0.0)
+    return answer(self, images)
+
+ArrayEngine.answer = slower
+serve()
+"""
 FAST = ("--set", "deprivatize.steps=2", "--set", "distill.passes=1", "--set", "batch_pictures=16")
 
 

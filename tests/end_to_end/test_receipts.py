@@ -2,11 +2,13 @@
 
 import json
 import signal
+import sys
 import time
 from typing import Any
 
 from edge_agent import cli
 from tests.conftest import in_process, teacher_admin_ends
+from tests.end_to_end.conftest import SLOWING_SERVER
 from tests.end_to_end.test_run import SMALL_BATCHES
 
 
@@ -26,7 +28,7 @@ def verify(world) -> tuple[int, dict[str, Any]]:
 
 def test_receipts_of_a_run_through_a_killed_server_prove_the_books(world):
     world.account(1000)
-    world.start_server()
+    world.start_server(serve=(sys.executable, "-c", SLOWING_SERVER))
     process = world.start_agent(*SMALL_BATCHES, budget=300)
     world.wait_for_answers(process, 20)
     world.stop_server(signal.SIGKILL)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.end_to_end.conftest import SLOWING_SERVER
+
 # So many that a kill lands between the answers, and not behind the last.
 SMALL_BATCHES = ("--set", "batch_pictures=2")
 
@@ -116,7 +118,7 @@ def test_questions_of_the_first_phase_are_counted_and_a_kill_pays_for_none_twice
 
 def test_server_drained_under_way_loses_nothing(world):
     world.account(1000)
-    world.start_server()
+    world.start_server(serve=(sys.executable, "-c", SLOWING_SERVER))
     process = world.start_agent(*SMALL_BATCHES, budget=300)
     world.wait_for_answers(process, 20)
     world.stop_server(signal.SIGTERM)
@@ -465,6 +467,8 @@ def test_generator_that_copies_is_stopped_at_the_door(world):
     plant = """
 import sys
 import torch
+
+from tests.end_to_end.conftest import SLOWING_SERVER
 from edge_agent import sources
 from edge_agent.cli import main
 from PIL import Image
@@ -496,6 +500,8 @@ import sys
 from edge_agent import agent, egress, privacy, sources
 from edge_agent.cli import main
 import torch
+
+from tests.end_to_end.conftest import SLOWING_SERVER
 
 class Memoriser(torch.nn.Linear):
     def __init__(self, training_NCHW, arguments):

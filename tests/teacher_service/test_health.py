@@ -386,12 +386,13 @@ async def test_a_ledger_server_that_drains_is_away_for_its_teachers() -> None:
     await server.stop(0)
 
 
-# teacher-serve that waits for its ledger longer than for its last resort; both are longer than a slow machine takes.
+# teacher-serve whose last resort comes long after it has closed its ledger, and before gRPC gives the ledger up.
 PATIENT_SERVER = """
 from teacher_service import ledger_remote, server
 from teacher_service.cli import serve
-ledger_remote.CALL_SECONDS = 120.0
-server.LAST_RESORT_SECONDS = 30.0
+assert ledger_remote.CLOSE_SECONDS + 1.0 < server.LAST_RESORT_SECONDS
+ledger_remote.CLOSE_SECONDS = 0.5
+server.LAST_RESORT_SECONDS = 8.0
 serve()
 """
 
