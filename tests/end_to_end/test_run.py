@@ -467,8 +467,6 @@ def test_generator_that_copies_is_stopped_at_the_door(world):
     plant = """
 import sys
 import torch
-
-from tests.end_to_end.conftest import SLOWING_SERVER
 from edge_agent import sources
 from edge_agent.cli import main
 from PIL import Image
@@ -500,8 +498,6 @@ import sys
 from edge_agent import agent, egress, privacy, sources
 from edge_agent.cli import main
 import torch
-
-from tests.end_to_end.conftest import SLOWING_SERVER
 
 class Memoriser(torch.nn.Linear):
     def __init__(self, training_NCHW, arguments):
