@@ -141,19 +141,9 @@ class Agent:
         if idle := idle_settings(self._config):
             self._console.warn(f"settings that change nothing in this run: {', '.join(idle)}")
         settings = self._config.deprivatize
-        if self._description.indices_only and settings.im_queries > 0:
-            self._console.warn(
-                f"deprivatize.im_queries: {settings.im_queries} questions will be paid for and change nothing: this "
-                "account is sold class indices, so the teacher seems equally sure of all pictures"
-            )
-        if self._description.height != self._description.width:
-            self._console.warn(
-                f"the teacher takes pictures of {self._description.height} x {self._description.width}, and the "
-                "generator makes squares: the middle of each local picture is learnt from, and stretched when it is "
-                "sent, which the teacher may understand less well"
-            )
         if planned == 0:  # with answers, former versions took them as they are
             self._check_counts()
+            self._warn_of_little_use()
         most = latent_side(self._side)
         if settings.generator == "mixes" and settings.mix_regions > most:
             raise BadInput(
@@ -217,6 +207,21 @@ class Agent:
             raise BadInput(
                 f"batch_pictures: expected {step} (deprivatize.batch_count) or more with deprivatize.im_queries, "
                 f"whose steps ask in one batch, got {self._config.batch_pictures}"
+            )
+
+    def _warn_of_little_use(self) -> None:
+        """Says what will be paid for and teach little."""
+        described, questions = self._description, self._config.deprivatize.im_queries
+        if described.indices_only and questions > 0:
+            self._console.warn(
+                f"deprivatize.im_queries: {questions} questions will change nothing: the teacher answers by class "
+                "indices, so it seems equally sure of all pictures"
+            )
+        if described.height != described.width:
+            self._console.warn(
+                f"the teacher takes pictures of {described.height} x {described.width}, and the generator makes "
+                "squares: the middle of each local picture is learnt from, and stretched when it is sent, which the "
+                "teacher may understand less well"
             )
 
     def _check_identity(self, identity: dict[str, Any], *, planned: int, charged: int) -> None:
@@ -347,10 +352,18 @@ class Agent:
 
     def _each(self, height: int, width: int) -> Iterator[UInt8Array]:
         """The local pictures (C, H, W) at a size, one by one."""
+        count = 0
         try:
-            yield from each_local_image(**self._source(height, width))
+            for image_CHW in each_local_image(**self._source(height, width)):
+                count += 1
+                yield image_CHW
         except DataError as error:
             raise BadInput(str(error)) from None
+        if count != len(self._local.images_NCHW):  # the door would not know those that are missing
+            raise BadInput(
+                f"{self._config.images} changed during the run: it began with {len(self._local.images_NCHW)} usable "
+                f"pictures, now there are {count}; bring those back and start the same command again"
+            )
 
     def _source(self, height: int, width: int) -> dict[str, Any]:
         """Where the local pictures come from, as `data` takes it."""
@@ -673,8 +686,10 @@ class Agent:
 
     def _or_train(self) -> str:
         """What may be done with answers of a run that buys no more; empty where there are none."""
+        if self._journal.totals(outboxes.PHASE).charged_pictures == 0:
+            return ""
         paid = self._charged(self._journal.totals())
-        return f"; or give --budget {paid} to train on the answers that are paid" if paid else ""
+        return f"; or give --budget {paid} to train on the answers that are paid"
 
     def _paid_for(self) -> Teacher:
         """The teacher, once it is known who pays it: no question is asked before."""

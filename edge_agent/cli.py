@@ -347,6 +347,8 @@ def _config(
             raise ConfigError(f"--config {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: expected TOML: {error}") from None
+        if layers[0].get("data") == "":  # what a run without one wrote down: no choice
+            del layers[0]["data"]
         # The run.toml of a run folder speaks of that folder, from wherever it is read and however it was moved.
         if (path.parent / "journal.db").is_file():
             layers[0]["run_dir"] = str(path.parent)

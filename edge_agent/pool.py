@@ -209,10 +209,9 @@ def load_pool(
     """
     class_count = len(description.labels)
     side = generator.side
-    count = 0
-    charged = journal.totals(PHASE).charged_pictures
+    count, totals = 0, journal.totals(PHASE)
     # Room for all at once: pictures in a list, and then together, would be there twice.
-    images_NCHW = torch.empty((charged, description.channels, side, side), dtype=torch.uint8)
+    images_NCHW = torch.empty((totals.planned_pictures, description.channels, side, side), dtype=torch.uint8)
     latents: list[Tensor] = []
     answers: list[codec.Float32Array | codec.Int64Array] = []
     epsilons: list[Tensor] = []
@@ -232,11 +231,12 @@ def load_pool(
         epsilons.append(torch.full((batch.picture_count, 1), epsilon))
     images_NCHW = images_NCHW[:count]
     if count == 0:
-        if charged == 0:
+        if totals.charged_pictures == 0:
             raise BadInput("expected answers to train on, the journal has none; raise --budget")
         raise BadInput(
-            f"expected answers to train on: {charged} pictures were paid for, and what came back for them is no "
-            "answer of this teacher's to the very pixels that were sent, or is no longer kept; raise --budget"
+            f"expected answers to train on: {totals.charged_pictures} pictures were paid for, and what came back for "
+            "them is no answer of this teacher's to the very pixels that were sent, or is no longer kept; raise "
+            "--budget"
         )
     fewest = min(latents_NL.shape[1] for latents_NL in latents)
     latents = [latents_NL[:, :fewest] for latents_NL in latents]

@@ -308,7 +308,9 @@ class Link:
 
     def wait_out(self, error: grpc.RpcError, patience: "Patience") -> None:
         """Sleeps before the next attempt. Raises what is final as its failure, and TeacherAway."""
-        advised_seconds = _advised_wait(error)
+        refusal = _refusal(error)
+        # Where the server said so in its status: a limit that passes is no fault of the request.
+        advised_seconds = None if refusal is None else refusal.retry_seconds
         if advised_seconds is None:
             self.raise_if_final(error)
         else:
@@ -614,12 +616,6 @@ def _check_pair(cert: Path, key: Path) -> None:
         raise BadInput(
             f"--tls-cert {cert}, --tls-key {key}: expected a certificate and its key, unencrypted, got {reason}"
         ) from None
-
-
-def _advised_wait(error: grpc.RpcError) -> float | None:
-    """Seconds to wait, where the server said so in its status: a limit that passes is no fault of the request."""
-    refusal = _refusal(error)
-    return None if refusal is None else refusal.retry_seconds
 
 
 def _refusal(error: grpc.RpcError) -> Refusal | None:

@@ -1,11 +1,9 @@
 """One frozen config, built once at the entry; leaves get plain values. Every limit carries its unit in its name."""
 
 import ipaddress
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qs, unquote, urlsplit
 
 METRICS_PORT = 9464
 
@@ -67,29 +65,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def unprotected(url: str) -> str | None:
-    """What is wrong with a PostgreSQL URL that leads beyond loopback and doesn't say how that way is protected.
-
-    The driver would encrypt where the server offers to, whoever that is, and say nothing where it doesn't. None: it
-    does, or the way never leaves this machine.
-    """
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # whoever connects says what is wrong with it
-        return None
-    if not parts.scheme.startswith("postgresql"):
-        return None
-    query = parse_qs(parts.query)
-    if query.keys() & {"sslmode", "service"}:
-        return None
-    named = [parts.netloc.rpartition("@")[2], *query.get("host", [])]
-    hosts = [re.sub(r":\d*$", "", unquote(host)) for text in named for host in text.split(",") if host]
-    outside = [host for host in hosts if not host.startswith(("/", "@")) and not is_loopback(host)]
-    if not outside:
-        return None
-    return (
-        f"--ledger: {outside[0]} is not loopback: add ?sslmode=verify-full&sslrootcert=FILE to the URL, or another "
-        "sslmode (require takes any certificate, disable is for networks that nobody else is on)"
-    )

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from teacher_service import audit, ledger_files
-from teacher_service.config import unprotected
+from teacher_service.ledger_store import unprotected
 
 FOUND = 1
 BAD_INPUT = 2

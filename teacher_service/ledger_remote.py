@@ -235,7 +235,13 @@ class RemoteLedger:
 
     async def set_terms(self, name: str, said: Terms, unset: Collection[str] = ()) -> Terms:
         message = wire.SetTermsRequest(account=name, terms=terms_message(said), unset_fields=unset)
-        return terms_of((await self._change("SetTerms", message)).terms)
+        terms = terms_of((await self._change("SetTerms", message)).terms)
+        if not said.said().items() <= terms.said().items():
+            raise LedgerError(
+                f"the account {name!r} has not all of the new terms: the ledger at {self._url} knows fewer; "
+                "update it, then set them"
+            )
+        return terms
 
     async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
         rules.check_grant_id(grant_id, picture_count)

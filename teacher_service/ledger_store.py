@@ -1,6 +1,7 @@
 """Where the books in SQL lie: a URL, what connects to it, its schema, and what it says when it fails."""
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, make_url
 
-from teacher_service.config import unprotected
+from teacher_service.config import is_loopback
 from teacher_service.ledger import LedgerError, LedgerUnavailable
 
 SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
@@ -82,6 +83,31 @@ def bring_schema_up_to_date(connection: Connection, url: str) -> None:
             "use the program that made it, or a newer one"
         )
     migrations.upgrade(connection)
+
+
+def unprotected(url: str) -> str | None:
+    """What is wrong with a PostgreSQL URL that leads beyond loopback and doesn't say how that way is protected.
+
+    The driver would encrypt where the server offers to, whoever that is, and say nothing where it doesn't. None: it
+    does, or the way never leaves this machine. (With no host at all the driver's own settings say which one.)
+    """
+    try:
+        location = make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # whoever opens it says what is wrong
+        return None
+    query = {name: [value] if isinstance(value, str) else value for name, value in location.query.items()}
+    if location.get_backend_name() != "postgresql" or query.keys() & {"sslmode", "service"}:
+        return None
+    named = [location.host or "", *query.get("host", ()), *query.get("hostaddr", ())]
+    # HOST:PORT in a list; an IPv6 address has more than one colon.
+    hosts = [re.sub(r"^([^:]*):\d*$", r"\1", host) for text in named for host in text.split(",") if host]
+    outside = [host for host in hosts if not host.startswith(("/", "@")) and not is_loopback(host)]
+    if not outside:
+        return None
+    return (
+        f"--ledger: {outside[0]} is not loopback: add ?sslmode=verify-full&sslrootcert=FILE to the URL, or another "
+        "sslmode (require takes any certificate, disable is for networks that nobody else is on)"
+    )
 
 
 def _checked_url(url: str, create: bool) -> URL:

@@ -5,7 +5,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as wire
 from teacher_service.ledger import Account, Entry, EntryKind, Key, Posted, Receipt, Role
-from teacher_service.terms import Terms, TermsError
+from teacher_service.terms import FIELDS, Terms, TermsError
 
 _KINDS = {
     EntryKind.GRANT: wire.ENTRY_KIND_GRANT,
@@ -19,14 +19,7 @@ _ROLES = {Role.CUSTOMER: wire.ROLE_CUSTOMER, Role.TEACHER: wire.ROLE_TEACHER, Ro
 _ROLES_BACK = {number: role for role, number in _ROLES.items()}
 _ANSWERS = {None: wire.SOLD_ANSWERS_UNSPECIFIED, "soft": wire.SOLD_ANSWERS_SOFT, "hard": wire.SOLD_ANSWERS_HARD}
 _ANSWERS_BACK = {number: answers for answers, number in _ANSWERS.items()}
-_TERMS_VALUES = (
-    "top_k",
-    "decimals",
-    "pictures_per_second",
-    "max_streams",
-    "max_outstanding_pictures",
-    "suspended",
-)
+_TERMS_VALUES = tuple(name for name in FIELDS if name != "answers")
 
 
 def account_message(account: Account) -> wire.Account:

@@ -274,36 +274,37 @@ class QuotaServicer(QuotaLedgerServicer):
                 Reason.INVALID_REQUEST, field="key.account", expected=repr(request.account), got=repr(key.account)
             )
         terms = terms_of(request.terms)
+        _note(context, "create account", account=request.account, pictures=granted, **terms.said())
         with _outcome_unknown(request.grant_id):
             account = await self._ledger.create_account(
                 request.account, granted, key, terms, grant_id=request.grant_id
             )
-        await self._note(context, "account created", account=request.account, granted=granted)
         return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(terms))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:
         """More pictures."""
         check_account_name(request.account)
+        _note(context, "grant", account=request.account, pictures=request.picture_count)
         with _outcome_unknown(request.grant_id):
             account = await self._ledger.grant(request.account, request.picture_count, grant_id=request.grant_id)
-        await self._note(context, "granted", account=request.account, pictures=request.picture_count)
         return wire.GrantResponse(account=account_message(account))
 
     @refusals_as_status
     async def SetTerms(self, request: wire.SetTermsRequest, context: Any) -> wire.SetTermsResponse:
         """Other terms for an account."""
-        terms = await self._ledger.set_terms(request.account, terms_of(request.terms), request.unset_fields)
-        await self._note(context, "terms set", account=request.account)
+        said, unset = terms_of(request.terms), list(request.unset_fields)
+        _note(context, "set terms", account=request.account, unset=unset, **said.said())
+        terms = await self._ledger.set_terms(request.account, said, unset)
         return wire.SetTermsResponse(terms=terms_message(terms))
 
     @refusals_as_status
     async def CreateKey(self, request: wire.CreateKeyRequest, context: Any) -> wire.CreateKeyResponse:
         """One more key of an account."""
         key = _checked_key(request.key)
+        _note(context, "create key", account=key.account, role=key.role.value, key_id=key.key_id)
         with _outcome_unknown():
             await self._ledger.add_key(key)
-        await self._note(context, "key created", account=key.account, role=key.role.value, key_id=key.key_id)
         return wire.CreateKeyResponse()
 
     @refusals_as_status
@@ -317,15 +318,10 @@ class QuotaServicer(QuotaLedgerServicer):
         """The end of a key."""
         if not _KEY_ID.fullmatch(request.key_id):
             raise no_such_key(request.key_id)
+        _note(context, "revoke key", key_id=request.key_id)
         with _outcome_unknown():
             await self._ledger.revoke_key(request.key_id)
-        await self._note(context, "key revoked", key_id=request.key_id)
         return wire.RevokeKeyResponse()
-
-    async def _note(self, context: Any, what: str, **fields: object) -> None:
-        """A line in the log about what an operator changed: the books know what, and not by whose key."""
-        key = key_id_of(context.invocation_metadata())
-        log.info(what, by_account=(await self._caller(context)).account, by_key=key, **fields)
 
     async def _caller(self, context: Any) -> Caller:
         return await caller_of(self._authenticator, context)
@@ -344,6 +340,11 @@ class QuotaServicer(QuotaLedgerServicer):
         """An instance as the books know it: nobody acts for another account's teachers, or for this server."""
         check_identifier("instance_id", instance_id)
         return f"{(await self._caller(context)).account}/{instance_id}"
+
+
+def _note(context: Any, what: str, **fields: object) -> None:
+    """A line in the log about what an operator asks for, before it is done: the books do not say by whose key."""
+    log.info(what, by_key=key_id_of(context.invocation_metadata()), **fields)
 
 
 @contextlib.contextmanager

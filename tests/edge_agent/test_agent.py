@@ -381,7 +381,7 @@ def test_what_a_teacher_will_understand_less_well_is_told_before_anything_is_tra
     with RunFolder(tmp_path / "other") as folder:
         agent(folder, tmp_path, replace(description(8, 12), indices_only=True), **settings).prepare()
     said = capsys.readouterr().err
-    assert "im_queries: 640 questions will be paid for and change nothing" in said
+    assert "im_queries: 640 questions will change nothing" in said
     assert "the teacher takes pictures of 8 x 12, and the generator makes squares" in said
 
 
@@ -404,6 +404,13 @@ def test_a_summary_does_without_pictures_that_went_away_while_the_run_ended(tmp_
         plan_one(folder, pictures_NHW)
         (tmp_path / "pictures").rename(tmp_path / "elsewhere")
         assert made.write_summary()["private_images_sent"] is None
+        (tmp_path / "pictures").mkdir()  # where a card was mounted
+        assert made.write_summary()["private_images_sent"] is None
+        with pytest.raises(
+            BadInput, match="changed during the run: it began with 64 usable pictures, now there are 0"
+        ):
+            made._door.matches(wire.Batch())
+        (tmp_path / "pictures").rmdir()
         (tmp_path / "elsewhere").rename(tmp_path / "pictures")
         assert made.write_summary()["private_images_sent"] == 0
 
@@ -419,6 +426,12 @@ def test_a_generator_that_copies_leaves_the_answers_that_are_paid_to_train_on(tm
             CopiesStopped, match=r"^it has copied; or give --budget 4 to train on the answers that are"
         ):
             made.ask()
+    with RunFolder(tmp_path / "empty") as folder:
+        none = agent(folder, tmp_path, description(8, 8))
+        folder.write_tensors("generator.pt", to_content(made._generator()))
+        folder.finish("deprivatize", none._generators_inputs())
+        with pytest.raises(CopiesStopped, match=r"^it has copied$"):
+            none.ask()
 
 
 def test_more_regions_than_a_latent_has_cells_are_refused(tmp_path, pictures_NHW):

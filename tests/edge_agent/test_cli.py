@@ -14,6 +14,7 @@ from edge_agent.config import ConfigError
 from edge_agent.journal import Batch, Journal
 from teacher_service import policy
 from teacher_service.terms import Terms
+from tests.conftest import in_process
 
 
 @pytest.fixture
@@ -193,6 +194,20 @@ def test_the_environment_is_a_default_that_a_file_and_a_flag_win_over(tmp_path):
     assert _config(tmp_path / "run.toml", (), {}, environment=of_environment).data == "of the file"
     assert _config(tmp_path / "run.toml", (), {"data": "of a flag"}, environment=of_environment).data == "of a flag"
     assert _config(None, ("data=set",), {"images": "x"}, environment=of_environment).data == "set"
+    (tmp_path / "run.toml").write_text('images = "x"\ndata = ""\n')  # as a run without one writes it down
+    assert _config(tmp_path / "run.toml", (), {}, environment=of_environment).data == "of MEKD_DATA"
+
+
+@pytest.mark.parametrize(("flag", "expected"), [((), "of the file"), (("--data", "of a flag"), "of a flag")])
+def test_what_stands_in_the_environment_is_told_from_a_flag(tmp_path, monkeypatch, flag, expected):
+    (tmp_path / "run.toml").write_text(f'images = "x"\ndata = "of the file"\nrun_dir = "{tmp_path}/run"\n')
+    monkeypatch.setenv("MEKD_DATA", "of MEKD_DATA")
+    found = []
+    monkeypatch.setattr("edge_agent.agent.run", lambda config, *_, **__: found.append(config) or {})
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or it would look for the best number, in this process
+    monkeypatch.setattr("edge_agent.cli._raise_on_sigterm", lambda: None)
+    done = in_process(main, "run", "--phase", "all", "--config", str(tmp_path / "run.toml"), *flag)
+    assert done.returncode == 0 and found[0].data == expected
 
 
 def test_a_mistake_is_blamed_on_the_file_where_it_is_in_the_file_alone(tmp_path, monkeypatch):

@@ -542,7 +542,9 @@ def test_resize_leaves_a_fitting_picture_alone():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model_digest": "other"}, {"pixel_digest": b"x" * 32}, {"charged_count": 99}], ids="".join
+    "changes",
+    [{"model_digest": "other"}, {"pixel_digest": b"x" * 32}, {"charged_count": 99}, {"charged_count": 2**40}],
+    ids=str,
 )
 def test_answer_that_stopped_a_run_is_never_trained_on_and_does_not_spoil_the_others(journal, generator, changes):
     account = Account(1000)

@@ -733,12 +733,21 @@ async def test_terms_that_an_older_ledger_drops_are_not_taken_for_kept() -> None
         ) -> wire.CreateAccountResponse:
             return wire.CreateAccountResponse(account=wire.Account(name=request.account))
 
+        async def SetTerms(self, request: wire.SetTermsRequest, _context: Any) -> wire.SetTermsResponse:
+            request.terms.ClearField("suspended")
+            return wire.SetTermsResponse(terms=request.terms)
+
     server = grpc.aio.server()
     add_QuotaLedgerServicer_to_server(Older(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     remote = RemoteLedger(f"grpc://127.0.0.1:{port}", key="mekd_x")
     assert (await remote.create_account("a", 5)).name == "a"
+    assert await remote.set_terms("a", Terms(top_k=3)) == Terms(top_k=3)
+    with pytest.raises(
+        LedgerError, match=r"'a' has not all of the new terms: the ledger at .* knows fewer; update it"
+    ):
+        await remote.set_terms("a", Terms(top_k=3, suspended=True))
     with pytest.raises(LedgerError, match=r"'a' was made without its terms: the ledger at .* knows none; update it"):
         await remote.create_account("a", 5, None, Terms(top_k=3))
     await remote.close()

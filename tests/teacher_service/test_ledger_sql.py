@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import sqlite3
 import stat
@@ -23,9 +24,9 @@ from protos.errors import Reason, Refusal
 from teacher_service import audit, ledger_sql, ledger_store, ledger_tables
 from teacher_service import ledger as rules
 from teacher_service.auth import new_key
-from teacher_service.config import unprotected
 from teacher_service.ledger import Held, HoldRequest, LedgerError, LedgerUnavailable, Posted
 from teacher_service.ledger_sql import SqlLedger
+from teacher_service.ledger_store import unprotected
 from tests.postgres import Postgres
 from tests.teacher_service.parts import until, write_locked
 
@@ -766,26 +767,42 @@ def test_another_kind_of_url_is_refused_with_the_form_that_is_expected(url: str)
 
 
 @pytest.mark.parametrize(
-    "where",
+    ("where", "host"),
     [
-        "u:secret@db.example/books",
-        "u@127.0.0.1,db.example:5433/books",
-        "/books?host=db.example",
-        "u@[2001:db8::1]:5432/b",
+        ("u:secret@db.example/books", "db.example"),
+        ("u:secret[@db.example/books", "db.example"),
+        ("u:se%2Fcret%23@db.example:5433/books", "db.example"),
+        ("/books?host=db.example", "db.example"),
+        ("/books?host=127.0.0.1:5432&host=db.example:5433", "db.example"),
+        ("u@localhost/books?hostaddr=203.0.113.5", "203.0.113.5"),
+        ("u@[2001:db8::1]:5432/books", "2001:db8::1"),
     ],
 )
-def test_a_postgresql_beyond_loopback_is_refused_until_somebody_says_how_the_way_is_protected(where: str) -> None:
+def test_a_postgresql_beyond_loopback_is_refused_until_somebody_says_how_the_way_is_protected(
+    where: str, host: str
+) -> None:
     url = f"postgresql://{where}"
-    with pytest.raises(LedgerError, match=r"is not loopback: add \?sslmode=verify-full") as raised:
+    with pytest.raises(LedgerError, match=rf"{re.escape(host)} is not loopback: add \?sslmode=verify-full") as raised:
         SqlLedger.open(url)
     assert "secret" not in str(raised.value)
     assert unprotected(f"{url}{'&' if '?' in url else '?'}sslmode=require") is None
 
 
-def test_a_postgresql_of_this_machine_needs_no_such_word() -> None:
-    for url in ("@127.0.0.1:5432/b", "@localhost/b", "/b", "/b?host=/run/postgresql", "@[::1]/b", "@%2Frun%2Fpg/b"):
-        assert unprotected(f"postgresql://u{url}" if url[0] == "@" else f"postgresql://{url}") is None
-    assert unprotected("sqlite:///books.db") is None
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u@127.0.0.1:5432/b",
+        "postgresql://u:p%23w%2F@localhost/b",
+        "postgresql:///b",
+        "postgresql:///b?host=/run/postgresql",
+        "postgresql:///b?host=::1",
+        "postgresql://u@[::1]/b",
+        "postgresql+psycopg://u@127.0.0.1/b",
+        "sqlite:///books.db",
+    ],
+)
+def test_books_on_this_machine_need_no_such_word(url: str) -> None:
+    assert unprotected(url) is None
 
 
 def test_a_missing_folder_or_file_is_named_and_not_made(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def test_alerts_on_metrics_that_others_have_too_are_of_ours_alone() -> None:
 
 
 def test_a_server_that_vanished_from_the_targets_has_an_alert() -> None:
-    assert "expr: absent(mekd_build_info)" in alert_rules()["TeacherAbsent"]
+    assert 'expr: absent(mekd_build_info{model_digest!=""})' in alert_rules()["TeacherAbsent"]
 
 
 def test_one_refusal_for_the_ledger_pages_nobody() -> None:

@@ -301,7 +301,7 @@ async def test_what_an_operator_changes_is_a_line_in_the_log_with_its_key_and_no
             ("SetTerms", {"account": "new", "terms": wire.Terms(top_k=3)}),
             ("CreateKey", {"key": STORED}),
             ("RevokeKey", {"key_id": STORED["key_id"]}),
-            ("RevokeKey", {"key_id": "f" * 16}),  # refused: nothing was changed
+            ("RevokeKey", {"key_id": "f" * 16}),  # refused, and yet asked for
             ("GetAccount", {"account": "new"}),
         ]
         with structlog.testing.capture_logs() as told:
@@ -309,14 +309,16 @@ async def test_what_an_operator_changes_is_a_line_in_the_log_with_its_key_and_no
                 await outcome(server, method, admin, **fields)
         lines = [line for line in told if "by_key" in line]
         assert [line["event"] for line in lines] == [
-            "account created",
-            "granted",
-            "terms set",
-            "key created",
-            "key revoked",
+            "create account",
+            "grant",
+            "set terms",
+            "create key",
+            "revoke key",
+            "revoke key",
         ]
         assert {line["by_key"] for line in lines} == {admin.split("_")[1]}
         assert lines[1]["account"] == "new" and lines[1]["pictures"] == 5
+        assert lines[2]["top_k"] == 3 and lines[2]["unset"] == []
         assert admin.split("_")[2] not in str(told)
 
 
