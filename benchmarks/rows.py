@@ -62,6 +62,7 @@ ORDER = (
     "cifar10-mobilenet-10k",
     "cifar10-mobilenet-assistant",
     "cifar10-mobilenet-hard-assistant",
+    "cifar10-mobilenet-10k-assistant",
     "mnist-20k",
     "mnist-30k",
     "mnist-40k",
