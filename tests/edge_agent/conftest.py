@@ -1,7 +1,12 @@
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from tests.edge_agent.agent_parts import COUNT
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +16,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pictures_NHW(tmp_path: Path) -> np.ndarray:
+    """COUNT grey pictures of 8 x 8 in the folder ``pictures``."""
+    made = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(made):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i:02}.png")
+    return made

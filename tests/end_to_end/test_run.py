@@ -515,7 +515,7 @@ class Memoriser(torch.nn.Linear):
         return self.training_NCHW[chosen_N].float() / 127.5 - 1 + 0.03 * noise_NCHW
 
 original = agent.Agent._generator
-agent.Agent._generator = lambda self: Memoriser(self._split[0], original(self).arguments)
+agent.Agent._generator = lambda self: Memoriser(self._local.split[0], original(self).arguments)
 {more}
 main()
 """
