@@ -6,15 +6,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from teacher_service import audit, ledger_files
+from teacher_service.cli_parts import fail
 from teacher_service.ledger_store import unprotected
 
 FOUND = 1
-BAD_INPUT = 2
 COLUMNS = (
     "account",
     "sequence",
@@ -35,7 +35,7 @@ COLUMNS = (
 def ledger(url: str) -> None:
     """Verify, export, back up and restore the books, on the store itself."""
     if (problem := unprotected(url)) is not None:
-        _fail(problem)
+        fail(problem)
 
 
 @ledger.command()
@@ -59,7 +59,7 @@ def verify(url: str, receipt_files: tuple[Path, ...], form: str) -> None:
         receipts = [receipt for file in receipt_files for receipt in audit.read_receipts(file)]
         report = audit.verify(url, receipts, progress=_progress)
     except audit.AuditError as error:
-        _fail(str(error))
+        fail(str(error))
     if form == "json":
         click.echo(json.dumps({"agrees": report.agrees} | dataclasses.asdict(report)))
     else:
@@ -88,7 +88,7 @@ def export(url: str, name: str | None, form: str) -> None:
                 else:
                     click.echo(json.dumps(dict(zip(COLUMNS, row, strict=True))))
     except audit.AuditError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @ledger.command()
@@ -104,7 +104,7 @@ def backup(url: str, file: Path, force: bool) -> None:
     try:
         report = ledger_files.backup(ledger_files.sqlite_path(url), file, force=force)
     except (ledger_files.FilesError, audit.AuditError) as error:
-        _fail(str(error))
+        fail(str(error))
     click.echo(f"wrote {file}: {report.accounts} accounts, {report.entries} entries, verified", err=True)
 
 
@@ -128,7 +128,7 @@ def restore(url: str, file: Path, force: bool) -> None:
     try:
         report, undone, kept = ledger_files.restore(file, ledger_files.sqlite_path(url), force=force)
     except (ledger_files.FilesError, audit.AuditError) as error:
-        _fail(str(error))
+        fail(str(error))
     click.echo(f"restored {report.accounts} accounts and {report.entries} entries", err=True)
     for line in undone.lines:
         click.echo(f"undone: {line}", err=True)
@@ -166,8 +166,3 @@ def _sentences(report: audit.Report) -> Iterator[str]:
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty() and done % 1_000_000 == 0:
         click.echo(f"{done:,} of {total:,} entries", err=True)
-
-
-def _fail(line: str) -> NoReturn:
-    click.echo(f"error: {line}", err=True)
-    sys.exit(BAD_INPUT)

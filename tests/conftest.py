@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, settings
 
-from teacher_service.cli import admin
+from teacher_service.admin_cli import admin
 from teacher_service.ledger_sql import SqlLedger
 from tests.postgres import Postgres, running
 

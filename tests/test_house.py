@@ -67,7 +67,7 @@ DOORS = {
     ("protos", "torch"): set(),
     ("protos", "PIL"): {"protos.mosaic"},
 }
-ENVIRONMENT_READERS = {"teacher_service.cli", "edge_agent.cli"}
+ENVIRONMENT_READERS = {"teacher_service.cli", "teacher_service.cli_parts", "edge_agent.cli"}
 GENERATED = ("_pb2", "_pb2_grpc")
 
 
@@ -220,6 +220,7 @@ def test_nothing_of_ours_imports_the_tests() -> None:
         "teacher_service.kserve",
         "teacher_service.server",
         "teacher_service.cli",
+        "teacher_service.admin_cli",
     ],
 )
 def test_money_and_wire_do_not_load_torch_even_through_others(module: str) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from teacher_service.cli import admin, serve
+from teacher_service.admin_cli import admin
+from teacher_service.cli import serve
 from teacher_service.ledger_sql import SqlLedger
 from tests.conftest import program, teacher_admin
 

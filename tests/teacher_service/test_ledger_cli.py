@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from teacher_service import ledger_files
+from teacher_service.admin_cli import admin
 from teacher_service.audit import Store, verify
 from teacher_service.auth import new_key
-from teacher_service.cli import admin
 from teacher_service.ledger import HoldRequest, now_ms
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import Terms

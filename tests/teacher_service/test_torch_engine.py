@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from networks.modelfile import LoadedModel, load_model
 from networks.registry import CLASSIFIERS, build
-from teacher_service import cli, torch_engine
+from teacher_service import admin_cli, cli, torch_engine
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine, EngineError
 from teacher_service.torch_engine import (
@@ -369,7 +369,7 @@ def test_what_a_file_does_not_say_of_itself_is_said_by_flags_or_once_beside_it(
     asked_for = f"error: {bare}: missing height, width, mean, std; add with: teacher-admin model describe {bare} "
     assert refused.exit_code == 2 and refused.output.count("\n") == 1 and refused.output.startswith(asked_for)
     by_flags = served(*facts, "--engine-threads", "2")
-    described = CliRunner().invoke(cli.admin, ["model", "describe", str(bare), *facts])
+    described = CliRunner().invoke(admin_cli.admin, ["model", "describe", str(bare), *facts])
     assert (described.exit_code, described.output) == (0, f"wrote {bare}.toml\n")
     beside, other, lower = served(), served("--mean", "0.25"), served("--precision", "bf16")
     for engine in (by_flags, beside, other, lower):
