@@ -7,10 +7,11 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from socketserver import ThreadingMixIn
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, make_wsgi_app
@@ -81,6 +82,14 @@ class Metrics:
             buckets=_SECONDS_BUCKETS,
             registry=self.registry,
         )
+        self._ledger_seconds = Histogram(
+            "mekd_ledger_seconds",
+            "One call of the books, by what it does: hold or post.",
+            ["operation"],
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self._ledger_timers = {name: self._ledger_seconds.labels(name) for name in ("hold", "post")}
         self._balance = Gauge(
             "mekd_account_balance_pictures",
             "Pictures an account may still hold, as of its last batch here.",
@@ -139,6 +148,10 @@ class Metrics:
         self._engine_seconds.observe(seconds)
         for waited in waited_seconds:
             self._queue_wait.observe(waited)
+
+    def ledger(self, operation: Literal["hold", "post"]) -> AbstractContextManager[object]:
+        """Times what is inside, however it ends."""
+        return self._ledger_timers[operation].time()
 
     def balance(self, account: str, pictures: int) -> None:
         """An account's balance; "other" has none."""

@@ -177,7 +177,8 @@ class MoneyPath:
         parts.input = time.perf_counter() - started
         if gone():  # before the books have lines of it
             raise self._departed()
-        held = await self._ledger.hold(request)
+        with self._metrics.ledger("hold"):
+            held = await self._ledger.hold(request)
         if isinstance(held, Posted):
             return _replayed(batch.batch_id, held)
         try:
@@ -200,9 +201,10 @@ class MoneyPath:
         answer.charged_count = len(images_NCHW)
         answer.pixel_digest = pixel_digest
         try:
-            posted = await self._ledger.post(
-                caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
-            )
+            with self._metrics.ledger("post"):
+                posted = await self._ledger.post(
+                    caller.account, batch.batch_id, answer.SerializeToString(deterministic=True)
+                )
         except LedgerError:
             # Posted or not, we cannot know; the answer is thrown away. A repeat finds out: replay or a new hold.
             await self._release(caller.account, batch.batch_id)

@@ -24,6 +24,7 @@ from teacher_service import metrics as metrics_module
 from teacher_service.metrics import Metrics, RpcCounters
 from teacher_service.tls import Certificates
 from tests.teacher_service.certificates import Authority
+from tests.teacher_service.lanes import lane
 from tests.teacher_service.parts import Service, pictures, serving, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,7 @@ def test_names_and_labels_are_those_of_the_contract() -> None:
         "mekd_engine_batch_pictures": set(),
         "mekd_engine_seconds": set(),
         "mekd_queue_wait_seconds": set(),
+        "mekd_ledger_seconds": {"operation"},
         "mekd_queue_pictures": set(),
         "mekd_ready": set(),
         "mekd_account_balance_pictures": {"account"},
@@ -99,6 +101,27 @@ def test_what_happened_is_counted_once() -> None:
     assert (found["mekd_queue_wait_seconds_sum"], found["mekd_queue_wait_seconds_count"]) == ({(): 1.5}, {(): 2.0})
     assert found["mekd_queue_pictures"] == {(): 7.0}
     assert found["mekd_account_balance_pictures"] == {("account=a",): 91.0}
+
+
+def test_a_call_of_the_books_is_timed_however_it_ends() -> None:
+    metrics = Metrics(max_accounts=1, queue_pictures=lambda: 0, is_ready=lambda: True)
+    with metrics.ledger("hold"):
+        pass
+    with pytest.raises(TimeoutError), metrics.ledger("hold"):
+        time.sleep(0.02)
+        raise TimeoutError
+    found = texts(metrics)
+    assert found["mekd_ledger_seconds_count"] == {("operation=hold",): 2.0, ("operation=post",): 0.0}
+    assert found["mekd_ledger_seconds_sum"]["operation=hold",] >= 0.02
+
+
+async def test_a_batch_is_held_and_posted_and_its_replay_is_found_by_the_hold() -> None:
+    async with serving() as service:
+        asking = await lane("mekd", service)
+        for _ in range(2):
+            await asking.ask("b", pictures(5))
+        found = texts(service.metrics)["mekd_ledger_seconds_count"]
+    assert found == {("operation=hold",): 2.0, ("operation=post",): 1.0}
 
 
 def test_only_answers_have_a_duration() -> None:
