@@ -23,14 +23,9 @@ from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.binding import Binding
 from edge_agent.checks import check_budget, check_networks, check_settings
-from edge_agent.config import (
-    PHASES,
-    RunConfig,
-    as_layers,
-    in_use,
-)
+from edge_agent.config import PHASES, RunConfig, as_layers, in_use
 from edge_agent.console import Console
-from edge_agent.dealings import SUMMARY_SECONDS, Dealings
+from edge_agent.dealings import SHORT_WAIT_SECONDS, Dealings
 from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool
@@ -126,7 +121,7 @@ class Agent:
             return
         if self.dealings.may_connect:
             try:
-                self.dealings.check_account(within_seconds=SUMMARY_SECONDS)
+                self.dealings.check_account(within_seconds=SHORT_WAIT_SECONDS)
             except TeacherAway:
                 # As if it had not been looked for: where nothing is asked, there is nothing to compare.
                 self.dealings.close()
@@ -428,7 +423,7 @@ class Agent:
                     for phase, totals in by_phase.items()
                 },
             },
-            "private_images_sent": self._local.sent(),
+            "private_images_sent": self._local.count_sent(),
             "privacy": self._privacy.figures(),
             "run_id": self._journal.run_id,
             "seed": self._config.seed,

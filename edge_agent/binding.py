@@ -1,7 +1,8 @@
-"""What the answers in a run folder bind it to: its pictures, its generator's settings, its teacher, who counts.
+"""What a run folder is bound to from its first question on: pictures, generator's settings, teacher, who counts.
 
 Answers that are paid for are worth nothing for another generator's pictures, so a folder that has some is refused to
-any other run. Before the first question all of it may change; what was trained on other inputs is trained again.
+any other run. Before the first question all of it may change; what was trained on other inputs is trained again. How
+a KServe server is read may be corrected until the first answer.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ _CORRECTABLE = ("teacher's model", "[teacher]")  # of a KServe server's identity
 
 
 class Binding:
-    """Owns the facts `identity`, `first_model` and `metered_by` of a run folder's journal."""
+    """The only writer of the facts `identity`, `first_model` and `metered_by` of a run folder's journal."""
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, console: Console, *, dealings: Dealings, local: LocalPictures
@@ -30,7 +31,7 @@ class Binding:
         self._local = local
 
     def check(self) -> dict[str, Any]:
-        """Returns this run's identity. Raises RunFolderProblem where the folder is bound to another."""
+        """Returns this run's identity, and notes who counts. Raises RunFolderProblem: the folder is another's."""
         described = self._dealings.description
         identity = {
             "pictures": self._local.found.digest,
@@ -59,13 +60,14 @@ class Binding:
         self._journal.set_facts(identity=identity)
 
     def generators_inputs(self) -> str:
-        """A digest of what ``generator.pt`` depends on."""
+        """A digest of what ``generator.pt`` depends on, of the identity that was kept (`keep`)."""
         identity = self._journal.fact("identity")
         if self._dealings.counts_sent:
             # How its tensors are read may still be corrected, and is no matter for the generator.
             identity = {name: value for name, value in identity.items() if name not in _CORRECTABLE}
         elif self._config.deprivatize.im_queries == 0 and (first := self._journal.fact("first_model")) is not None:
-            identity |= {"teacher's model": first}  # nor are weights of a teacher that was not asked
+            # Weights of a teacher that was not asked are no matter either.
+            identity |= {"teacher's model": first}
         return digest_of({"identity": identity, "classes": len(self._dealings.description.labels)})
 
     def _check_meter(self, planned: int) -> None:

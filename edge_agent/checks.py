@@ -1,4 +1,7 @@
-"""Settings that a run refuses, or warns of, before it trains or asks anything: each against its teacher."""
+"""What a run refuses, or warns of, before it trains or asks anything.
+
+Networks that do not exist, settings that this teacher rules out, a budget below what is spent.
+"""
 
 from pathlib import Path
 
@@ -31,8 +34,8 @@ def check_settings(
         config: the run's settings.
         described: the teacher.
         side: of the generator's pictures.
-        anything_asked: whether something was sent, or is about to be: of settings that such a run began with under
-            a former version only those are refused that could not have been.
+        anything_asked: whether the journal has plans. Such a run may have begun under a former version, which took
+            some of these settings as they are.
         console: where warnings go.
 
     Raises BadInput.
@@ -65,22 +68,22 @@ def check_settings(
         )
 
 
-def check_budget(config: RunConfig, totals: Totals, folder: Path, *, counts_sent: bool) -> None:
+def check_budget(config: RunConfig, totals: Totals, run_dir: Path, *, counts_sent: bool) -> None:
     """Refuses a budget below what is spent, or may be. `counts_sent`: `Dealings.counts_sent`. Raises BadInput."""
     budget, planned, charged = config.budget, totals.planned_pictures, totals.charged_pictures
     if counts_sent and budget < totals.sent_pictures:
         raise BadInput(
-            f"--budget: expected at least the {totals.sent_pictures} pictures that {folder} has sent already, "
+            f"--budget: expected at least the {totals.sent_pictures} pictures that {run_dir} has sent already, "
             f"got {budget}"
         )
     if budget < charged:
         raise BadInput(
-            f"--budget: expected at least the {charged} pictures that {folder} was charged already, got {budget}"
+            f"--budget: expected at least the {charged} pictures that {run_dir} was charged already, got {budget}"
         )
     # What is planned may have been sent, and so be paid for: it is asked about again, or nothing is.
     if charged < budget < planned and not counts_sent:
         raise BadInput(
-            f"--budget: {folder} has asked about {planned} pictures and was answered {charged}; "
+            f"--budget: {run_dir} has asked about {planned} pictures and was answered {charged}; "
             f"expected at least {planned}, or {charged} to train on those alone, got {budget}"
         )
 

@@ -16,8 +16,8 @@ from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
-SUMMARY_SECONDS = 2.0
-"""How long a balance is waited for where the run can do without: it may be ending on SIGTERM."""
+SHORT_WAIT_SECONDS = 2.0
+"""How long the books are waited for where the run can do without: it may be ending on SIGTERM."""
 
 
 class Dealings:
@@ -75,7 +75,10 @@ class Dealings:
 
     @cached_property
     def description(self) -> Description:
-        """What the teacher is; with answers in the journal, the one that they are by."""
+        """What the teacher is: asked once, or as the journal has it where the run is bound to it or has no key.
+
+        Keeps the fact `teacher`. Raises Failure.
+        """
         known = self._journal.fact("teacher")
         totals = self._journal.totals()
         # With answers in the journal the run is bound to its first teacher; asking checks that it is still there.
@@ -148,7 +151,7 @@ class Dealings:
         books = self._books()
         if books is not None and self._journal.totals().charged_pictures == 0:
             with suppress(Failure):
-                account = books.balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
+                account = books.balance(self._journal.run_id, within_seconds=SHORT_WAIT_SECONDS)
                 if account.run_posted == account.held == 0:
                     self._journal.set_facts(account=None)
 
@@ -159,7 +162,7 @@ class Dealings:
             with suppress(Exception):  # a summary is written even where the teacher is away
                 books = self._books()
                 assert books is not None
-                return books.balance(self._journal.run_id, within_seconds=SUMMARY_SECONDS)
+                return books.balance(self._journal.run_id, within_seconds=SHORT_WAIT_SECONDS)
         return None
 
     def reconcile(self) -> None:

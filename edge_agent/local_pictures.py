@@ -1,6 +1,6 @@
-"""The device's own pictures, as one run knows them: read once, split once, and behind one door.
+"""The device's own pictures, as one run knows them: at the generator's size, split once, and behind one door.
 
-They are read at the size that the generator makes, which the teacher's description and the journal decide.
+The teacher's description and the journal decide that size; where another is sent, the door reads them once more.
 """
 
 import hashlib
@@ -68,17 +68,18 @@ class LocalPictures:
 
     @property
     def images_NCHW(self) -> Tensor:
-        """All of them (N, C, H, W), uint8."""
+        """All of them (N, C, H, W), uint8: the memory of `found.images_NCHW` as a tensor."""
         return torch.from_numpy(self.found.images_NCHW)
 
     @cached_property
     def split(self) -> tuple[Tensor, Tensor]:
         """Those that train the generator, and the reference that it never sees; uint8. Raises BadInput."""
+        images_NCHW = self.images_NCHW
         try:
-            training_N, reference_N = privacy.split(self.images_NCHW, seed=self._config.seed)
+            training_N, reference_N = privacy.split(images_NCHW, seed=self._config.seed)
         except ValueError as error:
             raise BadInput(f"{error}; give more pictures") from None
-        return self.images_NCHW[training_N], self.images_NCHW[reference_N]
+        return images_NCHW[training_N], images_NCHW[reference_N]
 
     @property
     def reference(self) -> str:
@@ -99,7 +100,7 @@ class LocalPictures:
         )
         return EgressDoor(itertools.chain(self._each(height, width), resized))
 
-    def sent(self) -> int | None:
+    def count_sent(self) -> int | None:
         """How many are among all that was ever planned to be sent; None where no local picture is known."""
         if self._journal.totals().planned_pictures == 0:
             return 0

@@ -1,4 +1,4 @@
-"""What the service's command lines share: flags, how they are read, the environment, and how they refuse."""
+"""What the service's command lines share: flags, the key of the books, and how they refuse."""
 
 import os
 import sys
@@ -10,8 +10,8 @@ import click
 
 T = TypeVar("T")
 
-BAD_INPUT = 2
-DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
+_BAD_INPUT = 2
+_DEFAULT_LEDGER = "sqlite:///mekd-ledger.db"
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "auto_envvar_prefix": None}
 
 
@@ -52,7 +52,7 @@ def ledger_options(command: Callable[..., T]) -> Callable[..., T]:
         (
             click.option(
                 "--ledger",
-                default=DEFAULT_LEDGER,
+                default=_DEFAULT_LEDGER,
                 show_default=True,
                 envvar="MEKD_LEDGER",
                 show_envvar=True,
@@ -103,9 +103,9 @@ def ledger_key() -> str:
 
 
 def fail(line: str) -> NoReturn:
-    """Ends the program with one line and BAD_INPUT."""
+    """Ends the program with one line on standard error and exit status 2."""
     click.echo(f"error: {line}", err=True)
-    sys.exit(BAD_INPUT)
+    sys.exit(_BAD_INPUT)
 
 
 def _numbers(_context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:

@@ -17,8 +17,6 @@ from networks.mixes import Mixes
 from protos import codec
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 
-COUNT = 64
-
 
 def description(height: int, width: int) -> Description:
     return Description(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.edge_agent.agent_parts import COUNT
+COUNT = 64
 
 
 @pytest.fixture(autouse=True)

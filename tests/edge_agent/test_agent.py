@@ -9,6 +9,7 @@ import torch
 from edge_agent import agent as agents
 from edge_agent import training
 from edge_agent.agent import Agent
+from edge_agent.dealings import Dealings
 from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped
 from edge_agent.failures import BadInput
@@ -19,7 +20,8 @@ from edge_agent.teacher import Description
 from networks.gan import Generator
 from networks.mixes import Mixes
 from protos.mekd.v1 import teacher_inference_pb2 as wire
-from tests.edge_agent.agent_parts import COUNT, agent, asked, description, mixes, plan_one
+from tests.edge_agent.agent_parts import agent, asked, description, mixes, plan_one
+from tests.edge_agent.conftest import COUNT
 
 
 def test_student_whose_training_ran_away_is_not_written(tmp_path, pictures_NHW, monkeypatch):
@@ -227,7 +229,7 @@ def test_copies_of_an_autoencoder_are_stopped_before_the_teacher_is_asked(tmp_pa
         made = agent(folder, tmp_path, description(8, 8), deprivatize=mixing, distill={"image_weight": 0})
         made.prepare()
         made.deprivatize()
-        monkeypatch.setattr(agents.Dealings, "teacher", lambda dealings: pytest.fail("the teacher was asked"))
+        monkeypatch.setattr(Dealings, "teacher", lambda dealings: pytest.fail("the teacher was asked"))
         with pytest.raises(CopiesStopped, match=r"^2000 of 2000 synthetic pictures"):
             made.distill()
         assert folder.journal.totals().planned_pictures == 0

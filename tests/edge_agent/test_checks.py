@@ -1,10 +1,14 @@
 """Settings that are refused, or warned of, before anything is trained or asked."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from edge_agent.checks import check_budget, check_networks
+from edge_agent.config import build_config
 from edge_agent.failures import BadInput
+from edge_agent.journal import Totals
 from edge_agent.runs import RunFolder
 from tests.edge_agent.agent_parts import agent, description, plan_one
 
@@ -71,3 +75,38 @@ def test_more_regions_than_a_latent_has_cells_are_refused(tmp_path, pictures_NHW
         mixes = {"deprivatize": {"generator": "mixes", "mix_regions": 3}, "distill": {"image_weight": 0}}
         with pytest.raises(BadInput, match=r"mix_regions: expected at most 2 for pictures of side 8, got 3"):
             agent(folder, tmp_path, description(8, 8), **mixes).prepare()
+
+
+@pytest.mark.parametrize(
+    ("budget", "counts_sent", "said"),
+    [
+        (99, True, "expected at least the 100 pictures that run has sent already, got 99"),
+        (59, False, "expected at least the 60 pictures that run was charged already, got 59"),
+        (61, False, r"asked about 80 pictures and was answered 60; expected at least 80, or 60 .*, got 61"),
+        (79, False, r"asked about 80 pictures and was answered 60; expected at least 80, or 60 .*, got 79"),
+        (60, False, None),
+        (80, False, None),
+        (100, True, None),
+    ],
+)
+def test_a_budget_below_what_is_spent_or_may_be_is_refused(budget: int, counts_sent: bool, said: str | None) -> None:
+    totals = Totals(
+        planned_pictures=80,
+        refused_pictures=0,
+        sent_pictures=100,
+        charged_pictures=60,
+        dropped_pictures=0,
+        sent_bytes=0,
+        received_bytes=0,
+    )
+    config = build_config({"images": "digits", "budget": budget})
+    if said is None:
+        check_budget(config, totals, Path("run"), counts_sent=counts_sent)
+    else:
+        with pytest.raises(BadInput, match=said):
+            check_budget(config, totals, Path("run"), counts_sent=counts_sent)
+
+
+def test_a_student_of_no_known_architecture_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"--student: expected one of .*resnet8.*; got 'resnet9'"):
+        check_networks(build_config({"images": "digits", "student": "resnet9"}))
