@@ -39,7 +39,12 @@ AIMS = (
         0.91,
         ("cifar10-hard", "cifar10-hard-assistant", "cifar10-hard-generations", "cifar10-hard-patient"),
     ),
-    ("the same, 10,000 queries", "kept", 0.897, ("cifar10-10k", "cifar10-10k-generations")),
+    (
+        "the same, 10,000 queries",
+        "kept",
+        0.897,
+        ("cifar10-10k", "cifar10-10k-generations", "cifar10-10k-patient"),
+    ),
     ("CIFAR-10 as JPEG, ResNet56 → MobileNet", "kept", 0.95, ("cifar10-mobilenet", "cifar10-mobilenet-assistant")),
     (
         "the same, class indices",

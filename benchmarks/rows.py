@@ -57,6 +57,7 @@ ORDER = (
     "cifar10-local",
     "cifar10-10k",
     "cifar10-10k-generations",
+    "cifar10-10k-patient",
     "cifar10-mobilenet",
     "cifar10-mobilenet-hard",
     "cifar10-mobilenet-10k",
