@@ -103,9 +103,9 @@ second, all other rows of it of the third. So MNIST's seed 0 says what such a re
 Lines name the `precision` that networks trained in where it was written down; the others are of bfloat16 or float32,
 as the processor of that day had matrix units or not. `seconds.distill` of a row `of` another has its assistants' in
 it up to 2026-11-22, 10:50 UTC; later ones have figures of their own, the same in rows that share assistants, and none
-under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, whose assistants are those of `cifar10-generations`.
-The seconds of `cifar10-10k` and `cifar10-mobilenet-hard`, seed 1, have a pause of ten minutes or more in them, and
-those of all rows whatever else the machine did.
+under `cifar10-patient` and `cifar10-mobilenet-assistant`, seed 1, whose assistants are those of
+`cifar10-generations`. The seconds of `cifar10-10k` and `cifar10-mobilenet-hard`, seed 1, have a pause of ten minutes
+or more in them, and those of all rows whatever else the machine did.
 
 A commit that is "-dirty" was so, up to 2026-11-22, 15:20 UTC, by lines of results alone where benchmarks ran one
 after the other.

@@ -60,7 +60,7 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
     """
     with RunFolder(Path(config.run_dir)) as folder:
         agent = Agent(config, folder, api_key, console)
-        prepared = False
+        prepared = stopped = False
         try:
             agent.prepare()
             prepared = True
@@ -68,12 +68,15 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
                 with folder.clock(PARTS.get(phase, phase)):
                     getattr(agent, phase)()
             agent.dealings.reconcile()
+        except BaseException as ended:
+            stopped = not isinstance(ended, Exception)
+            raise
         finally:
             summary: dict[str, Any] = {}
             with closing(agent.dealings), suppress(DiskProblem):
                 # A command that was refused leaves the summary of the run that it is no part of.
                 if prepared or not folder.has("summary.json"):
-                    summary = agent.write_summary()
+                    summary = agent.write_summary(in_a_hurry=stopped)
         return summary
 
 
@@ -392,8 +395,12 @@ class Agent:
 
     # --- the end ---
 
-    def write_summary(self) -> dict[str, Any]:
-        """Writes ``summary.json`` and returns it; null where something is not known."""
+    def write_summary(self, *, in_a_hurry: bool = False) -> dict[str, Any]:
+        """Writes ``summary.json`` and returns it; null where something is not known.
+
+        In a hurry, because a signal has ended the run, that is what all pictures would have to be decoded for: of
+        50,000 large ones most of a minute, and whoever sent SIGTERM may not wait so long.
+        """
         balance = self.dealings.balance()
         by_phase = {phase: self._journal.totals(phase) for phase in PHASES}
         total = self._journal.totals()
@@ -408,7 +415,7 @@ class Agent:
                 **{phase: self.dealings.charged(totals) for phase, totals in by_phase.items()},
             },
             "answers": self._journal.bought(),
-            "left_out": self._left_out(),
+            "left_out": None if in_a_hurry else self._left_out(),
             "metered_by": self.dealings.metered_by,
             "ledger": {
                 "debited": balance.run_posted if balance else None,
@@ -423,7 +430,7 @@ class Agent:
                     for phase, totals in by_phase.items()
                 },
             },
-            "private_images_sent": self._local.count_sent(),
+            "private_images_sent": None if in_a_hurry else self._local.count_sent(),
             "privacy": self._privacy.figures(),
             "run_id": self._journal.run_id,
             "seed": self._config.seed,

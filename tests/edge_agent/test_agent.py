@@ -1,5 +1,6 @@
 """The agent's own decisions, without a teacher: what it trains, on what, and what is never written down."""
 
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from edge_agent import agent as agents
 from edge_agent import training
 from edge_agent.agent import Agent
+from edge_agent.console import Console
 from edge_agent.dealings import Dealings
 from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped
-from edge_agent.failures import BadInput
+from edge_agent.failures import BadInput, TeacherAway
 from edge_agent.generators import to_content
 from edge_agent.pixels import normalise
 from edge_agent.runs import RunFolder
@@ -183,6 +185,26 @@ def test_a_summary_does_without_pictures_that_went_away_while_the_run_ended(tmp_
         (tmp_path / "pictures").rmdir()
         (tmp_path / "elsewhere").rename(tmp_path / "pictures")
         assert made.write_summary()["private_images_sent"] == 0
+
+
+@pytest.mark.parametrize(("ended", "counted"), [(KeyboardInterrupt, None), (TeacherAway, 0)])
+def test_a_run_that_a_signal_ends_does_not_stay_to_decode_all_it_has_sent(
+    tmp_path, pictures_NHW, monkeypatch, ended: type[BaseException], counted: int | None
+) -> None:
+    def end(_: Agent) -> None:
+        raise ended("over")
+
+    with RunFolder(tmp_path / "run") as folder:
+        config = asked(folder, tmp_path, pictures_NHW)._config
+    monkeypatch.setattr(Agent, "ask", end)
+    with pytest.raises(ended):
+        agents.run(config, ("ask",), api_key=None, console=Console(quiet=True))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["private_images_sent"], summary["left_out"], summary["queries"]["charged"]) == (
+        counted,
+        counted,
+        4,
+    )
 
 
 def test_a_generator_that_copies_leaves_the_answers_that_are_paid_to_train_on(tmp_path, pictures_NHW, monkeypatch):
