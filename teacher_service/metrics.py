@@ -82,14 +82,14 @@ class Metrics:
             buckets=_SECONDS_BUCKETS,
             registry=self.registry,
         )
-        self._ledger_seconds = Histogram(
+        ledger_seconds = Histogram(
             "mekd_ledger_seconds",
             "One call of the books, by what it does: hold or post.",
             ["operation"],
             buckets=_SECONDS_BUCKETS,
             registry=self.registry,
         )
-        self._ledger_timers = {name: self._ledger_seconds.labels(name) for name in ("hold", "post")}
+        self._ledger_timers = {name: ledger_seconds.labels(name) for name in ("hold", "post")}
         self._balance = Gauge(
             "mekd_account_balance_pictures",
             "Pictures an account may still hold, as of its last batch here.",
