@@ -21,7 +21,7 @@ LADDER = {
 # (package, library) -> the modules that may import it; a package without a row may import it anywhere.
 DOORS = {
     ("edge_agent", "grpc"): {"edge_agent.kserve", "edge_agent.teacher"},
-    ("edge_agent", "tritonclient"): {"edge_agent.kserve"},
+    ("edge_agent", "tritonclient"): {"edge_agent.kserve", "edge_agent.kserve_reading"},
     ("edge_agent", "rich"): {"edge_agent.console"},
     ("edge_agent", "structlog"): set(),
     ("edge_agent", "sqlalchemy"): set(),

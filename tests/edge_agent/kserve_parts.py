@@ -8,12 +8,17 @@ from typing import Any
 
 import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from benchmarks.services import lasting_address
+from edge_agent.config import KServeConfig
+from edge_agent.kserve_reading import Reading, read_model
 
 TYPES = {"UINT8": "u1", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT64": "<i8", "INT32": "<i4"}
 CLASSES = 4
+# A model's tensors as its metadata names them.
+PICTURES = [("x", "UINT8", [-1, 3, 32, 32])]
+ROWS = [("y", "FP32", [-1, 10])]
 
 
 def logits_of(images_NCHW: np.ndarray) -> np.ndarray:
@@ -156,3 +161,28 @@ def serving(
         yield f"kserve{'' if credentials is None else 's'}://{address}/{model.name}"
     finally:
         server.stop(0).wait()
+
+
+def metadata(inputs, outputs):
+    made = service_pb2.ModelMetadataResponse(name="m", versions=["1"], platform="p")
+    for tensors, target in ((inputs, made.inputs), (outputs, made.outputs)):
+        for name, datatype, shape in tensors:
+            target.add(name=name, datatype=datatype, shape=shape)
+    return made
+
+
+def triton(max_batch_size: int = 0, **formats: int) -> model_config_pb2.ModelConfig:
+    config = model_config_pb2.ModelConfig(max_batch_size=max_batch_size)
+    for name, number in formats.items():
+        config.input.add(name=name, format=number)
+    return config
+
+
+def read(inputs=PICTURES, outputs=ROWS, config=None, **given) -> Reading:
+    return read_model(metadata(inputs, outputs), config, KServeConfig(**given))
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text

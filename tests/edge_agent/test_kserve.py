@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from google.rpc.status_pb2 import Status
-from tritonclient.grpc import model_config_pb2, service_pb2
 
 from edge_agent import kserve
 from edge_agent import teacher as teachers
@@ -17,7 +16,7 @@ from edge_agent.config import KServeConfig
 from edge_agent.egress import CopyGate, EgressDoor, PrivatePictureStopped
 from edge_agent.failures import BadCredential, BadInput, BudgetSpent, TeacherAway
 from edge_agent.journal import Journal
-from edge_agent.kserve import Address, KServeTeacher, Reading, read_model
+from edge_agent.kserve import Address, KServeTeacher
 from edge_agent.outbox import PoolOutbox
 from edge_agent.pool import fill_pool, load_pool
 from edge_agent.sources import synthetic
@@ -27,7 +26,7 @@ from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service import policy
 from teacher_service.terms import Terms
-from tests.edge_agent.kserve_parts import CLASSES, Model, probabilities_of, serving
+from tests.edge_agent.kserve_parts import CLASSES, Model, one_line, probabilities_of, serving
 from tests.teacher_service.certificates import Authority
 
 LOGITS = KServeConfig(output_kind="logits")
@@ -82,12 +81,6 @@ def ask(
     return description
 
 
-def one_line(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
-
 # --- addresses ---
 
 
@@ -133,157 +126,6 @@ def test_authority_without_encryption_is_a_mistake(tmp_path):
         open_teacher("kserve://10.0.0.1:8001/m", tls_pair=(tmp_path / "own.pem", tmp_path / "own.key"))
 
 
-# --- what metadata and [teacher] say together ---
-
-
-def metadata(inputs, outputs):
-    made = service_pb2.ModelMetadataResponse(name="m", versions=["1"], platform="p")
-    for tensors, target in ((inputs, made.inputs), (outputs, made.outputs)):
-        for name, datatype, shape in tensors:
-            target.add(name=name, datatype=datatype, shape=shape)
-    return made
-
-
-def triton(max_batch_size: int = 0, **formats: int) -> model_config_pb2.ModelConfig:
-    config = model_config_pb2.ModelConfig(max_batch_size=max_batch_size)
-    for name, number in formats.items():
-        config.input.add(name=name, format=number)
-    return config
-
-
-PICTURES = [("x", "UINT8", [-1, 3, 32, 32])]
-ROWS = [("y", "FP32", [-1, 10])]
-
-
-def read(inputs=PICTURES, outputs=ROWS, config=None, **given) -> Reading:
-    return read_model(metadata(inputs, outputs), config, KServeConfig(**given))
-
-
-def test_everything_unambiguous_needs_no_settings():
-    found = read(outputs=[("probabilities", "FP32", [-1, 10])], config=triton(32))
-    assert found == Reading(
-        input="x",
-        datatype="UINT8",
-        batched=True,
-        layout="NCHW",
-        channels=3,
-        height=32,
-        width=32,
-        scale=255.0,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        output="probabilities",
-        output_kind="probabilities",
-        labels=tuple("0123456789"),
-        max_batch_pictures=32,
-    )
-
-
-def test_everything_that_is_missing_is_asked_for_by_name_in_one_line():
-    with pytest.raises(BadInput, match=r"\[teacher\] of run\.toml") as error:
-        read([("x", "FP32", [-1, 3, 1, 3])], [("y", "FP32", [-1, -1])])
-    line = one_line(error)
-    for name in ("layout", "scale", "mean", "std", "output_kind"):
-        assert f"{name} (" in line, line
-    with pytest.raises(BadInput, match="classes") as error:
-        read(outputs=[("y", "FP32", [-1, -1])], output_kind="logits")
-    with pytest.raises(BadInput, match="height, width"):
-        read([("x", "UINT8", [-1, 3, -1, -1])], output_kind="logits")
-
-
-def test_tensors_of_several_are_asked_for_first():
-    two = [*PICTURES, ("mask", "UINT8", [-1, 1])]
-    with pytest.raises(BadInput, match=r"input \(one of x, mask\), output \(one of y, z\)"):
-        read(two, [*ROWS, ("z", "INT64", [-1])])
-    found = read(two, [*ROWS, ("z", "INT64", [-1])], input="x", output="z", classes=7)
-    assert (found.input, found.output, found.output_kind, len(found.labels)) == ("x", "z", "labels", 7)
-
-
-@pytest.mark.parametrize(
-    ("shape", "config", "given", "layout"),
-    [
-        ([-1, 3, 32, 32], None, "", "NCHW"),
-        ([-1, 32, 32, 1], None, "", "NHWC"),
-        ([-1, 3, 3, 3], triton(8, x=model_config_pb2.ModelInput.FORMAT_NHWC), "", "NHWC"),
-        ([-1, 1, 3, 1], None, "NCHW", "NCHW"),
-    ],
-)
-def test_layout_comes_from_the_configuration_or_the_only_possible_place_of_channels(shape, config, given, layout):
-    assert read([("x", "UINT8", shape)], config=config, layout=given, output_kind="logits").layout == layout
-
-
-@pytest.mark.parametrize(
-    ("shape", "config", "batched", "most"),
-    [
-        ([-1, 3, 8, 8], triton(16), True, 16),
-        ([-1, 3, 8, 8], triton(0), True, kserve.UNLIMITED),
-        ([-1, 3, 8, 8], None, True, kserve.UNLIMITED),
-        ([1, 3, 8, 8], triton(0), True, 1),
-        ([3, 8, 8], triton(0), False, 1),
-    ],
-)
-def test_batch_dimension_and_its_limit(shape, config, batched, most):
-    rows = ROWS if batched else [("y", "FP32", [10])]
-    found = read([("x", "UINT8", shape)], rows, config, output_kind="logits")
-    assert (found.batched, found.max_batch_pictures, len(found.labels)) == (batched, most, 10)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "given", "said"),
-    [
-        ([("x", "UINT8", [8, 3, 32, 32])], ROWS, {"output_kind": "logits"}, "always 8 pictures"),
-        ([("x", "UINT8", [-1, 3072])], ROWS, {"output_kind": "logits"}, "expected pictures, 3 dimensions"),
-        ([("x", "BYTES", [-1, 1])], ROWS, {}, "got BYTES"),
-        (PICTURES, [("y", "BYTES", [-1, 1])], {}, "expected a tensor of numbers, got BYTES"),
-        (PICTURES, ROWS, {"output_kind": "logits", "scale": 1.0}, "UINT8, which takes pixels as they are"),
-        (PICTURES, ROWS, {"output_kind": "logits", "height": 64}, "teacher.height: expected 32"),
-        (PICTURES, ROWS, {"output_kind": "logits", "classes": 11}, "teacher.classes: expected 10"),
-        (PICTURES, ROWS, {"output_kind": "logits", "layout": "NHWC"}, "expected 1 or 3 channels, got 32"),
-        (PICTURES, [("y", "INT64", [-1])], {"output_kind": "logits", "classes": 4}, "expected labels for an output"),
-        (PICTURES, [("y", "INT64", [-1, 5])], {"classes": 4}, "expected one label a picture"),
-        (PICTURES, [("y", "FP32", [-1, 1])], {"output_kind": "probabilities"}, "two or more classes"),
-        (PICTURES, [("y", "FP32", [-1, 10, 4])], {"output_kind": "logits"}, "two or more classes"),
-        (PICTURES, ROWS, {"input": "z"}, "teacher.input: expected one of x, got 'z'"),
-        (PICTURES, ROWS, {"output": "z"}, "teacher.output: expected one of y, got 'z'"),
-        (
-            [("x", "FP32", [-1, 1, 8, 8])],
-            ROWS,
-            {"output_kind": "logits", "scale": 1.0, "mean": (0.0, 0.0, 0.0), "std": (1.0,)},
-            "teacher.mean: expected 1 or 1 numbers, got 3",
-        ),
-    ],
-)
-def test_what_cannot_be_is_one_line_that_names_it(inputs, outputs, given, said):
-    with pytest.raises(BadInput) as error:
-        read(inputs, outputs, **given)
-    assert said in one_line(error)
-
-
-def test_convolutional_head_counts_its_classes():
-    assert len(read(outputs=[("y", "FP32", [-1, 10, 1, 1])], output_kind="logits").labels) == 10
-
-
-def named(labels: str) -> model_config_pb2.ModelConfig:
-    config = triton(8)
-    config.parameters["labels"].string_value = labels
-    return config
-
-
-def test_names_of_classes_come_from_a_parameter_of_the_configuration():
-    whole = [("y", "INT64", [-1])]
-    assert read(outputs=whole, config=named('["cat", "dog"]')).labels == ("cat", "dog")
-    assert read(outputs=[("logits", "FP32", [-1, 2])], config=named('["cat", "dog"]')).labels == ("cat", "dog")
-    assert read(outputs=[("logits", "FP32", [-1, 3])], config=named('["cat", "dog"]')).labels == ("0", "1", "2")
-    for none in ("", "no JSON", '["cat"]', '["cat", "cat"]', "[1, 2]", "{}"):
-        with pytest.raises(BadInput, match="classes"):
-            read(outputs=whole, config=named(none))
-
-
-def test_numbers_for_all_channels_are_numbers_for_each():
-    found = read([("x", "FP32", [-1, 3, 8, 8])], output_kind="logits", scale=1.0, mean=(0.5,), std=(0.1, 0.2, 0.3))
-    assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
-
-
 # --- pictures there, answers back ---
 
 REAL = {"scale": 1.0, "mean": (0.5,), "std": (0.25,)}
@@ -313,20 +155,6 @@ def test_pictures_arrive_as_they_are_and_answers_are_what_the_model_said(journal
         assert np.allclose(pool.probabilities_NK.numpy(), probabilities_of(sent_NCHW), atol=1e-6)
 
 
-def test_colours_and_their_own_means_keep_their_channels():
-    rng = np.random.default_rng(0)
-    images_NCHW = rng.integers(0, 256, (5, 3, 4, 6), dtype=np.uint8)
-    numbers = {"scale": 255.0, "mean": (120.0, 110.0, 100.0), "std": (60.0, 61.0, 62.0)}
-    for layout, shape in (("NCHW", [-1, 3, 4, 6]), ("NHWC", [-1, 4, 6, 3])):
-        reading = read([("x", "FP32", shape)], output_kind="logits", layout=layout, **numbers)
-        tensor = reading.tensor(images_NCHW)
-        assert list(tensor.shape) == reading.shape(5)
-        back = tensor if layout == "NCHW" else tensor.transpose(0, 3, 1, 2)
-        for c in range(3):
-            expected = (images_NCHW[:, c].astype(np.float64) - numbers["mean"][c]) / numbers["std"][c]
-            assert np.allclose(back[:, c], expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["logits", "labels"])
 def test_typed_contents_are_read_as_well_as_raw_ones(journal, generator, kind):
     model = Model(kind=kind, answer_type="INT64" if kind == "labels" else "FP32", raw=False, max_batch=None)
@@ -342,14 +170,6 @@ def test_half_precision_answers_are_read(journal, generator):
         description = ask(address, journal, generator, KServeConfig(output_kind="probabilities"), budget=20)
     pool = load_pool(journal, generator, description, label_smoothing=0.1)
     assert np.allclose(pool.probabilities_NK.numpy(), probabilities_of(pool.images_NCHW.numpy()), atol=1e-3)
-
-
-def test_bfloat16_is_the_upper_half_of_a_float():
-    rows_NK = np.array([[0.5, 0.25], [-3.0, 1.5]], np.float32)
-    response = service_pb2.ModelInferResponse()
-    response.outputs.add(name="y", datatype="BF16", shape=[2, 2])
-    response.raw_output_contents.append((rows_NK.view("<u4") >> 16).astype("<u2").tobytes())
-    assert kserve._values(response, "y").tolist() == rows_NK.tolist()
 
 
 def test_model_without_a_batch_dimension_is_asked_picture_by_picture(journal, generator):
@@ -853,29 +673,6 @@ def test_answer_that_is_none_is_one_line_and_is_not_kept(journal, generator, kin
     assert (totals.charged_pictures, totals.sent_pictures) == (0, 16)
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ([0, 1, CLASSES], "labels from 0 to 3, got 0 to 4"),
-        ([0, -1, 1], "got -1 to 1"),
-        ([0.5, 1, 2], "whole"),
-        ([0, 1], "3 labels"),
-    ],
-)
-def test_labels_outside_the_classes_are_refused(values, said):
-    with pytest.raises(ValueError, match=said):
-        kserve._labels(np.array(values), 3, CLASSES)
-
-
-def test_large_logits_do_not_overflow():
-    rows_NK = kserve._probabilities(np.array([[1e4, 0.0], [0.0, -1e4]]), 2, read_two())
-    assert rows_NK.tolist() == [[1.0, 0.0], [1.0, 0.0]]
-
-
-def read_two():
-    return read(outputs=[("y", "FP32", [-1, 2])], output_kind="logits")
-
-
 def test_good_answers_that_are_under_way_with_a_bad_one_are_kept_before_the_run_ends(journal, generator, monkeypatch):
     all_under_way = threading.Barrier(kserve.WINDOW)
     number_of = threading.local()
@@ -953,20 +750,6 @@ def test_each_answer_is_kept_with_the_policy_that_it_was_sold_under(journal, gen
         ]
         assert np.allclose(*decoded, atol=1e-6), codec.kind_of(kept)
     assert not np.allclose(found_NK, true_NK, atol=1e-3), "something was taken away"
-
-
-def test_classes_that_are_rounded_to_0_cost_a_top_k_answer_nothing():
-    """In a tensor they look like those that are not named."""
-    rows_NK = np.array([[0.99, 0.004, 0.003, 0.003], [1.0, 0.0, 0.0, 0.0]], np.float32)
-    reading = read(outputs=[("probabilities", "FP32", [-1, 4])])
-    for terms in (Terms(top_k=2, decimals=1), Terms(top_k=3), Terms(top_k=4, decimals=2)):
-        sold_answer = policy.apply(terms, rows_NK)
-        tensor_NK = codec.sold_probabilities(sold_answer, picture_count=2, class_count=4)
-        answer = wire.Answer()
-        kserve._put_sold(answer, tensor_NK, 2, reading, terms.decimals, terms.top_k)
-        assert codec.kind_of(answer) == codec.kind_of(sold_answer)
-        decoded = [codec.decode_answer(found, picture_count=2, class_count=4) for found in (answer, sold_answer)]
-        assert np.array_equal(*decoded)
 
 
 @pytest.mark.parametrize(
