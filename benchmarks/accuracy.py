@@ -145,8 +145,10 @@ def measure(row: Row, seed: int, data: Path) -> dict[str, Any]:
     run(row, seed, data, teacher, folder, phases=("all",))
     summary = add_test_figures(folder, teacher, datasets.part(row.dataset, data, "test"))
     kept = ("queries", "ledger", "bytes", "private_images_sent", "privacy", "seconds", "agreement_synthetic")
+    pool, _, _ = _bought(folder)
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "accuracy": summary["accuracy"],
+        "pool_digest": _digest(pool)[:16],
         **{name: summary[name] for name in kept if name in summary},
     }
 
@@ -199,11 +201,8 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     bought.mkdir(parents=True, exist_ok=True)
     run(below, seed, data, teacher, bought, phases=("deprivatize", "ask"))
     summary = json.loads((bought / "summary.json").read_text())
-    with RunFolder(bought) as opened:
-        description = Description.from_facts(opened.journal.fact("teacher"))
-        generator = from_content(opened.read_tensors("generator.pt"))
-        pool = pools.load_pool(opened.journal, generator, description, label_smoothing=0.0)
-        charged = opened.journal.totals().charged_pictures
+    pool, generator, charged = _bought(bought)
+    pool_digest = _digest(pool)[:16]
     config = _config(row, seed, data)
     pool, _ = pools.split_pool(pool, len(pool) - (row.queries or len(pool)))
     if row.answers == "hard":
@@ -225,9 +224,26 @@ def _on_a_pool(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> 
     as_bought = ("bytes", "privacy") if len(pool) == charged and row.answers == below.answers else ()
     return _test_figures(row, data, teacher, folder / "student.pt") | {
         "queries": {"charged": len(pool), "pool": charged},
+        "pool_digest": pool_digest,
         **{name: summary[name] for name in ("ledger", "private_images_sent", *as_bought)},
         "seconds": {"deprivatize": summary["seconds"]["deprivatize"], **seconds},
     }
+
+
+def _bought(folder: Path) -> tuple[Pool, AnyGenerator, int]:
+    """What a run folder's queries bought, the generator of its pictures, and how many were charged in all."""
+    with RunFolder(folder) as opened:
+        description = Description.from_facts(opened.journal.fact("teacher"))
+        generator = from_content(opened.read_tensors("generator.pt"))
+        pool = pools.load_pool(opened.journal, generator, description, label_smoothing=0.0)
+        return pool, generator, opened.journal.totals().charged_pictures
+
+
+def _digest(pool: Pool) -> str:
+    """Of pictures and answers: rows whose lines have the same one learnt from the very same pool, or a part of it."""
+    answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
+    assert answers is not None
+    return hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
 
 
 def _reference(row: Row, seed: int, data: Path, teacher: Path, folder: Path) -> dict[str, Any]:
@@ -280,15 +296,12 @@ def _train(
     local_NCHW: Tensor | None = None,
 ) -> dict[str, float | None]:
     """The agent's training, checkpointed in a run folder of its own; returns seconds over all starts."""
-    answers = pool.class_indices_N if pool.probabilities_NK is None else pool.probabilities_NK
-    assert answers is not None
-    asked = hashlib.sha256(pool.images_NCHW.numpy().tobytes() + answers.numpy().tobytes()).hexdigest()
     if config.distill.assistant and local_NCHW is None:
         raise ValueError(f"{row.name}: expected no assistant in a reference, got {config.distill.assistant}")
     mixed_MCHW = None
     if generator is not None and local_NCHW is not None:
         mixed_MCHW = mixed_pictures(generator, local_NCHW[privacy.split(local_NCHW, seed=config.seed)[0]])
-    learnt_from = {"asked": asked, "latents": hashlib.sha256(pool.latents_NL.numpy().tobytes()).hexdigest()}
+    learnt_from = {"asked": _digest(pool), "latents": hashlib.sha256(pool.latents_NL.numpy().tobytes()).hexdigest()}
     inputs = digest_of(
         {
             "row": row.text,

@@ -119,7 +119,7 @@ class Row:
     def is_measured_by(self, line: Mapping[str, Any]) -> bool:
         """Whether a line of the results is of this row under its present settings.
 
-        Lines of before 2026-11-22, 17:30 UTC, do not say what the settings were that their text does not name.
+        Lines of before 2026-11-22, 18:40 UTC, do not say what the settings were that their text does not name.
         """
         named = (line.get("row"), line.get("config_digest")) == (self.name, self.digest)
         return named and line.get("settings_digest", self.settings_digest) == self.settings_digest

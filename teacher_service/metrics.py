@@ -92,7 +92,7 @@ class Metrics:
         self._ledger_timers = {name: ledger_seconds.labels(name) for name in ("hold", "post")}
         self._balance = Gauge(
             "mekd_account_balance_pictures",
-            "Pictures an account may still hold, as of its last batch here.",
+            "Pictures an account may still hold, as of its last charge here.",
             ["account"],
             registry=self.registry,
         )

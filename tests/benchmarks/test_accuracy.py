@@ -153,6 +153,7 @@ def test_row_on_anothers_answers_buys_them_without_training_that_rows_student(
     assert measured["queries"] == {"charged": 96, "pool": 96} and measured["ledger"]["debited"] == 96
     assert measured["bytes"]["sent"] > 0 and 0 <= measured["privacy"]["membership_auc"] <= 1
     part = accuracy.measure(rows.read("part"), 0, tmp_path)
+    assert part["pool_digest"] == measured["pool_digest"]
     assert part["queries"] == {"charged": 64, "pool": 96} and part["ledger"]["debited"] == 96
     assert "bytes" not in part and "privacy" not in part  # those of all 96, with probabilities
     bought = tmp_path / "runs" / "accuracy" / "below-0"
@@ -176,6 +177,8 @@ def test_paired_bootstrap_excludes_zero_only_for_a_difference_that_is_there() ->
     better_N = teacher_N | (np.arange(500) % 20 == 0)  # 95 %
     low, middle, high = accuracy_table.difference([cell(seed, teacher_N, better_N) for seed in range(3)])
     assert middle == pytest.approx(0.05) and 0.03 < low < middle < high < 0.08
+    uneven = accuracy_table.difference([cell(0, teacher_N, better_N), cell(1, teacher_N, teacher_N)])
+    assert uneven[0] == 0 and uneven[2] > 0.04  # seeds differ more than pictures do
     swapped_N = np.roll(teacher_N, 1)  # as good, wrong elsewhere
     low, middle, high = accuracy_table.difference([cell(0, teacher_N, swapped_N)])
     assert middle == 0 and low < 0 < high
