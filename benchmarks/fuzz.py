@@ -93,7 +93,10 @@ LEFT_OPEN = 40  # calls, and as many connections; then the oldest goes
 STUCK_SECONDS = 20.0
 SETTLE_SECONDS = 30.0
 START_SECONDS = 60.0
-BOMB_BYTES = 66 * 2**20  # more than a message may have
+BOMBS = (
+    bytes(66 * 2**20),  # more than a message may have
+    b"\x32\x00" * 2**23,  # empty parts: of a ModelInferRequest, outputs
+)
 MOST_FINDINGS = 40
 MOST_GROWTH = 0.05
 MOST_GROWTH_COLD = 0.25  # of a short run, which is warm-up to its end
@@ -566,14 +569,14 @@ class Player:
     async def _bomb(self) -> None:
         metadata = (("authorization", f"Bearer {self.cast.keys['rich']}"),)
         paths = [INFER] + [MODEL_INFER] * (MODEL_INFER in self.cast.paths) + ["/mekd.v1.QuotaLedger/GetBalance"]
-        for path in paths:
+        for path, bomb in itertools.product(paths, BOMBS):
             for compressed in (True, False):
                 session = Session(
                     group="raw",
                     path=path,
                     account="rich",
                     metadata=metadata,
-                    messages=(bytes(BOMB_BYTES),),
+                    messages=(bomb,),
                     compressed=compressed,
                 )
                 await self._play(session)

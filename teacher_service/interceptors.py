@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError
 
 from protos.errors import Reason, Refusal
+from teacher_service import unparsed
 from teacher_service.auth import (
     ALLOWED,
     Authenticator,
@@ -32,6 +33,8 @@ from teacher_service.metrics import Metrics, RpcCounters
 
 STREAMS_WITHOUT_CREDENTIAL = 256
 """Health watches and reflection, over all callers."""
+MOST_BYTES_WITHOUT_CREDENTIAL = 4096
+"""Of a message from whom nobody knows; a health watch keeps its own for as long as it lasts."""
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 
@@ -101,9 +104,14 @@ class Readable(grpc.aio.ServerInterceptor):
     """Refuses bytes that are no message of their method, as any bad argument is. Innermost: who called is known.
 
     gRPC itself would say UNKNOWN, and each of them, from anybody at all, would put a traceback into the log.
+
+    Args:
+        bulk: by method, the fields of its messages that may be large, where those have parts without number: what is
+            in no such field is bounded before it is parsed (``unparsed``).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bulk: Mapping[str, unparsed.Bulk]) -> None:
+        self._bulk = bulk
         self._wrapped = _Wrapped()
 
     async def intercept_service(
@@ -112,20 +120,27 @@ class Readable(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or handler.request_deserializer is None:
             return handler
-        return self._wrapped.once(details.method, handler, _readable)
+        return self._wrapped.once(details.method, handler, self._readable)
+
+    def _readable(self, method: str, handler: "Handler") -> "Handler":
+        return _readable(method, handler, self._bulk.get(method))
 
 
-def _readable(method: str, handler: "Handler") -> "Handler":
+def _readable(method: str, handler: "Handler", bulk: unparsed.Bulk | None) -> "Handler":
     parse, behaviour = handler.request_deserializer, behaviour_of(handler)
+    most_bytes = MOST_BYTES_WITHOUT_CREDENTIAL if ALLOWED.get(method) is None else None
+    expected = f"a message of {method}"
     assert parse is not None
 
     def read(message: bytes) -> Any:
+        if most_bytes is not None and len(message) > most_bytes:
+            return _unlike(f"{expected}, at most {most_bytes} bytes", f"{len(message)} bytes")
         try:
+            if bulk is not None and (more := unparsed.excess(message, bulk)):
+                return _unlike(expected, more)
             return parse(message)
-        except DecodeError:
-            got = f"{len(message)} bytes that are none"
-            expected = f"a message of {method}"
-            return Refusal.of(Reason.INVALID_REQUEST, field="message", expected=expected, got=got)
+        except (DecodeError, ValueError):
+            return _unlike(expected, f"{len(message)} bytes that are none")
 
     def given(request: Any) -> Any:
         return _ReadRequests(request) if handler.request_streaming else _unless_refused(request)
@@ -147,6 +162,10 @@ def _readable(method: str, handler: "Handler") -> "Handler":
     guarded: Any = with_behaviour(handler, answer_stream if inspect.isasyncgenfunction(behaviour) else answer)
     readable: Handler = guarded._replace(request_deserializer=read)
     return readable
+
+
+def _unlike(expected: str, got: str) -> Refusal:
+    return Refusal.of(Reason.INVALID_REQUEST, field="message", expected=expected, got=got)
 
 
 def _unless_refused(request: Any) -> Any:

@@ -22,7 +22,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceServicer
 from protos import codec
 from protos.errors import Reason, Refusal
 from protos.mekd.v1 import teacher_inference_pb2 as wire
-from teacher_service import policy
+from teacher_service import policy, unparsed
 from teacher_service.auth import Authenticator, Caller, caller_of, refusals_as_status
 from teacher_service.config import ServerConfig
 from teacher_service.engine import Engine
@@ -43,6 +43,22 @@ DEFAULT_RUN_ID = "kserve"
 _NO_REQUEST_ID = "<id_unknown>"
 MOST_ID_CHARACTERS = 256
 _MOST_TOLD = 80  # characters of what a caller sent that a refusal repeats
+
+
+def _number(message: Any, field: str) -> int:
+    return int(message.DESCRIPTOR.fields_by_name[field].number)
+
+
+_PICTURES: unparsed.Bulk = {
+    _number(service_pb2.ModelInferRequest, "raw_input_contents"): None,
+    _number(service_pb2.ModelInferRequest, "inputs"): {
+        _number(service_pb2.ModelInferRequest.InferInputTensor, "contents"): {
+            _number(service_pb2.InferTensorContents, "uint_contents"): None
+        }
+    },
+}
+BULK = {f"/{SERVICE}/{method}": _PICTURES for method in ("ModelInfer", "ModelStreamInfer")}
+"""By method, where in a request the pictures are: all else is small."""
 
 
 class KserveServicer(GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs carry no types

@@ -114,7 +114,7 @@ async def serve(config: ServerConfig, engine: Engine) -> None:
     gate = Gate(authenticator, limits)
     health = Health(SERVICES)
     server = grpc.aio.server(
-        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable()),
+        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable(kserve.BULK)),
         options=_channel_options(config),
     )
     teacher_inference_pb2_grpc.add_TeacherInferenceServicer_to_server(inference, server)
@@ -163,7 +163,7 @@ async def serve_ledger(config: ServerConfig) -> None:
     if certificates is not None:
         metrics.certificate(certificates.expires_seconds)
     server = grpc.aio.server(
-        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable()),
+        interceptors=(RpcMetrics(metrics), _authentication(authenticator, config), gate, Readable({})),
         options=_channel_options(config),
     )
     quota_ledger_pb2_grpc.add_QuotaLedgerServicer_to_server(quota, server)

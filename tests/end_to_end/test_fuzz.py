@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from benchmarks import fuzz, fuzz_sessions
 from benchmarks.fuzz_sessions import INFER, METHODS, MODEL_INFER, MODEL_STREAM_INFER, VOID, Cast, Session
@@ -203,6 +204,28 @@ def test_bytes_that_are_no_message_are_a_bad_argument_and_leave_no_trace_in_the_
     if role:  # who has no key learns nothing about the message
         assert ask(server, path, b"\x07")[0] is grpc.StatusCode.UNAUTHENTICATED
     assert fuzz.leaks(server.log().encode(), list(keys.values())) == []
+
+
+@pytest.mark.parametrize("path", [MODEL_INFER, MODEL_STREAM_INFER])
+def test_a_message_of_empty_parts_is_refused_before_it_is_parsed_and_holds_nobody_up(
+    books: tuple[Server, dict[str, str]], path: str
+) -> None:
+    server, keys = books
+    outputs = b"\x32\x00" * 1_000_000  # a second on the event loop, were they looked at
+    code, refusal = ask(server, path, outputs, keys["customer"])
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal == Refusal.of(
+        Reason.INVALID_REQUEST, field="message", expected=f"a message of {path}", got="more than 256 fields"
+    )
+
+
+@pytest.mark.parametrize("path", ["/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/Check"])
+def test_who_shows_no_key_sends_small_messages(books: tuple[Server, dict[str, str]], path: str) -> None:
+    server, _ = books
+    long_name = health_pb2.HealthCheckRequest(service="x" * 5000).SerializeToString()
+    code, refusal = ask(server, path, long_name)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal is not None and "at most 4096 bytes, got 5003 bytes" in refusal.message
 
 
 def test_a_void_without_an_account_or_a_batch_is_nobodys_and_disturbs_nobody(
