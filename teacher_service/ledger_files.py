@@ -6,6 +6,7 @@ looks at what it would undo and refuses until told; the file that it replaces is
 """
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import time
@@ -46,8 +47,7 @@ def backup(ledger: Path, target: Path, *, force: bool = False) -> audit.Report:
             raise FilesError(f"expected another file than the ledger's own, got {target}")
         if not force:
             raise FilesError(f"expected a new file, but {target} exists; give another, or --force")
-    partial = target.with_name(f"{target.name}.partial")
-    with _sqlite_errors(f"backup to {target}"), _removed_on_failure(partial), contextlib.ExitStack() as locked:
+    with _sqlite_errors(f"backup to {target}"), _partial(target) as partial, contextlib.ExitStack() as locked:
         _copy(ledger, partial)
         report = audit.verify(f"sqlite:///{partial}")
         if not report.agrees:
@@ -75,8 +75,7 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
     """
     if not source.is_file():
         raise FilesError(f"expected a backup at {source}, found no file")
-    partial = ledger.with_name(f"{ledger.name}.partial")
-    with _sqlite_errors(f"restore to {ledger}"), _removed_on_failure(partial):
+    with _sqlite_errors(f"restore to {ledger}"), _partial(ledger) as partial:
         _copy(source, partial)  # what is verified and compared from here on is what will be there
         report = audit.verify(f"sqlite:///{partial}")
         if not report.agrees:
@@ -147,7 +146,6 @@ def _terms(store: audit.Store) -> dict[str, str]:
 
 def _copy(source: Path, target: Path) -> None:
     """One moment of the books, with what still stands in a write-ahead log beside them, as one synced file."""
-    _new_private_file(target)
     with contextlib.closing(_connect(source)) as books, contextlib.closing(_connect(target)) as copy:
         books.execute("PRAGMA query_only = ON")
         books.execute("BEGIN")  # the moment; without it every commit of a server would start the copy anew
@@ -202,11 +200,6 @@ def _connect(path: Path, timeout: float = BUSY_TIMEOUT_SECONDS) -> sqlite3.Conne
     return connection
 
 
-def _new_private_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600, exist_ok=False)
-
-
 def _is_busy(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
@@ -228,10 +221,31 @@ def _sqlite_errors(doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
+def _partial(target: Path) -> Iterator[Path]:
+    """The file beside `target` that is to become it, private and empty; removed where that fails.
+
+    Nobody else writes it meanwhile: what is verified is what is put in place. Raises FilesError.
+    """
+    path = target.with_name(f"{target.name}.partial")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        yield
-    except BaseException:
-        for ending in ("", "-journal", "-wal", "-shm"):
-            path.with_name(path.name + ending).unlink(missing_ok=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(handle), path.stat())  # not the one that has just become its target
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise FilesError(f"another backup or restore writes {path}; wait for its end, or give another file")
+        os.fchmod(handle, 0o600)
+        os.ftruncate(handle, 0)
+        beside = [path.with_name(path.name + ending) for ending in ("-journal", "-wal", "-shm")]
+        for stray in beside:  # of one that was killed
+            stray.unlink(missing_ok=True)
+        try:
+            yield path
+        except BaseException:
+            for written in (path, *beside):
+                written.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(handle)

@@ -226,7 +226,9 @@ class RemoteLedger:
             grant_id=grant_id,
         )
         made = await self._change("CreateAccount", message, grant_id)
-        if terms_of(made.terms) != terms:
+        if (kept := terms_of(made.terms)) != terms:
+            if kept.said():
+                raise LedgerError(f"the account {name!r} is there with other terms, {kept.said()}; set them")
             raise LedgerError(
                 f"the account {name!r} was made without its terms: the ledger at {self._url} knows none; "
                 "update it, then set them"

@@ -279,7 +279,8 @@ class QuotaServicer(QuotaLedgerServicer):
             account = await self._ledger.create_account(
                 request.account, granted, key, terms, grant_id=request.grant_id
             )
-        return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(terms))
+        kept = await self._ledger.terms(request.account)  # of a repetition, maybe others than are asked for now
+        return wire.CreateAccountResponse(account=account_message(account), terms=terms_message(kept))
 
     @refusals_as_status
     async def Grant(self, request: wire.GrantRequest, context: Any) -> wire.GrantResponse:

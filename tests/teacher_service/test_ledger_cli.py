@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from teacher_service import ledger_files
+from teacher_service import audit, ledger_files
 from teacher_service.admin_cli import admin
 from teacher_service.audit import Store, verify
 from teacher_service.auth import new_key
@@ -215,6 +215,33 @@ def test_backup_replaces_a_file_only_when_told(url: str, tmp_path: Path) -> None
     assert "exists; give another, or --force" in refused.output
     assert run(url, "backup", target, "--force").exit_code == 0
     assert verify(f"sqlite:///{target}").entries == 3
+
+
+def test_two_backups_to_one_file_do_not_mix(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(url, "x")
+    target, second = tmp_path / "backup", []
+    verified = audit.verify
+
+    def meanwhile(store: str) -> audit.Report:
+        report = verified(store)
+        if not second:
+            second.append(run(url, "backup", target, "--force"))
+        return report
+
+    monkeypatch.setattr(audit, "verify", meanwhile)
+    assert run(url, "backup", target).exit_code == 0
+    assert second[0].exit_code == 2 and "another backup or restore writes" in second[0].output
+    assert verify(f"sqlite:///{target}").entries == 3
+    assert run(url, "backup", target, "--force").exit_code == 0 and not list(tmp_path.glob("*.partial*"))
+
+
+def test_what_a_killed_backup_left_is_no_hindrance(url: str, tmp_path: Path) -> None:
+    made(url, "x")
+    for ending in ("", "-journal"):
+        (tmp_path / f"backup.partial{ending}").write_bytes(b"half" * 5000)
+    assert run(url, "backup", tmp_path / "backup").exit_code == 0
+    assert verify(f"sqlite:///{tmp_path}/backup").entries == 3
+    assert sorted(path.name for path in tmp_path.glob("backup*")) == ["backup"]
 
 
 def test_backup_never_replaces_a_ledger_in_use(url: str, path: Path, tmp_path: Path) -> None:

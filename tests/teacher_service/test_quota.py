@@ -420,6 +420,17 @@ async def test_a_grant_with_an_id_is_made_once_and_its_id_is_on_the_statement() 
         assert [entry.batch_id for entry in await server.ledger.statement("new")] == ["first", "g"]
 
 
+async def test_an_account_that_is_there_already_is_told_with_the_terms_that_it_has() -> None:
+    async with ledger_serving(MemoryLedger()) as server:
+        remote = server.connect(Role.ADMIN)
+        await remote.create_account("new", 5, None, Terms(decimals=3), grant_id="g")
+        await remote.create_account("new", 5, None, Terms(decimals=3), grant_id="g")
+        with pytest.raises(rules.LedgerError, match=r"'new' is there with other terms, \{'decimals': 3\}"):
+            await remote.create_account("new", 5, None, Terms(top_k=1), grant_id="g")
+        assert await server.ledger.terms("new") == Terms(decimals=3)
+        await remote.close()
+
+
 async def test_a_page_of_accounts_is_asked_of_the_store_and_not_cut_from_all_of_them() -> None:
     asked: list[tuple[str, int]] = []
 
