@@ -292,6 +292,7 @@ class Link:
     def unary(self, call: Callable[..., Any], request: Any, within_seconds: float | None = None) -> Any:
         """The answer to one call, made again while the teacher is away. Raises Failure, no grpc.RpcError."""
         patience = Patience(self._wait_seconds if within_seconds is None else within_seconds)
+        patience.begin()  # nothing is drawn meanwhile: the first attempt counts
         timeout_seconds = UNARY_TIMEOUT_SECONDS if within_seconds is None else within_seconds
         while True:
             try:
@@ -349,7 +350,10 @@ class Link:
 
 
 class Patience:
-    """Pauses that grow, until the teacher has been away for too long."""
+    """Pauses that grow, until the teacher has been away for too long.
+
+    That counts from the first failure since it was last there: between answers pictures may be drawn for minutes.
+    """
 
     def __init__(self, wait_seconds: float, longest_pause_seconds: float | None = None) -> None:
         self._wait_seconds = wait_seconds
@@ -358,18 +362,24 @@ class Patience:
 
     def renew(self) -> None:
         """The teacher was there: the waiting begins anew."""
-        self._until = time.monotonic() + self._wait_seconds
+        self._until: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
+
+    def begin(self) -> float:
+        """When there is no patience left, counted from now where it is not counted yet."""
+        if self._until is None:
+            self._until = time.monotonic() + self._wait_seconds
+        return self._until
 
     def pause(self, why: str, at_least_seconds: float = 0.0) -> float:
         """Seconds to wait now. Raises TeacherAway when there is no patience left."""
         self.check(why)
         pause, self._pause = self._pause, min(self._pause * 2, self._longest_pause)
-        return min(max(pause, at_least_seconds), max(0.0, self._until - time.monotonic()))
+        return min(max(pause, at_least_seconds), max(0.0, self.begin() - time.monotonic()))
 
     def check(self, why: str) -> None:
         """Raises TeacherAway when there is no patience left."""
-        if time.monotonic() >= self._until:
+        if time.monotonic() >= self.begin():
             raise TeacherAway(
                 f"{why}; waited {self._wait_seconds:.0f} s (--wait-seconds). "
                 "What was answered is kept; start the same command again later"
@@ -520,11 +530,10 @@ class _Exchange:
             self._to_send.append(entry[1])
         if self._draining:  # the server reads no more here; what is outstanding goes out on the next stream
             return
-        while len(self._outstanding) < window and self._take():
-            pass
-        for batch in self._to_send:
-            stream.send(batch)
-        self._to_send = []
+        # Each as it is drawn, which may take long: the teacher looks at it while the next is.
+        while self._to_send or (len(self._outstanding) < window and self._take()):
+            stream.send(self._to_send[0])
+            del self._to_send[0]
 
     def _refused(self, batch: Batch, status: Status, patience: Patience) -> Refused | None:
         refusal = Refusal.from_status(status)

@@ -245,6 +245,32 @@ def test_server_that_only_ever_refuses_runs_out_of_patience(server, script):
     teacher.close()
 
 
+class SlowOutbox(ListOutbox):
+    def next_batch(self):
+        if self.batches:
+            time.sleep(0.6)
+        return super().next_batch()
+
+
+def test_drawing_pictures_takes_no_patience_and_each_is_sent_as_it_is_drawn(server, script):
+    refused, when = [], []
+
+    def overloaded_once(batches, context):
+        for batch in batches:
+            when.append(time.monotonic())
+            if not refused:
+                refused.append(batch.batch_id)
+                yield refusal(batch.batch_id, Reason.OVERLOADED, limit=1)
+            else:
+                yield result(batch.batch_id)
+
+    script.streams.append(overloaded_once)
+    teacher = RemoteTeacher(server, api_key="k", wait_seconds=1, check_egress=lambda batch: None)
+    assert len(settled(teacher, SlowOutbox(3))) == 3
+    assert refused == ["b0"] and when[1] - when[0] > 0.2
+    teacher.close()
+
+
 def test_answer_nobody_asked_for_is_ignored(teacher, script):
     def strange(batches, context):
         yield result("stranger")
