@@ -14,7 +14,8 @@ def training_dtype(device: torch.device) -> torch.dtype:
     On a CPU that means matrix units (AMX), or instructions for vectors of it (AVX512-BF16) unless they are Intel's:
     elsewhere bfloat16 is emulated, many times slower than float32. With those vectors alone, one core of an EPYC took
     for a step of ResNet8 65 %, of ResNet20 71 %, of a GAN's generator 43 % and of diffusion 63 % of the time that
-    float32 took; one of a Xeon without AMX for ResNet8 120 %, ResNet20 130 %, MobileNet 120 %, a GAN's generator 145 %.
+    float32 took; one of a Xeon whose AMX is hidden took 120 % for ResNet8, 130 % for ResNet20, 120 % for MobileNet
+    and 145 % for a GAN's generator.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
