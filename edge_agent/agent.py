@@ -22,7 +22,7 @@ from edge_agent.adaptation.adapter import Adapter
 from edge_agent.adaptation.memory import VERSION as MEMORY_VERSION
 from edge_agent.adaptation.memory import build_memory
 from edge_agent.binding import Binding
-from edge_agent.checks import check_budget, check_networks, check_settings
+from edge_agent.checks import check_budget, check_networks, check_questions, check_settings
 from edge_agent.config import PHASES, RunConfig, as_layers, in_use
 from edge_agent.console import Console
 from edge_agent.dealings import SHORT_WAIT_SECONDS, Dealings
@@ -100,6 +100,7 @@ class Agent:
     def prepare(self) -> None:
         """Reads teacher and pictures, and refuses a folder that belongs to another run."""
         check_networks(self._config)
+        check_questions(self._config, phase_2_began=self._journal.slots(outboxes.PHASE) > 0)
         described, totals = self.dealings.description, self._journal.totals()
         check_settings(
             self._config,
@@ -146,12 +147,15 @@ class Agent:
     def distill(self) -> None:
         """Phase 2: ``generator.pt`` and the budget in, paid answers and ``student.pt`` out."""
         generator, digest = self._buy()
-        paid = self._pool(generator)
+        paid = self._paid(generator)
         if left_out := self._left_out():
             self._console.warn(
                 f"{left_out} pictures were paid for and are left out of training: what came back for them is no "
                 "answer of this teacher's to the very pixels that were sent"
             )
+        # What is held out stays as it was sold: it measures whether the student says what the teacher says.
+        train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
+        train = self._balanced(train)
         facts = self._student_facts()
         learnt_from = {
             "held out": self._config.held_out_fraction,
@@ -171,7 +175,6 @@ class Agent:
             return
         self._begin("distill", "adapt")
         self._journal.set_facts(trained_on=self._answers_digest())
-        train, held_out = pools.split_pool(paid, self._held_out(len(paid)))
         lessons = Lessons(
             pool=train,
             facts=facts,
@@ -210,7 +213,7 @@ class Agent:
         local_NCHW = self._local.images_NCHW
         memory = build_memory(
             student,
-            self._pool(self._generator()),
+            self._balanced(self._paid(self._generator())),
             local_NCHW,
             config=self._config.adapt,
             seed=self._config.seed,
@@ -319,13 +322,12 @@ class Agent:
         outbox = self._outbox(sources.synthetic(generator, gate, seed=self._config.seed))
         try:
             with self._console.bar("distill: ask", "pictures") as tell:
-                pools.fill_pool(
-                    teacher,
-                    self._journal,
-                    outbox,
-                    self.dealings.description,
-                    progress=lambda answered: tell(answered, self._config.budget),
-                )
+
+                def progress(answered: int) -> None:
+                    tell(answered, self._config.budget)
+                    self._folder.keep_clocks()
+
+                pools.fill_pool(teacher, self._journal, outbox, self.dealings.description, progress=progress)
         except BudgetSpent:
             self.dealings.let_go_of_the_account()
             raise
@@ -365,14 +367,19 @@ class Agent:
             make_gate=lambda generator: self._gate(generator, "under way"),
         )
 
-    def _pool(self, generator: PictureGenerator) -> Pool:
-        """All answers that were paid for, balanced where the settings say so."""
-        settings = self._config.distill
-        pool = pools.load_pool(
-            self._journal, generator, self.dealings.description, label_smoothing=settings.label_smoothing
+    def _paid(self, generator: PictureGenerator) -> Pool:
+        """All answers that were paid for, as they were sold."""
+        return pools.load_pool(
+            self._journal,
+            generator,
+            self.dealings.description,
+            label_smoothing=self._config.distill.label_smoothing,
         )
+
+    def _balanced(self, pool: Pool) -> Pool:
+        """The same answers, balanced where the settings say so."""
         try:
-            return pool.balanced() if settings.balance_answers else pool
+            return pool.balanced() if self._config.distill.balance_answers else pool
         except ValueError as error:
             raise BadInput(f"distill.balance_answers: {error}; set it to false") from None
 

@@ -25,6 +25,15 @@ def check_networks(config: RunConfig) -> None:
         )
 
 
+def check_questions(config: RunConfig, *, phase_2_began: bool) -> None:
+    """Raises BadInput where phase 1 would leave nothing of the budget; once phase 2 has asked it asks no more."""
+    if config.deprivatize.im_queries >= config.budget and not phase_2_began:
+        raise BadInput(
+            f"deprivatize.im_queries: expected 0 to less than the budget ({config.budget}), "
+            f"got {config.deprivatize.im_queries}"
+        )
+
+
 def check_settings(
     config: RunConfig, described: Description, *, side: int, anything_asked: bool, console: Console
 ) -> None:
@@ -58,7 +67,7 @@ def check_settings(
         console.warn(f"settings that change nothing in this run: {', '.join(idle)}")
     settings = config.deprivatize
     if not anything_asked:
-        _check_counts(settings, batch_pictures=config.batch_pictures)
+        _check_counts(settings, config.batch_pictures, described.max_batch_pictures)
         _warn_of_little_use(settings, described, console)
     most = latent_side(side)
     if settings.generator == "mixes" and settings.mix_regions > most:
@@ -88,7 +97,7 @@ def check_budget(config: RunConfig, totals: Totals, run_dir: Path, *, counts_sen
         )
 
 
-def _check_counts(settings: DeprivatizeConfig, *, batch_pictures: int) -> None:
+def _check_counts(settings: DeprivatizeConfig, batch_pictures: int, teachers_most_pictures: int) -> None:
     """Refuses counts of phase 1 that would quietly come to less than they say."""
     step = settings.batch_count
     if settings.generator == "mixes" and settings.mix_pictures > settings.mix_regions**2:
@@ -105,6 +114,11 @@ def _check_counts(settings: DeprivatizeConfig, *, batch_pictures: int) -> None:
         raise BadInput(
             f"batch_pictures: expected {step} (deprivatize.batch_count) or more with deprivatize.im_queries, "
             f"whose steps ask in one batch, got {batch_pictures}"
+        )
+    if settings.im_queries > 0 and teachers_most_pictures < step:
+        raise BadInput(
+            f"deprivatize.batch_count: expected at most {teachers_most_pictures}, which this teacher takes in a "
+            f"batch, with deprivatize.im_queries, whose steps ask in one, got {step}; or set im_queries to 0"
         )
 
 

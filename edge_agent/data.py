@@ -6,7 +6,7 @@ Shape legend: N pictures, C channels, H rows, W columns.
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,16 @@ class LocalImages:
 
 
 def load_local_images(
-    source: str, *, channels: int, height: int, width: int, data_root: Path | None, limit: int | None, seed: int
+    source: str,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    data_root: Path | None,
+    limit: int | None,
+    seed: int,
+    also: tuple[int, int, Callable[[UInt8Array], None]] | None = None,
+    leave_out: Path | None = None,
 ) -> LocalImages:
     """Return local pictures, `images_NCHW` uint8, in the order of the source.
 
@@ -53,12 +62,34 @@ def load_local_images(
         data_root: where data sets lie or are downloaded to; cifar10 may be JPEGs in `cifar10/train/CLASS/`.
         limit: most pictures; a choice by `seed`, decoded only until there are enough. None: all.
         seed: of that choice.
+        also: another height and width, and who is told each of these pictures (C, H, W) at that size, in any order.
+        leave_out: a folder that is no part of a source it lies in.
 
     Raises:
         DataError: no such source, or fewer than LEAST_PICTURES usable pictures.
     """
+    if channels not in (1, 3):
+        raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
+    if limit is not None and limit < LEAST_PICTURES:
+        raise DataError(f"local_pictures: expected 0 (all) or at least {LEAST_PICTURES}, got {limit}")
+    pictures, order = _pictures(source, data_root, leave_out, None if limit is None else seed)
+    usable: dict[int, UInt8Array] = {}
     skipped: dict[int, tuple[str, str]] = {}
-    usable = dict(_usable(source, channels, height, width, data_root, limit, seed, skipped))
+    for i in order:
+        if len(usable) == limit:
+            break
+        picture = pictures[i]
+        try:
+            image_CHW = _sized(picture, source, channels, height, width)
+            also_CHW = None if also is None else _sized(picture, source, channels, *also[:2])
+        except DataError as error:
+            if isinstance(picture, Path) and picture.is_relative_to(source):
+                picture = picture.relative_to(source)
+            skipped[i] = (str(picture), str(error))
+            continue
+        usable[i] = image_CHW
+        if also is not None and also_CHW is not None:
+            also[2](also_CHW)
     if len(usable) < LEAST_PICTURES:
         raise DataError(
             f"expected at least {LEAST_PICTURES} usable pictures in {source}, "
@@ -72,59 +103,42 @@ def load_local_images(
     return LocalImages(images_NCHW, tuple(skipped[i] for i in sorted(skipped)), source, digest.hexdigest())
 
 
-def each_local_image(
-    source: str, *, channels: int, height: int, width: int, data_root: Path | None, limit: int | None, seed: int
-) -> Iterator[UInt8Array]:
-    """Yield what `load_local_images` returns, each picture (C, H, W) by itself, in any order: none has to stay."""
-    for _, image_CHW in _usable(source, channels, height, width, data_root, limit, seed, {}):
-        yield image_CHW
-
-
-def _usable(
-    source: str,
-    channels: int,
-    height: int,
-    width: int,
-    data_root: Path | None,
-    limit: int | None,
-    seed: int,
-    skipped: dict[int, tuple[str, str]],
-) -> Iterator[tuple[int, UInt8Array]]:
-    """Yield usable pictures with their places in the source; `skipped` is told of others: name and reason."""
-    if channels not in (1, 3):
-        raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
-    if limit is not None and limit < LEAST_PICTURES:
-        raise DataError(f"local_pictures: expected 0 (all) or at least {LEAST_PICTURES}, got {limit}")
+def _pictures(
+    source: str, data_root: Path | None, leave_out: Path | None, seed: int | None
+) -> tuple[Sequence[Image.Image | Path], Sequence[int]]:
+    """Return all that a source may hold, and in which order it is looked at: by `seed`; None: as it is."""
     pictures: Sequence[Image.Image | Path]
     if source == "digits":
         pictures = _digits()
     elif source == "mnist":
-        pictures = _mnist(_root(source, data_root), pad=(height, width) == (32, 32))
+        pictures = _mnist(_root(source, data_root))
     elif source == "cifar10":
         pictures = _cifar10(_root(source, data_root))
     elif os.path.isdir(source):  # Path.is_dir raises where it may not look
-        pictures = list(files_below(Path(source)))
+        files = list(files_below(Path(source), leave_out=leave_out))
+        return files, range(len(files)) if seed is None else _by_hash(files, Path(source), seed)
     else:
         raise DataError(f"expected digits, mnist, cifar10 or a folder of pictures, got {source!r}")
+    in_order = range(len(pictures))
+    return pictures, in_order if seed is None else np.random.default_rng(seed).permutation(len(pictures)).tolist()
 
-    order = np.arange(len(pictures)) if limit is None else np.random.default_rng(seed).permutation(len(pictures))
-    count = 0
-    for i in order.tolist():
-        if count == limit:
-            break
-        picture = pictures[i]
-        try:
-            image_CHW = (
-                pixels_CHW(picture, channels, height, width)
-                if isinstance(picture, Image.Image)
-                else decode(picture, channels, height, width)
-            )
-        except DataError as error:
-            name = str(picture.relative_to(source)) if Path(source).is_dir() else str(picture)
-            skipped[i] = (name, str(error))
-            continue
-        count += 1
-        yield i, image_CHW
+
+def _by_hash(files: Sequence[Path], folder: Path, seed: int) -> list[int]:
+    """Return an order by `seed` in which a file's place is its own: one more, or one less, moves no other's."""
+
+    def place(i: int) -> bytes:
+        return hashlib.sha256(f"{seed}/".encode() + os.fsencode(files[i].relative_to(folder))).digest()
+
+    return sorted(range(len(files)), key=place)
+
+
+def _sized(picture: Image.Image | Path, source: str, channels: int, height: int, width: int) -> UInt8Array:
+    """Return one picture of a source (C, H, W). Raises DataError with the reason for one that is not usable."""
+    if isinstance(picture, Path):
+        return decode(picture, channels, height, width)
+    if source == "mnist" and (height, width) == (32, 32):  # 28 + 2 + 2: a border of paper, not a blur
+        picture = ImageOps.expand(picture, 2)
+    return pixels_CHW(picture, channels, height, width)
 
 
 def _digits() -> list[Image.Image]:
@@ -141,13 +155,11 @@ def digit_bytes(images_NHW: npt.NDArray[np.float64]) -> UInt8Array:
     return np.rint(images_NHW * (255 / 16)).astype(np.uint8)
 
 
-def _mnist(root: Path, *, pad: bool) -> list[Image.Image]:
+def _mnist(root: Path) -> list[Image.Image]:
     from torchvision.datasets import MNIST
 
     root = root / "mnist" if (root / "mnist" / "MNIST").is_dir() else root
     images_NHW = _downloaded(MNIST, root).data.numpy()[training_part("mnist", "device")]
-    if pad:  # 28 + 2 + 2: a border of paper, not a blur
-        images_NHW = np.pad(images_NHW, ((0, 0), (2, 2), (2, 2)))
     return [Image.fromarray(image) for image in images_NHW]
 
 
@@ -178,10 +190,13 @@ def _downloaded(dataset: type, root: Path) -> Any:
         raise DataError(f"{dataset.__name__} is not in {root} and cannot be downloaded: {_reason(error)}") from None
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder by name, hidden ones and links to folders left out."""
+def files_below(folder: Path, *, leave_out: Path | None = None) -> Iterator[Path]:
+    """Yield every file below a folder by name, hidden ones, links to folders and those in `leave_out` left out."""
+    no_part = None if leave_out is None else os.path.realpath(leave_out)
     for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and os.path.realpath(Path(here, name)) != no_part
+        )
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(here, name)

@@ -1,7 +1,7 @@
 """A run's dealings with its teacher: one connection, who pays, and whether the books agree with the journal."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +10,14 @@ from typing import Any
 from edge_agent import kserve
 from edge_agent.config import RunConfig
 from edge_agent.console import Console
-from edge_agent.failures import BadInput, Failure, RunFolderProblem
+from edge_agent.failures import BadInput, Failure, RunFolderProblem, TeacherAway
 from edge_agent.journal import Totals
 from edge_agent.runs import RunFolder, digest_of
 from edge_agent.teacher import Balance, Books, Description, RemoteTeacher, Teacher
 from protos.mekd.v1.teacher_inference_pb2 import Batch
 
 SHORT_WAIT_SECONDS = 2.0
-"""How long the books are waited for where the run can do without: it may be ending on SIGTERM."""
+"""How long teacher and books are waited for where the run can do without: it may be ending on SIGTERM."""
 
 
 class Dealings:
@@ -40,6 +40,7 @@ class Dealings:
         self._check_egress = check_egress
         self._teacher: Teacher | None = None
         self._account_is_known = False
+        self._was_away = False  # when it was to be described: it is taken for what it was at an earlier start
         self.counts_sent = kserve.is_address(config.teacher)
         """Of a teacher without books the agent counts what it sends; then that is what the budget bounds."""
 
@@ -53,17 +54,17 @@ class Dealings:
     def teacher(self) -> Teacher:
         """The teacher, connected. Raises BadInput where there is nothing to show it."""
         if self._teacher is None:
-            self._teacher = self._connect()
+            self._teacher = self._connect(self._config.wait_seconds)
         return self._teacher
 
-    def _connect(self) -> Teacher:
+    def _connect(self, wait_seconds: float) -> Teacher:
         config = self._config
         shared: dict[str, Any] = {
             "api_key": self._api_key,
             "tls_ca": Path(config.tls_ca) if config.tls_ca else None,
             "tls_pair": (Path(config.tls_cert), Path(config.tls_key)) if config.tls_cert else None,
             "insecure": config.insecure,
-            "wait_seconds": config.wait_seconds,
+            "wait_seconds": wait_seconds,
             "check_egress": self._check_egress,
             "tell": self._console.say,
         }
@@ -77,7 +78,8 @@ class Dealings:
     def description(self) -> Description:
         """What the teacher is: asked once, or as the journal has it where the run is bound to it or has no key.
 
-        Keeps the fact `teacher`. Raises Failure.
+        The journal's is also good for a run that has asked nothing and will not before phase 2, while the teacher is
+        away. Keeps the fact `teacher`. Raises Failure.
         """
         known = self._journal.fact("teacher")
         totals = self._journal.totals()
@@ -88,8 +90,26 @@ class Dealings:
             bound = not self.may_connect or totals.planned_pictures > 0
         if known is not None and bound:
             return Description.from_facts(known)
-        described = self.teacher().describe()
+        if known is not None and totals.planned_pictures == 0 and self._config.deprivatize.im_queries == 0:
+            try:
+                described = self._describe_soon()
+            except TeacherAway:
+                self._was_away = True
+                self._console.say(
+                    "the teacher is away; going on with what it was before; it is asked again before anything is "
+                    "bought"
+                )
+                return Description.from_facts(known)
+        else:
+            described = self.teacher().describe()
         self._journal.set_facts(teacher=asdict(described))
+        return described
+
+    def _describe_soon(self) -> Description:
+        """What the teacher is, asked for SHORT_WAIT_SECONDS: a call that hangs may take longer. Raises Failure."""
+        with closing(self._connect(min(self._config.wait_seconds, SHORT_WAIT_SECONDS))) as impatient:
+            described = impatient.describe()
+        self.teacher()  # it is there: the run's end compares the books
         return described
 
     def close(self) -> None:
@@ -113,7 +133,19 @@ class Dealings:
         """The teacher, once it is known who pays it: no question is asked before."""
         if not self._account_is_known:
             self.check_account()
+        if self._was_away:
+            self._check_description()
         return self.teacher()
+
+    def _check_description(self) -> None:
+        """Raises BadInput where the teacher is another than it was taken for while it was away."""
+        taken_for, found = asdict(self.description), asdict(self.teacher().describe())
+        if changed := [name for name in found if found[name] != taken_for[name]]:
+            raise BadInput(
+                f"expected the teacher that {self._folder.path} knows, which was away when this start began, got one "
+                f"with other {', '.join(changed)}; nothing was sent. Start the same command again"
+            )
+        self._was_away = False
 
     def check_account(self, *, within_seconds: float | None = None) -> None:
         """Refuses another account than was asked with so far, and books that do not know what it has paid.

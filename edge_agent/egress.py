@@ -76,11 +76,15 @@ class EgressDoor:
     """Knows the local pictures by hash alone.
 
     Args:
-        local_images: every local picture (C, H, W), uint8, at the size that is sent.
+        local_images: local pictures (C, H, W), uint8, at the size that is sent; `learn` adds others.
     """
 
     def __init__(self, local_images: Iterable[UInt8Array]) -> None:
         self._local = {_digest(image_CHW) for image_CHW in local_images}
+
+    def learn(self, image_CHW: UInt8Array) -> None:
+        """Makes one more local picture known."""
+        self._local.add(_digest(image_CHW))
 
     def matches(self, batch: Batch) -> int:
         """How many pictures of a message are local ones, pixel for pixel."""

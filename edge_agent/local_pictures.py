@@ -1,14 +1,12 @@
 """The device's own pictures, as one run knows them: at the generator's size, split once, and behind one door.
 
-The teacher's description and the journal decide that size; where another is sent, the door reads them once more.
+The teacher's description and the journal decide that size; where another is sent, they are read at both.
 """
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch import Tensor
 from edge_agent import privacy
 from edge_agent.config import RunConfig
 from edge_agent.console import Console
-from edge_agent.data import DataError, LocalImages, UInt8Array, each_local_image, load_local_images
+from edge_agent.data import DataError, LocalImages, load_local_images
 from edge_agent.egress import EgressDoor
 from edge_agent.failures import BadInput
 from edge_agent.pixels import resize
@@ -49,12 +47,31 @@ class LocalPictures:
         return int((self._journal.fact("identity") or {}).get("generator's side", side))
 
     @cached_property
-    def found(self) -> LocalImages:
-        """All of them, at the generator's size. Raises BadInput."""
+    def _read(self) -> tuple[LocalImages, EgressDoor]:
+        """What `found` and `door` are.
+
+        Of one reading: files that were read again, hours later, need not be those that have trained.
+        """
+        described, side = self._describe(), self.side
+        height, width = described.height, described.width
+        door = EgressDoor(())
         try:
-            local = load_local_images(**self._source(self.side, self.side))
+            local = load_local_images(
+                self._config.images,
+                channels=described.channels,
+                height=side,
+                width=side,
+                data_root=Path(self._config.data) if self._config.data else None,
+                limit=self._config.local_pictures or None,
+                seed=self._config.seed,
+                also=None if (height, width) == (side, side) else (height, width, door.learn),
+                leave_out=self._folder.path,
+            )
         except DataError as error:
             raise BadInput(str(error)) from None
+        for image_CHW in local.images_NCHW:
+            # A generator that copies does so at its own size: such a copy is resized as everything that is sent.
+            door.learn(resize(torch.from_numpy(image_CHW)[None], height, width)[0].numpy())
         if local.skipped:
             name, why = local.skipped[0]
             self._console.say(f"{len(local.skipped)} files left out, such as {name}: {why}")
@@ -64,7 +81,17 @@ class LocalPictures:
                 self._folder.metric(skipped=name, why=why)
             self._journal.set_facts(skipped=skipped)
         self._console.say(f"{len(local.images_NCHW)} local pictures of {local.source}")
-        return local
+        return local, door
+
+    @property
+    def found(self) -> LocalImages:
+        """All of them, at the generator's size. Raises BadInput."""
+        return self._read[0]
+
+    @property
+    def door(self) -> EgressDoor:
+        """The egress door: it knows the local pictures at the size that is sent. Raises BadInput."""
+        return self._read[1]
 
     @property
     def images_NCHW(self) -> Tensor:
@@ -88,53 +115,10 @@ class LocalPictures:
         digest = hashlib.sha256(reference_NCHW.numpy().tobytes()).hexdigest()
         return f"{len(reference_NCHW)} of {len(self.found.images_NCHW)}, sha256 {digest}"
 
-    @cached_property
-    def door(self) -> EgressDoor:
-        """The egress door: it knows the local pictures at the size that is sent. Raises BadInput."""
-        height, width = self._describe().height, self._describe().width
-        if (height, width) == (self.side, self.side):
-            return EgressDoor(self.found.images_NCHW)
-        # A generator that copies does so at its own size: such a copy is resized as everything that is sent.
-        resized = (
-            resize(torch.from_numpy(image)[None], height, width)[0].numpy() for image in self.found.images_NCHW
-        )
-        return EgressDoor(itertools.chain(self._each(height, width), resized))
-
     def count_sent(self) -> int | None:
         """How many are among all that was ever planned to be sent; None where no local picture is known."""
         if self._journal.totals().planned_pictures == 0:
             return 0
-        if "found" not in self.__dict__:  # the run ended before it read them
+        if "_read" not in self.__dict__:  # the run ended before it read them
             return None
-        try:
-            door = self.door  # may read them once more, at another size
-        except BadInput:  # which they have gone away from since
-            return None
-        return sum(door.matches(Batch.FromString(request)) for request in self._journal.requests())
-
-    def _each(self, height: int, width: int) -> Iterator[UInt8Array]:
-        """The local pictures (C, H, W) at a size, one by one."""
-        count, before = 0, len(self.found.images_NCHW)
-        try:
-            for image_CHW in each_local_image(**self._source(height, width)):
-                count += 1
-                yield image_CHW
-        except DataError as error:
-            raise BadInput(str(error)) from None
-        if count != before:  # the door would not know those that are missing
-            raise BadInput(
-                f"{self._config.images} changed during the run: it began with {before} usable pictures, now there "
-                f"are {count}; bring those back and start the same command again"
-            )
-
-    def _source(self, height: int, width: int) -> dict[str, Any]:
-        """Where the local pictures come from, as `data` takes it."""
-        return {
-            "source": self._config.images,
-            "channels": self._describe().channels,
-            "height": height,
-            "width": width,
-            "data_root": Path(self._config.data) if self._config.data else None,
-            "limit": self._config.local_pictures or None,
-            "seed": self._config.seed,
-        }
+        return sum(self.door.matches(Batch.FromString(request)) for request in self._journal.requests())

@@ -73,6 +73,8 @@ class RunFolder:
                 f"{path} has {', '.join(results)} and no journal.db, which knows what was paid for; put it back, or "
                 "give another --run-dir"
             )
+        self._clocks: dict[str, tuple[float, float]] = {}  # phase -> seconds before, and when it was started
+        self._clocks_kept = time.monotonic()
         try:
             self.journal = Journal.open(path / "journal.db")
         except BaseException:
@@ -201,13 +203,25 @@ class RunFolder:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Adds the seconds inside to the phase's, however it ends."""
-        before, started = self.seconds(phase) or 0.0, time.monotonic()
+        """Adds the seconds inside to the phase's, however it ends; `keep_clocks` is for ends that nobody notices."""
+        self._clocks[phase] = self.seconds(phase) or 0.0, time.monotonic()
         try:
             yield
         finally:
             with suppress(DiskProblem):  # the reason why we are here is worth more than a clock
-                self.journal.set_facts(**{f"seconds.{phase}": round(before + time.monotonic() - started, 3)})
+                self._keep_clock(phase)
+            del self._clocks[phase]
+
+    def keep_clocks(self) -> None:
+        """Keeps what the clocks say, at most every CHECKPOINT_SECONDS: a kill stops them without another word."""
+        if time.monotonic() - self._clocks_kept >= CHECKPOINT_SECONDS:
+            for phase in self._clocks:
+                self._keep_clock(phase)
+            self._clocks_kept = time.monotonic()
+
+    def _keep_clock(self, phase: str) -> None:
+        before, started = self._clocks[phase]
+        self.journal.set_facts(**{f"seconds.{phase}": round(before + time.monotonic() - started, 3)})
 
 
 class FileCheckpoint:
@@ -227,6 +241,7 @@ class FileCheckpoint:
         return state if content.get("inputs") == self._inputs and isinstance(state, dict) else None
 
     def save_if_due(self, make_state: Callable[[], dict[str, Any]]) -> None:
+        self._folder.keep_clocks()
         if time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
             self._folder.write_tensors(self._name, {"inputs": self._inputs, "state": make_state()})
             self._saved = time.monotonic()

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from edge_agent import privacy
+from edge_agent import data, privacy
 from edge_agent.agent import Agent
 from edge_agent.failures import RunFolderProblem
 from edge_agent.journal import Batch
@@ -33,6 +35,21 @@ def test_another_reference_than_the_paid_answers_were_bought_with_is_refused(
             folder.journal.set_facts(identity=identity | {"reference pictures": None})
         with pytest.raises(RunFolderProblem, match=r"paid answers for other reference pictures: .*--run-dir"):
             agent(folder, tmp_path, description(8, 8)).prepare()
+
+
+def test_a_run_whose_pictures_a_former_version_chose_otherwise_is_one_line(tmp_path, pictures_NHW, monkeypatch):
+    for i in range(64):
+        Image.fromarray(pictures_NHW[i] ^ 255).save(tmp_path / "pictures" / f"more-{i}.png")
+    with RunFolder(tmp_path / "run") as folder:
+        with monkeypatch.context() as former:
+            permuted = np.random.default_rng(0).permutation(128).tolist()
+            former.setattr(data, "_by_hash", lambda *_: permuted)
+            agent(folder, tmp_path, description(8, 8), local_pictures=64).prepare()
+        plan_one(folder, pictures_NHW)
+        with pytest.raises(
+            RunFolderProblem, match=r"^[^\n]*paid answers for other pictures: it began with 64[^\n]*--run-dir$"
+        ):
+            agent(folder, tmp_path, description(8, 8), local_pictures=64).prepare()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.checks import check_budget, check_networks
+from edge_agent.checks import check_budget, check_networks, check_questions
 from edge_agent.config import build_config
 from edge_agent.failures import BadInput
 from edge_agent.journal import Totals
@@ -28,6 +28,10 @@ def test_a_teacher_of_pictures_too_small_for_a_generator_is_refused(tmp_path) ->
         ),
         ({"deprivatize": {"im_queries": 63}}, r"im_queries: expected the questions of one step \(64, .* got 63"),
         ({"deprivatize": {"im_queries": 64}, "batch_pictures": 63}, r"batch_pictures: expected 64 .* got 63"),
+        (
+            {"deprivatize": {"im_queries": 130, "batch_count": 65}},
+            r"batch_count: expected at most 64, which this teacher takes in a batch, .* got 65",
+        ),
     ],
 )
 def test_counts_that_would_quietly_come_to_less_are_refused_until_answers_are_bound_to_them(
@@ -40,6 +44,13 @@ def test_counts_that_would_quietly_come_to_less_are_refused_until_answers_are_bo
         made = agent(folder, tmp_path, description(8, 8), budget=200, **settings)
         plan_one(folder, pictures_NHW)
         made.prepare()
+
+
+def test_questions_of_phase_1_leave_some_of_the_budget_until_it_asks_no_more() -> None:
+    config = build_config({"images": "digits", "budget": 970, "deprivatize": {"im_queries": 970}})
+    with pytest.raises(BadInput, match=r"im_queries: expected 0 to less than the budget \(970\), got 970"):
+        check_questions(config, phase_2_began=False)
+    check_questions(config, phase_2_began=True)
 
 
 def test_a_shift_as_large_as_the_pictures_is_refused(tmp_path, pictures_NHW):

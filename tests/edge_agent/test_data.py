@@ -233,6 +233,26 @@ def test_a_limit_chooses_by_seed_and_keeps_the_order(folder: Path) -> None:
     assert len(load(folder, limit=1000).images_NCHW) == 70
 
 
+def test_other_files_than_those_chosen_change_nothing_when_they_come_or_go(folder: Path) -> None:
+    """Or a run that has paid for answers could not go on."""
+    chosen = load(folder, limit=64)
+    kept = {picture.tobytes() for picture in chosen.images_NCHW}
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("no picture")
+        (folder / "m" / "deep" / f"{i}.jpg.part").write_bytes(b"")
+    others = [i for i in range(70) if noise(i).transpose(2, 0, 1).tobytes() not in kept]
+    for i in others[:3]:
+        (folder / "m" / ("deep" if i < 35 else ".") / f"{i:03}.png").unlink()
+    assert load(folder, limit=64).digest == chosen.digest
+
+
+def test_who_wants_another_size_is_told_the_very_same_pictures(folder: Path) -> None:
+    told: list[np.ndarray] = []
+    load(folder, limit=64, also=(20, 30, told.append))
+    at_that_size = load(folder, limit=64, height=20, width=30).images_NCHW
+    assert sorted(image.tobytes() for image in told) == sorted(image.tobytes() for image in at_that_size)
+
+
 def test_digits_are_the_device_part_alone() -> None:
     from sklearn.datasets import load_digits
 
@@ -291,6 +311,14 @@ def test_mnist_at_its_own_size_is_untouched_and_may_be_limited(mnist: Path) -> N
     numbers = images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
     chosen = np.sort(np.random.default_rng(3).permutation(10_000)[:100])
     assert np.array_equal(numbers, training_part("mnist", "device")[chosen])
+
+
+def test_mnist_at_two_sizes_is_padded_to_32_alone(mnist: Path) -> None:
+    told: list[np.ndarray] = []
+    images = load("mnist", channels=1, height=28, width=28, data_root=mnist, limit=64, also=(32, 32, told.append))
+    assert sorted(image[0, 2:30, 2:30].tobytes() for image in told) == sorted(
+        image.tobytes() for image in images.images_NCHW
+    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10-jpeg"])

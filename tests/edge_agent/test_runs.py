@@ -153,6 +153,17 @@ def test_clock_adds_up_over_starts_even_when_they_fail(tmp_path):
         assert folder.seconds("adapt") is None
 
 
+def test_clocks_are_kept_while_they_run_since_a_kill_stops_them_without_another_word(tmp_path, monkeypatch):
+    with RunFolder(tmp_path) as folder, folder.clock("distill"), folder.clock("assistant"):
+        checkpoint = folder.checkpoint("assistant", "inputs")
+        checkpoint.save_if_due(dict)
+        assert folder.seconds("distill") is None  # not after every step
+        time.sleep(0.05)
+        monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.05)
+        checkpoint.save_if_due(dict)
+        assert 0.05 <= folder.seconds("distill") < 5 and 0.05 <= folder.seconds("assistant") < 5
+
+
 def test_metrics_are_json_lines(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.metric(phase="adapt", changed=3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_agent import agent, runs
 from tests.end_to_end.conftest import SLOWING_SERVER
 
 # So many that a kill lands between the answers, and not behind the last.
@@ -114,6 +115,38 @@ def test_questions_of_the_first_phase_are_counted_and_a_kill_pays_for_none_twice
     assert queries == {"budget": 200, "charged": 200, "deprivatize": 160, "distill": 40, "adapt": 0}
     assert world.books()["posted"] == 200
     world.assert_books_agree()
+
+
+def test_a_budget_that_went_to_phase_1_first_is_lowered_to_what_was_charged_as_the_line_says(world):
+    world.account(75)
+    world.start_server()
+    settings = {"steps": 2, "batch_count": 32, "im_queries": 80, "noise_count": 0, "loss": "bce"}
+    flags = [part for name, value in settings.items() for part in ("--set", f"deprivatize.{name}={value}")]
+    flags += ["--set", "batch_pictures=32"]
+    spent = world.agent(*flags)
+    assert spent.returncode == 3, spent.stderr
+    assert "or with --budget 75 to train on what is there" in spent.stderr
+    done = world.agent(*flags, budget=75)
+    assert done.returncode == 0, done.stderr
+    assert world.summary()["queries"] == {"budget": 75, "charged": 75, "deprivatize": 64, "distill": 11, "adapt": 0}
+    world.assert_books_agree()
+
+
+def test_seconds_are_kept_while_a_run_asks(world, monkeypatch):
+    """A kill would leave no other."""
+    seen = []
+    fill = agent.pools.fill_pool
+
+    def noting(teacher, journal, *parts, **options):
+        fill(teacher, journal, *parts, **options)
+        seen.append(journal.fact("seconds.distill"))
+
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(agent.pools, "fill_pool", noting)
+    world.account(1000)
+    world.start_server()
+    assert world.agent(budget=32).returncode == 0
+    assert len(seen) == 1 and seen[0] > 0
 
 
 def test_server_drained_under_way_loses_nothing(world):
@@ -399,6 +432,29 @@ def test_teacher_that_comes_late_is_waited_for(world):
     world.start_server()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
+
+
+def test_first_phase_goes_on_without_the_teacher_and_nothing_is_bought_of_another(world):
+    world.account(100)
+    world.start_server()
+    assert world.agent(phase="deprivatize", budget=32).returncode == 0
+    world.stop_server()
+    more = ("--set", "deprivatize.steps=3")
+    alone = world.agent(*more, phase="deprivatize", budget=32)  # waits ten minutes for a teacher that it needs
+    assert alone.returncode == 0, alone.stderr
+    assert "going on with what it was before; it is asked again before anything is bought" in alone.stderr
+    assert world.summary()["phases_done"] == ["deprivatize"]
+    process = world.start_agent(*more, "--wait-seconds", "60", budget=32)
+    assert process.stderr is not None
+    assert any("deprivatize: done before" in line for line in process.stderr)
+    world.start_server("array:4,1,8,8,7")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "got one with other model_digest; nothing was sent. Start the same command again" in errors
+    assert world.books()["posted"] == 0
+    again = world.agent(*more, budget=32)
+    assert again.returncode == 0 and "deprivatize: done before" in again.stderr, again.stderr
+    world.assert_books_agree()
 
 
 def test_folder_in_use_is_exit_6(world):
