@@ -2,12 +2,14 @@
 
 Keys are ``mekd_<id>_<256 random bits>``; the books keep their SHA-256 (they are random, so nothing slower is needed).
 A key is looked up again at most ``CACHE_SECONDS`` after it was last seen good: a revoked one ends an open stream at
-its next batch after that, and buys nothing more.
+its next batch after that, and buys nothing more. A key that nobody knows is refused without another look for
+``UNKNOWN_SECONDS``, and strangers' keys are looked up ``MAX_LOOKUPS`` at a time: the books have more to do.
 
 Where clients show certificates (``--tls-client-ca``), a call without a key is made by the certificate: its one DNS
 name is the name of an account, and it acts as that account's customer, never more. A key, where one is given, wins.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -25,11 +27,13 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 
 from protos.errors import Reason, Refusal
-from teacher_service.ledger import Key, Ledger, LedgerError, LedgerUnavailable, Role
+from teacher_service.ledger import Credential, Key, Ledger, LedgerError, LedgerUnavailable, Role
 from teacher_service.terms import Terms
 
 CACHE_SECONDS = 5.0
 CACHE_KEYS = 4096
+UNKNOWN_SECONDS = 1.0
+MAX_LOOKUPS = 64
 MOST_TOLD = 300  # characters of a refusal's variable, where it travels as metadata
 
 KEY = re.compile(r"mekd_([0-9a-f]{16})_([0-9a-f]{64})")
@@ -132,12 +136,14 @@ def new_key(account: str, role: Role = Role.CUSTOMER) -> tuple[str, Key]:
 
 
 class Authenticator:
-    """Credential -> caller, through a small cache of keys seen good."""
+    """Credential -> caller, through small caches of keys seen good and of ids that nobody knows."""
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger = ledger
         self._clock = clock
         self._good: OrderedDict[bytes, tuple[float, Caller]] = OrderedDict()
+        self._unknown: OrderedDict[str, float] = OrderedDict()
+        self._lookups: dict[str, asyncio.Task[Credential | None]] = {}
 
     async def identify(self, metadata: Metadata | None) -> Caller:
         """The caller behind ``authorization: Bearer KEY``.
@@ -158,7 +164,7 @@ class Authenticator:
             return caller
         self._good.pop(cached_under, None)
         try:
-            credential = await self._ledger.credential(found[1])
+            credential = await self._credential(found[1], seen_good=caller is not None)
         except LedgerError:
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
         if credential is None or not hmac.compare_digest(credential.key.secret_sha256, _sha256(found[2])):
@@ -186,6 +192,33 @@ class Authenticator:
             got = f"no key, and a certificate for {names[0][:80]!r}, which names no account"
             raise Refusal.of(Reason.UNAUTHENTICATED, got=got) from None
         return self._let_in(cached_under, Caller(names[0], Role.CUSTOMER, terms))
+
+    async def _credential(self, key_id: str, *, seen_good: bool) -> Credential | None:
+        """What the books have under an id, asked once for all who wait for it. Raises LedgerUnavailable.
+
+        ``seen_good``: a key that was let in before is looked up however many others are.
+        """
+        if self._clock() < self._unknown.get(key_id, 0.0):
+            return None
+        lookup = self._lookups.get(key_id)
+        if lookup is None:
+            if len(self._lookups) >= MAX_LOOKUPS and not seen_good:
+                raise LedgerUnavailable(f"{MAX_LOOKUPS} keys are looked up already")
+            lookup = self._lookups[key_id] = asyncio.create_task(self._look_up(key_id), name="look-up-key")
+            # Whoever waited may have gone; then nobody else asks how it ended.
+            lookup.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(lookup)
+
+    async def _look_up(self, key_id: str) -> Credential | None:
+        try:
+            credential = await self._ledger.credential(key_id)
+        finally:
+            del self._lookups[key_id]
+        if credential is None:
+            self._unknown[key_id] = self._clock() + UNKNOWN_SECONDS
+            if len(self._unknown) > CACHE_KEYS:
+                self._unknown.popitem(last=False)
+        return credential
 
     def _let_in(self, cached_under: bytes, caller: Caller) -> Caller:
         if caller.role is Role.CUSTOMER and caller.terms.suspended:

@@ -7,7 +7,8 @@ and everything else is told only after the commit; so is the kept answer of a re
 very same group.
 
 What serialises: SQLite's write lock; in PostgreSQL the account's row, locked for the transaction. Holds, answers and
-entries of an account are only touched under it.
+entries of an account are only touched under it. An account that somebody else keeps locked is left out of the groups
+and comes after them, alone; where its row cannot be had then either, its commands fail and nobody else's.
 
 Each running server is an *instance* with a lease, renewed by the writer. A hold whose instance's lease has lapsed is
 expired, by whoever comes first: a starting server, the regular sweep, or a repeat of that very batch.
@@ -51,7 +52,7 @@ from teacher_service.ledger import (
     Receipt,
     Step,
 )
-from teacher_service.ledger_store import bring_schema_up_to_date, engine_at, store_errors
+from teacher_service.ledger_store import bring_schema_up_to_date, engine_at, is_lock_timeout, store_errors
 from teacher_service.terms import Terms
 
 T = TypeVar("T")
@@ -69,8 +70,12 @@ STEADY_SECONDS = 600.0  # for so long the clock must have run steadily before an
 STEADY_TOLERANCE_MS = 60_000
 PRUNE_ENTRIES = 100  # at most so many entries are passed over in one transaction
 PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
-POST_SECONDS = 5.0  # how long a post whose outcome is unknown is made again
+# How long a post that failed, or whose outcome is unknown, is made again: longer than anything of ours stays locked
+# (``ledger_store.POSTGRES_SETTINGS``).
+POST_SECONDS = 8.0
 POST_PAUSE_SECONDS = 0.25
+STUCK_SECONDS = 5.0  # for so long an account whose row could not be had is not waited for again
+RENEW_AGAIN_SECONDS = 1.0  # a lease that could not be renewed is tried again after this
 Clock = Callable[[], int]
 
 
@@ -162,6 +167,10 @@ class _Command:
             self.outcome.set_exception(error)
 
 
+def _accounts_of(group: Sequence[_Command]) -> set[str]:
+    return {command.account for command in group if command.account is not None}
+
+
 class _Transaction:
     """What one transaction has read and will write; reads in bulk at the start, writes in bulk at the end."""
 
@@ -179,10 +188,14 @@ class _Transaction:
         self._new_entries: list[Entry] = []
         self._new_answers: list[dict[str, Any]] = []
 
-    def read(self, group: Sequence[_Command]) -> None:
-        """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring."""
+    def read(self, group: Sequence[_Command], stuck: set[str]) -> set[str]:
+        """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring.
+
+        Of ``stuck``, for which nobody waits, it returns those that are left out: locked by others, or not there.
+        """
         self.renew_leases({command.living for command in group if command.living})
-        self.lock({command.account for command in group if command.account is not None})
+        self.lock(_accounts_of(group) - stuck)
+        left_out = stuck - self.lock(stuck, skip_locked=True)
         by_account: dict[str, set[str]] = {}
         for command in group:
             if command.account is not None and command.batch_id is not None:
@@ -191,6 +204,7 @@ class _Transaction:
         for account, batch_ids in by_account.items():
             for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": list(batch_ids)}):
                 self._holds[row.account, row.batch_id] = tables.hold_of(row)
+        return left_out
 
     def renew_leases(self, instance_ids: Collection[str]) -> None:
         """Gives other instances a new lease, where the old one is not fresh; before any account is locked."""
@@ -450,6 +464,8 @@ class SqlLedger:
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._pruner: asyncio.Task[None] | None = None
         self._lease_written = True
+        # Accounts that no group waits for, since somebody kept them locked -> when to wait for them again, alone.
+        self._stuck: dict[str, float] = {}
         self._closed = False
 
     @classmethod
@@ -599,7 +615,7 @@ class SqlLedger:
                 return transaction.account(name)
             return account if step is None else transaction.record(step).account
 
-        return await self._write(apply)
+        return await self._write(apply, name)
 
     async def grant(self, name: str, picture_count: int, *, grant_id: str = "") -> Account:
         rules.check_grant_id(grant_id, picture_count)
@@ -818,8 +834,11 @@ class SqlLedger:
             ahead_ms = self._clock() - renewed_ms
             if time.monotonic() >= renew_at or not 0 <= ahead_ms < self._lease_ms // 3:
                 self._lease_written = self._try("renewing the lease", self._renew)
-                self._try("expiring what the dead left held", self._sweep)
-                renew_at, renewed_ms = time.monotonic() + renew_seconds, self._clock()
+                if self._lease_written:
+                    self._try("expiring what the dead left held", self._sweep)
+                # Health waits for the next renewal, so one that failed is made again soon, however long the lease is.
+                pause_seconds = renew_seconds if self._lease_written else min(renew_seconds, RENEW_AGAIN_SECONDS)
+                renew_at, renewed_ms = time.monotonic() + pause_seconds, self._clock()
 
     def _try(self, what: str, step: Callable[[Connection], None]) -> bool:
         """One transaction of the server's own, and whether it was made.
@@ -836,9 +855,22 @@ class SqlLedger:
         return True
 
     def _commit(self, group: list[_Command]) -> None:
+        """Applies a group, and after it each account left out of it, alone: but for one waited for just before."""
+        stuck = _accounts_of(group) & self._stuck.keys()
+        for name in sorted(self._apply(group, stuck)):
+            of_it = [command for command in group if command.account == name]
+            if time.monotonic() >= self._stuck[name]:
+                del self._stuck[name]
+                self._apply(of_it, set())
+            else:
+                for command in of_it:
+                    command.fail(LedgerUnavailable(f"the account {name} is locked by another program; try again"))
+
+    def _apply(self, group: list[_Command], stuck: set[str]) -> set[str]:
         """Applies a group in one transaction: a refused command changes nothing, a failed store fails all.
 
-        What nobody expected of a command fails that command alone: the group is undone and applied one by one.
+        Nobody waits for ``stuck``; those that are left out are returned, and their callers were told nothing. What
+        nobody expected of a command fails that command alone: the group is undone and applied one by one.
         """
         told: list[tuple[_Command, Any]] = []
         applying = False
@@ -846,8 +878,12 @@ class SqlLedger:
             with store_errors(self._engine.url), self._engine.begin() as connection:
                 applying = True
                 transaction = _Transaction(connection, self.instance_id, self._clock, self._lease_ms)
-                transaction.read(group)
+                left_out = transaction.read(group, stuck)
+                for name in stuck - left_out:
+                    self._stuck.pop(name, None)
                 for command in group:
+                    if command.account in left_out:
+                        continue
                     try:
                         value = command.apply(transaction)
                     except (Refusal, LedgerError) as error:
@@ -861,19 +897,30 @@ class SqlLedger:
                 applying = False  # a commit's outcome may be unknown: nothing is applied a second time after it
         except Exception as error:
             failure = error if isinstance(error, LedgerError) else LedgerUnavailable(repr(error))
+            # Holds that were told are made again; who was refused has gone.
+            again = [each for each in group if not each.outcome.done() or each.outcome.exception() is None]
+            waited_for = _accounts_of(group) - stuck
+            if applying and waited_for and is_lock_timeout(error.__cause__):
+                # Where it may have been any of several, each has yet to be waited for alone.
+                until = time.monotonic() + STUCK_SECONDS if len(waited_for) == 1 else 0.0
+                self._stuck |= dict.fromkeys(waited_for, until)
+                log.warning(
+                    "somebody keeps an account locked, one of %d that were wanted: %s", len(waited_for), failure
+                )
+                self._commit(again)
+                return set()
             # A store that is away, full or locked (OperationalError) would fail each of them again, slowly.
             if applying and len(group) > 1 and not isinstance(error.__cause__, sa.exc.OperationalError):
                 log.warning("a group of %d commands is applied one by one: %s", len(group), failure)
-                for command in group:
-                    # Holds that were told are made again; who was refused has gone.
-                    if not command.outcome.done() or command.outcome.exception() is None:
-                        self._commit([command])
-                return
+                for command in again:
+                    self._commit([command])
+                return set()
             for command in group:
                 command.fail(failure)
-            return
+            return set()
         for command, value in told:
             command.tell(value)
+        return left_out
 
     def _renew(self, connection: Connection) -> None:
         """A transaction of its own: nothing that a sweep meets may cost this server its lease."""

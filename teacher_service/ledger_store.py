@@ -17,10 +17,12 @@ SCHEMA_REVISION = "0003"  # the newest of migrations/versions; a test compares
 BUSY_TIMEOUT_SECONDS = 5
 CONNECTIONS = 3  # the writer's and the two readers'
 # What a role or a database may have set otherwise; a session's own settings win. synchronous_commit: a commit is on
-# the disk before it returns.
+# the disk before it returns. The rest bounds what a lock costs: our transactions take milliseconds, so nobody waits
+# longer than a second for a row, and a server that froze inside a transaction has lost its locks five seconds later.
 POSTGRES_SETTINGS = (
-    "-c synchronous_commit=on -c lock_timeout=5s -c statement_timeout=30s -c idle_in_transaction_session_timeout=30s"
+    "-c synchronous_commit=on -c lock_timeout=1s -c statement_timeout=30s -c idle_in_transaction_session_timeout=5s"
 )
+_LOCK_NOT_AVAILABLE = "55P03"  # what PostgreSQL calls a lock_timeout that has run out
 # A connection lost without a word (a NAT that forgot it, a failover) would block its thread, and one thread writes,
 # for as long as the kernel sends again: a quarter of an hour. It is given up about ten seconds after the last sign of
 # life. A slow query is no such thing: the other side's kernel answers.
@@ -62,11 +64,23 @@ def store_errors(location: URL) -> Iterator[None]:
         raise LedgerUnavailable(f"the ledger's store {name} failed: {_one_line(error)}") from error
 
 
+def is_lock_timeout(error: BaseException | None) -> bool:
+    """Whether PostgreSQL refused a statement because somebody else has locked what it is about."""
+    return getattr(getattr(error, "orig", None), "sqlstate", None) == _LOCK_NOT_AVAILABLE
+
+
 def bring_schema_up_to_date(connection: Connection, url: str) -> None:
     """An empty database gets its tables, an older ledger the newest ones. Raises LedgerError for anything else."""
     url = _without_password(url)
-    if connection.dialect.name == "postgresql":  # two servers that start at once
+    if connection.dialect.name == "postgresql":
+        # Two servers that start at once: the second waits for as long as the first migrates. Between two statements
+        # Alembic is imported, which takes a busy machine its time.
+        connection.exec_driver_sql(
+            "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0; "
+            "SET LOCAL idle_in_transaction_session_timeout = '30s'"
+        )
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+        connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")  # whoever wants a table waits behind our DDL
     found = set(sa.inspect(connection).get_table_names())
     revision = None
     if "alembic_version" in found:

@@ -1,6 +1,7 @@
 import asyncio
 import pickle
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ from protos.errors import Reason, Refusal
 from protos.mekd.v1 import quota_ledger_pb2 as quota_wire
 from protos.mekd.v1 import teacher_inference_pb2 as wire
 from teacher_service import auth, ledger_store
-from teacher_service.auth import ALLOWED, CACHE_SECONDS, Authenticator, AuthInterceptor, Caller, new_key
-from teacher_service.ledger import Key, LedgerError, LedgerUnavailable, Role
+from teacher_service.auth import (
+    ALLOWED,
+    CACHE_SECONDS,
+    MAX_LOOKUPS,
+    UNKNOWN_SECONDS,
+    Authenticator,
+    AuthInterceptor,
+    Caller,
+    new_key,
+)
+from teacher_service.ledger import Credential, Key, LedgerError, LedgerUnavailable, Role
 from teacher_service.ledger_memory import MemoryLedger
 from teacher_service.ledger_sql import SqlLedger
 from teacher_service.terms import Terms
-from tests.teacher_service.parts import Clock, refusal_of, serving
+from tests.teacher_service.parts import Clock, refusal_of, serving, until
 
 
 async def with_key(role: Role = Role.CUSTOMER) -> tuple[MemoryLedger, str, Key]:
@@ -196,6 +206,99 @@ async def test_a_ledger_that_is_away_lets_nobody_in(tmp_path: Path) -> None:
     clock.seconds += CACHE_SECONDS
     await books.close()
     assert (await refused(authenticator, f"Bearer {text}")).reason is Reason.LEDGER_UNAVAILABLE
+
+
+# --- keys that nobody knows ---
+
+
+def unknown_key(number: int) -> str:
+    return f"Bearer mekd_{number:016x}_{'0' * 64}"
+
+
+class CountedLedger(MemoryLedger):
+    """Counts the keys that are looked up, and holds them up while its gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked_up: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def credential(self, key_id: str) -> Credential | None:
+        self.looked_up.append(key_id)
+        await self.gate.wait()
+        return await super().credential(key_id)
+
+
+async def test_strangers_wait_for_few_lookups_and_keep_neither_health_nor_customers_waiting(tmp_path: Path) -> None:
+    books = SqlLedger.open(f"sqlite:///{tmp_path}/ledger.db")
+    text, stored = new_key("device")
+    await books.create_account("device", 10, stored)
+    clock = Clock()
+    authenticator = Authenticator(books, clock)
+    customer = [("authorization", f"Bearer {text}")]
+    await authenticator.identify(customer)
+    clock.seconds += CACHE_SECONDS
+    busy, go = threading.Event(), threading.Event()
+
+    def occupy(_connection: Any) -> None:
+        busy.set()
+        go.wait(10)
+
+    occupied = asyncio.ensure_future(books._read(occupy, quick=True))
+    await asyncio.to_thread(busy.wait, 10)
+    strangers = [asyncio.ensure_future(refused(authenticator, unknown_key(i))) for i in range(3 * MAX_LOOKUPS)]
+    await until(lambda: sum(stranger.done() for stranger in strangers) == 2 * MAX_LOOKUPS)
+    known = asyncio.ensure_future(authenticator.identify(customer))  # seen good before: not refused with them
+    healthy = asyncio.ensure_future(books.check())
+    await until(lambda: books._quick_reader._wishes.qsize() == MAX_LOOKUPS + 2)
+    go.set()
+    await occupied
+    assert (await known).account == "device"
+    await healthy
+    reasons = [(await stranger).reason for stranger in strangers]
+    assert reasons == [Reason.UNAUTHENTICATED] * MAX_LOOKUPS + [Reason.LEDGER_UNAVAILABLE] * 2 * MAX_LOOKUPS
+    assert (await strangers[-1]).retry_seconds is not None
+    await books.close()
+
+
+async def test_all_who_wait_for_one_key_wait_for_one_lookup_whoever_of_them_leaves() -> None:
+    books = CountedLedger()
+    text, stored = new_key("device")
+    await books.create_account("device", 10, stored)
+    authenticator = Authenticator(books)
+    forged = text[:-1] + ("0" if text[-1] != "0" else "1")
+    books.gate.clear()
+    first, second = (
+        asyncio.ensure_future(authenticator.identify([("authorization", f"Bearer {text}")])) for _ in range(2)
+    )
+    third = asyncio.ensure_future(refused(authenticator, f"Bearer {forged}"))
+    await until(lambda: books.looked_up)
+    await asyncio.sleep(0)
+    first.cancel()
+    books.gate.set()
+    assert (await second).account == "device"
+    assert (await third).variables == {"got": "an unknown key"}
+    assert books.looked_up == [stored.key_id]
+
+
+async def test_an_unknown_key_is_looked_up_again_after_a_second_and_a_new_one_works_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(auth, "CACHE_KEYS", 3)
+    books, clock = CountedLedger(), Clock()
+    authenticator = Authenticator(books, clock)
+    text, stored = new_key("device")
+    for _ in range(3):
+        assert (await refused(authenticator, f"Bearer {text}")).variables == {"got": "an unknown key"}
+    assert books.looked_up == [stored.key_id]
+    await books.create_account("device", 10, stored)
+    clock.seconds += UNKNOWN_SECONDS
+    assert (await authenticator.identify([("authorization", f"Bearer {text}")])).account == "device"
+    for number in range(9):
+        await refused(authenticator, unknown_key(number))
+    assert len(authenticator._unknown) == 3 and UNKNOWN_SECONDS <= 1.0
+    assert authenticator._lookups == {}
 
 
 # --- the interceptor, over real gRPC ---

@@ -310,6 +310,34 @@ async def test_a_lease_that_cannot_be_renewed_stops_nobody(opened: Any, caplog: 
     assert (await asyncio.wait_for(ledger.post("a", "b", b"answer"), 5)).account.posted == 5
 
 
+async def test_a_lease_that_could_not_be_renewed_is_tried_again_soon_however_long_it_is(
+    clock: list[int], opened: Any
+) -> None:
+    ledger = opened(lease_ms=600_000)
+    await ledger.create_account("a", 100)
+    failures: list[str] = []
+
+    def fails_once(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "INTO instances" in statement and not failures:
+            failures.append(statement)
+            raise sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+
+    sa.event.listen(ledger._engine, "before_cursor_execute", fails_once)
+    clock[0] = 300_000  # so that a renewal is due
+    await ledger.void("a", "nothing")
+    await until(lambda: failures)
+    with pytest.raises(LedgerUnavailable, match="could not be written"):
+        await ledger.check()
+
+    async def is_written() -> bool:
+        with contextlib.suppress(LedgerUnavailable):
+            await ledger.check()
+            return True
+        return False
+
+    await until(is_written)
+
+
 async def test_a_sweep_that_fails_is_told_and_keeps_no_server_from_starting(
     opened: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1121,6 +1149,123 @@ async def test_an_account_locked_by_somebody_costs_no_server_its_lease_and_no_ot
     await until(swept_too)
     await second.close()
     await server.close()
+
+
+@contextlib.contextmanager
+def locked(url: str, account: str) -> Iterator[psycopg.Connection[Any]]:
+    """Somebody has an account's row locked for as long as the context lasts, or until they roll back."""
+    with psycopg.connect(url) as somebody:
+        somebody.execute("SELECT * FROM accounts WHERE name = %s FOR UPDATE", [account])
+        yield somebody
+        somebody.rollback()
+
+
+async def waits_for_a_lock(url: str, *, what: str) -> None:
+    """Returns when somebody on this database waits for a lock, in a statement that says ``what``."""
+    waiting = (
+        "SELECT 1 FROM pg_stat_activity "
+        "WHERE datname = current_database() AND wait_event_type = 'Lock' AND query ~ %s"
+    )
+    with psycopg.connect(url, autocommit=True) as connection:
+        await until(lambda: connection.execute(waiting, [what]).fetchone() is not None)
+
+
+async def test_an_account_locked_by_somebody_keeps_no_other_from_holding_and_posting(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "STUCK_SECONDS", 600.0)
+    monkeypatch.setattr(ledger_sql, "POST_SECONDS", 0.0)  # no second try
+    server = SqlLedger.open(postgres_url)
+    for account in ("a", "locked", "z"):
+        await server.create_account(account, 100)
+        await server.hold(wish("before", account=account))
+    waits: list[str] = []
+    sa.event.listen(server._engine, "handle_error", lambda context: waits.append(str(context.original_exception)))
+    with locked(postgres_url, "locked"):
+        for number in range(3):
+            told = await grouped(
+                server,
+                server.hold(wish(f"{number}", 1, account="locked")),
+                server.post("a", "before", b"answer") if number == 0 else server.hold(wish(f"{number}", 1)),
+                server.create_account("locked", 100),
+                server.hold(wish(f"{number}", 1, account="z")),
+                server.post("locked", "before", b"answer"),
+                server.grant("z", 5),
+                server.grant(f"new-{number}", 5),
+                server.grant("a", 5),
+            )
+            assert [type(outcome).__name__ for outcome in told] == [
+                "LedgerUnavailable",
+                "Posted" if number == 0 else "Held",
+                "LedgerUnavailable",
+                "Held",
+                "LedgerUnavailable",
+                "Account",
+                "LedgerError",
+                "Account",
+            ]
+            # The group waited for it once, and it was waited for once alone; after that it is known.
+            assert len(waits) == 2 and all("lock timeout" in wait for wait in waits)
+        assert "the account locked is locked by another program" in str(told[0])
+    assert (await server.hold(wish("0", 1, account="locked"))) == Held()
+    assert (await server.post("locked", "before", b"answer")).account.posted == 5
+    assert await settled(server) == (5, 2, 108)
+    await server.close()
+
+
+async def test_an_account_that_was_locked_for_long_is_waited_for_again_and_by_nobody_else(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = ledger_store.POSTGRES_SETTINGS + " -c lock_timeout=60s"
+    monkeypatch.setattr(ledger_store, "POSTGRES_SETTINGS", patient)
+    server = SqlLedger.open(postgres_url)
+    for account in ("a", "locked"):
+        await server.create_account(account, 100)
+    server._stuck["locked"] = time.monotonic()  # until now
+    with locked(postgres_url, "locked") as somebody:
+        holding = asyncio.ensure_future(grouped(server, server.hold(wish(account="locked")), server.grant("a", 5)))
+        await waits_for_a_lock(postgres_url, what="accounts")
+        assert (await server.account("a")).granted == 105
+        somebody.rollback()
+        assert (await holding)[0] == Held()
+    await server.close()
+
+
+async def test_an_answer_outlasts_another_server_that_froze_with_its_account_locked(postgres_url: str) -> None:
+    server, frozen = SqlLedger.open(postgres_url), SqlLedger.open(postgres_url)
+    await server.create_account("a", 100)
+    await server.hold(wish())
+    await settled(server)
+    busy, go = threading.Event(), threading.Event()
+
+    def freeze(_transaction: Any) -> None:
+        busy.set()
+        go.wait(30)
+
+    freezing = asyncio.ensure_future(frozen._write(freeze, "a"))
+    await asyncio.to_thread(busy.wait, 10)
+    assert (await server.post("a", "b", b"answer")).account.posted == 5
+    go.set()
+    with pytest.raises(LedgerUnavailable):
+        await freezing
+    assert await frozen.hold(wish("c")) == Held()
+    await frozen.close()
+    await server.close()
+
+
+async def test_who_opens_the_books_waits_for_whoever_migrates_them_however_long_that_takes(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasty = ledger_store.POSTGRES_SETTINGS + " -c lock_timeout=50ms"
+    monkeypatch.setattr(ledger_store, "POSTGRES_SETTINGS", hasty)
+    with psycopg.connect(postgres_url) as migrating:
+        migrating.execute("SELECT pg_advisory_xact_lock(%s)", [ledger_store._SCHEMA_LOCK])
+        opening = asyncio.ensure_future(asyncio.to_thread(SqlLedger.open, postgres_url))
+        await waits_for_a_lock(postgres_url, what="pg_advisory_xact_lock")
+        done, _ = await asyncio.wait([opening], timeout=0.3)
+        assert not done
+        migrating.rollback()
+    await (await opening).close()
 
 
 async def test_leases_that_postgresql_measures_are_renewed_whatever_the_servers_own_clock_does(
