@@ -64,6 +64,8 @@ class Pool:
     epsilon_N1: Tensor | None = None
     """Of soft answers, the smallest probability that a logarithm is taken of (`responses.epsilon`), float32; None:
     `responses.EPSILON` everywhere."""
+    is_index_N1: Tensor | None = None
+    """Of soft answers, bool: which are made of an index, where the teacher sold both; None: none."""
 
     def __post_init__(self) -> None:
         """Refuse a pool with both kinds of answer, or none, or parts of different length."""
@@ -71,8 +73,7 @@ class Pool:
         if len(answers) != 1:
             raise ValueError(f"answers: expected probabilities or class indices, got {len(answers)} of the two")
         counts = [len(self.images_NCHW), len(self.latents_NL), len(answers[0])]
-        if self.epsilon_N1 is not None:
-            counts.append(len(self.epsilon_N1))
+        counts += [len(part) for part in (self.epsilon_N1, self.is_index_N1) if part is not None]
         if len(set(counts)) != 1:
             raise ValueError(f"pool: expected as many pictures, latents and answers, got {counts}")
 
@@ -114,7 +115,9 @@ class Pool:
 
     def epsilons(self) -> Tensor:
         """Return the smallest probability (N, 1) that a logarithm is taken of."""
-        return self.epsilon_N1 if self.epsilon_N1 is not None else torch.full((len(self), 1), responses.EPSILON)
+        if self.epsilon_N1 is not None:
+            return self.epsilon_N1
+        return torch.full((len(self), 1), responses.EPSILON, device=self.images_NCHW.device)
 
 
 @torch.random.fork_rng(devices=[])  # gives torch's global generator back as it was
@@ -169,14 +172,15 @@ def train_student(
         generator=generator,
         assistant=assistant,
         pool=pool,
-        answers_NK=pool.answers_as_probabilities(class_count),
-        epsilon_N1=pool.epsilons().to(device),
+        class_count=class_count,
         local_NCHW=local_NCHW.to(device) if local_NCHW is not None and needs_local else None,
         mixed_MCHW=mixed_MCHW.to(device) if mixed_MCHW is not None and config.mosaic_fraction > 0 else None,
         config=config,
         rng=rng,
     )
-    weight_N = responses.balancing_weights(lesson.answers_NK).cpu() if config.balance_pictures else None
+    weight_N = None
+    if config.balance_pictures:
+        weight_N = responses.balancing_weights(pool.answers_as_probabilities(class_count)).cpu()
     # A pass leaves out what doesn't fill a batch, another part each time: batch norm wants batches alike.
     steps_a_pass = max(1, len(pool) // config.batch_count)
     steps = config.passes * steps_a_pass
@@ -246,10 +250,7 @@ class _Lesson:
     generator: Generator | None
     assistant: Classifier | None
     pool: Pool
-    answers_NK: Tensor
-    """The pool's, as probabilities."""
-    epsilon_N1: Tensor
-    """The pool's."""
+    class_count: int
     local_NCHW: Tensor | None
     mixed_MCHW: Tensor | None
     config: DistillConfig
@@ -257,15 +258,19 @@ class _Lesson:
 
     def loss(self, chosen: Tensor, *, with_local: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a step's loss on the chosen pictures of the pool and its parts by name, unweighed; all numbers."""
-        config, answers_NK = self.config, self.answers_NK[chosen]
+        config, asked = self.config, self.pool.each(lambda part: part[chosen])
         with training_precision(chosen.device):
-            logits_NK = self.student(_students_view(self._seen(chosen), config, self.rng)).float()
-        divergence_N = answer_loss(self.pool, answers_NK, logits_NK, config, self.epsilon_N1[chosen])
+            logits_NK = self.student(_students_view(self._seen(asked), config, self.rng)).float()
+        divergence_N = answer_loss(asked, logits_NK, config)
         weighed = [("answer_loss", 1.0, divergence_N)]
         image_count = _image_count(config)
         if self.generator is not None and image_count > 0:
-            noise_NE = self.pool.latents_NL[chosen[:image_count], answers_NK.shape[1] :]
-            distance_N = image_loss(self.generator, answers_NK[:image_count], logits_NK[:image_count], noise_NE)
+            few = asked.each(lambda part: part[:image_count])
+            answers_NK, noise_NE = (
+                few.answers_as_probabilities(self.class_count),
+                few.latents_NL[:, self.class_count :],
+            )
+            distance_N = image_loss(self.generator, answers_NK, logits_NK[:image_count], noise_NE)
             weighed.append(("image_loss", config.image_weight, distance_N))
         if self.local_NCHW is not None and self.assistant is not None:
             few_NCHW = _some(self.local_NCHW, config.local_batch_count, self.rng)
@@ -279,13 +284,13 @@ class _Lesson:
         loss = sum((weight * mean for _, weight, mean in means), start=torch.zeros((), device=chosen.device))
         return loss, {name: mean.detach() for name, _, mean in means}
 
-    def _seen(self, chosen: Tensor) -> Tensor:
-        """The chosen pictures (N, C, H, W) uint8, part of them as mosaics where they are mixes of known pictures."""
-        images_NCHW, plan_NR = self.pool.images_NCHW[chosen], self.pool.latents_NL[chosen]
+    def _seen(self, asked: Pool) -> Tensor:
+        """Pictures that were asked about (N, C, H, W) uint8, part of them as mosaics where they are such mixes."""
+        images_NCHW, plan_NR = asked.images_NCHW, asked.latents_NL
         # Without numbers they are mixes from before their plans were kept.
         if self.mixed_MCHW is None or plan_NR.shape[1] == 0:
             return images_NCHW
-        count = round(self.config.mosaic_fraction * len(chosen))
+        count = round(self.config.mosaic_fraction * len(asked))
         return torch.cat([mosaic(plan_NR[:count].long(), self.mixed_MCHW), images_NCHW[count:]])
 
 
@@ -407,21 +412,20 @@ def _take_statistics_of_the_batch(model: nn.Module) -> None:
             module.train()
 
 
-def answer_loss(
-    pool: Pool,
-    answers_NK: Tensor,
-    logits_NK: Tensor,
-    config: DistillConfig,
-    epsilon: float | Tensor = responses.EPSILON,
-) -> Tensor:
-    """The divergence from a soft answer, or the cross-entropy to a hard one. Returns (N,).
+def answer_loss(asked: Pool, logits_NK: Tensor, config: DistillConfig) -> Tensor:
+    """The divergence from soft answers, or the cross-entropy to hard ones. Returns (N,).
 
-    `epsilon`, a number or (N, 1): the smallest probability of a soft answer that a logarithm is taken of.
+    An index says nothing of the other classes: soft answers that are made of one are not softened any further.
     """
-    if pool.class_indices_N is not None:
-        return losses.smoothed_cross_entropy(answers_NK.argmax(dim=1), logits_NK, config.label_smoothing)
-    softened_NK = responses.soften(answers_NK, config.temperature, epsilon)
-    return config.temperature**2 * losses.kl_divergence(softened_NK, logits_NK / config.temperature)
+    if asked.class_indices_N is not None:
+        return losses.smoothed_cross_entropy(asked.class_indices_N, logits_NK, config.label_smoothing)
+    assert asked.probabilities_NK is not None
+    if asked.is_index_N1 is None:
+        softened_NK = responses.soften(asked.probabilities_NK, config.temperature, asked.epsilons())
+        return config.temperature**2 * losses.kl_divergence(softened_NK, logits_NK / config.temperature)
+    temperature_N1 = torch.where(asked.is_index_N1, 1.0, config.temperature)
+    softened_NK = responses.soften(asked.probabilities_NK, temperature_N1, asked.epsilons())
+    return temperature_N1[:, 0] ** 2 * losses.kl_divergence(softened_NK, logits_NK / temperature_N1)
 
 
 def image_loss(generator: Generator, answers_NK: Tensor, logits_NK: Tensor, noise_NE: Tensor) -> Tensor:

@@ -245,11 +245,13 @@ def load_pool(
         indices_N = torch.from_numpy(np.concatenate(answers))
         return Pool(images_NCHW=images_NCHW, latents_NL=torch.cat(latents), class_indices_N=indices_N)
     soft = [_as_probabilities(answer, class_count, label_smoothing) for answer in answers]
+    is_index = [torch.full((len(answer), 1), answer.ndim == 1) for answer in answers]
     return Pool(
         images_NCHW=images_NCHW,
         latents_NL=torch.cat(latents),
         probabilities_NK=torch.cat(soft),
         epsilon_N1=torch.cat(epsilons),
+        is_index_N1=None if kinds == {2} else torch.cat(is_index),
     )
 
 
@@ -260,18 +262,8 @@ def left_out(journal: Journal, description: Description) -> int:
 
 def split_pool(pool: Pool, held_out: int) -> tuple[Pool, Pool]:
     """All but the last ``held_out`` pictures, and those: they are paid for, but never trained on."""
-
-    def part(where: slice) -> Pool:
-        return Pool(
-            images_NCHW=pool.images_NCHW[where],
-            latents_NL=pool.latents_NL[where],
-            probabilities_NK=None if pool.probabilities_NK is None else pool.probabilities_NK[where],
-            class_indices_N=None if pool.class_indices_N is None else pool.class_indices_N[where],
-            epsilon_N1=None if pool.epsilon_N1 is None else pool.epsilon_N1[where],
-        )
-
     border = len(pool) - held_out
-    return part(slice(0, border)), part(slice(border, None))
+    return pool.each(lambda part: part[:border]), pool.each(lambda part: part[border:])
 
 
 def _receipt(result: wire.BatchResult) -> Receipt | None:

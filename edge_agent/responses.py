@@ -46,8 +46,8 @@ def centred_log_probabilities(probabilities_NK: Tensor, epsilon: float | Tensor 
     return log_p_NK - log_p_NK.mean(dim=1, keepdim=True)
 
 
-def soften(probabilities_NK: Tensor, temperature: float, epsilon: float | Tensor = EPSILON) -> Tensor:
-    """Return softmax(logits / temperature) without the logits: p^(1/T), normalised."""
+def soften(probabilities_NK: Tensor, temperature: float | Tensor, epsilon: float | Tensor = EPSILON) -> Tensor:
+    """Return softmax(logits / temperature) without the logits: p^(1/T), normalised. T: a number, or (N, 1)."""
     return torch.softmax(centred_log_probabilities(probabilities_NK, epsilon) / temperature, dim=1)
 
 
@@ -92,7 +92,8 @@ def balancing_weights(probabilities_NK: Tensor) -> Tensor:
 
 def one_hot(class_indices_N: Tensor, class_count: int) -> Tensor:
     """Class indices (int64) as probabilities: one where the index points, zero elsewhere."""
-    return torch.nn.functional.one_hot(class_indices_N, class_count).float()
+    shape = (len(class_indices_N), class_count)
+    return torch.zeros(shape, device=class_indices_N.device).scatter_(1, class_indices_N[:, None], 1.0)
 
 
 def class_axes(probabilities_NK: Tensor) -> Tensor:

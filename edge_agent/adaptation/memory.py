@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from edge_agent.adaptation.statistics import SourceStatistics, source_statistics
+from edge_agent.adaptation.statistics import SourceStatistics, most_pictures, source_statistics
 from edge_agent.config import AdaptConfig
 from edge_agent.distill import Pool
 from edge_agent.pixels import normalise
@@ -111,7 +111,8 @@ def build_memory(
     """
     student.eval()
     class_count, feature_count = student.linear.weight.shape
-    order_N = np.random.default_rng(seed).permutation(len(local_NCHW))[:_LOCAL_COUNT]
+    looked_at = min(_LOCAL_COUNT, most_pictures(student))
+    order_N = np.random.default_rng(seed).permutation(len(local_NCHW))[:looked_at]
     local_NCHW = local_NCHW[torch.from_numpy(order_N)]
     said_NK = torch.cat([student.linear(_features(student, part)) for part in local_NCHW.split(_BATCH_COUNT)])
     said_NK = said_NK.softmax(dim=1).cpu()
@@ -119,18 +120,19 @@ def build_memory(
     taken = 0 if statistics is None else statistics.kinds_G2S.nbytes + statistics.usual_L22.nbytes
     bytes_a_picture = 4 * (feature_count + class_count)
     most = min(config.memory_count, max(0, config.memory_bytes - taken) // bytes_a_picture)
-    answers_NK = pool.answers_as_probabilities(class_count).cpu()
-    named_N = answers_NK.argmax(dim=1)
+    named_N = pool.hardened().class_indices_N
+    assert named_N is not None
     # With more classes than fit, one of each as long as there is room: those that the teacher named first.
     share = max(1, most // class_count)
     chosen = torch.cat([(named_N == k).nonzero()[:share, 0] for k in range(class_count)])
     if len(chosen) > most:
         chosen = chosen.sort().values[:most]
-    features_MD = torch.cat([_features(student, part) for part in pool.images_NCHW[chosen].split(_BATCH_COUNT)])
+    kept = pool.each(lambda part: part[chosen])
+    features_MD = torch.cat([_features(student, part) for part in kept.images_NCHW.split(_BATCH_COUNT)])
     return Memory(
         student=digest,
         features_MD=F.normalize(features_MD, dim=1).cpu().numpy(),
-        answers_MK=answers_NK[chosen].numpy(),
+        answers_MK=kept.answers_as_probabilities(class_count).cpu().numpy(),
         usual_shares_K=said_NK.mean(dim=0).numpy(),
         usual_confidence=said_NK.max(dim=1).values.mean().numpy(),
         statistics=statistics,

@@ -40,6 +40,7 @@ _MOST = 60_000.0  # that half precision holds
 _LEAST_DISTANCE = 1e-12
 _CERTAIN = 4.0  # twice as far as usual: single pictures of a disturbed stream differ more than undisturbed ones
 _WATCHED_COUNT = 250
+_MOST_BYTES = 128_000_000  # of what is seen of local pictures: a device of 1 GB has room for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +331,12 @@ def source_statistics(
         shares_G=shares_G.astype(np.float32),
         usual_L22=np.array(usual, np.float32),
     )
+
+
+def most_pictures(student: Classifier) -> int:
+    """Return how many local pictures `source_statistics` may look at: it holds two numbers a channel of each."""
+    channels = sum(norm.num_features for norm in batch_norms(student))
+    return max(2, _MOST_BYTES // (2 * np.dtype(np.float64).itemsize * max(1, channels)))
 
 
 def batch_norms(module: nn.Module) -> list[nn.BatchNorm2d]:

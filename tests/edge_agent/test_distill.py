@@ -406,9 +406,9 @@ def test_balanced_pictures_are_seen_until_both_kinds_are_seen_as_often(
     )
     seen: list[Tensor] = []
 
-    def watched(pool: Pool, answers_NK: Tensor, *others: Any) -> Tensor:
-        seen.append(answers_NK)
-        return answer_loss(pool, answers_NK, *others)
+    def watched(asked: Pool, *others: Any) -> Tensor:
+        seen.append(asked.answers_as_probabilities(2))
+        return answer_loss(asked, *others)
 
     answer_loss = distill.answer_loss
     monkeypatch.setattr(distill, "answer_loss", watched)
@@ -484,10 +484,28 @@ def test_temperature_keeps_the_size_of_the_gradient() -> None:
     sizes = []
     for temperature in (1.0, 4.0):
         config = dataclasses.replace(SMALL, temperature=temperature)
-        loss_N = distill.answer_loss(answers, torch.tensor([[0.55, 0.45]]), logits_NK, config)
+        loss_N = distill.answer_loss(answers, logits_NK, config)
         sizes.append(torch.autograd.grad(loss_N.sum(), logits_NK)[0].abs().max().item())
     # Near each other, T² KL(soft(T)) has the same gradient for every T; without T² it would be 16 times less.
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_an_index_beside_probabilities_is_taken_as_where_the_teacher_sells_nothing_else() -> None:
+    config = dataclasses.replace(SMALL, temperature=4.0, label_smoothing=0.1)
+    smoothed_NK = torch.tensor([[0.95, 0.05]])
+    both = Pool(
+        images_NCHW=torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        latents_NL=torch.zeros(2, 5),
+        probabilities_NK=smoothed_NK.repeat(2, 1),
+        is_index_N1=torch.tensor([[True], [False]]),
+    )
+    logits_NK = torch.tensor([[1.0, -1.0]] * 2)
+    of_index, of_soft = distill.answer_loss(both, logits_NK, config).tolist()
+    cross_entropy = distill.answer_loss(both.hardened(), logits_NK, config)[0].item()
+    entropy = -(smoothed_NK * smoothed_NK.log()).sum().item()
+    assert of_index == pytest.approx(cross_entropy - entropy, abs=1e-5)
+    softened = distill.answer_loss(dataclasses.replace(both, is_index_N1=None), logits_NK, config)[1].item()
+    assert of_soft == pytest.approx(softened) and of_soft != pytest.approx(of_index)
 
 
 def test_each_answer_is_softened_with_the_smallest_probability_of_its_own_rounding() -> None:
@@ -499,11 +517,9 @@ def test_each_answer_is_softened_with_the_smallest_probability_of_its_own_roundi
         epsilon_N1=torch.tensor([[1e-7], [1e-3], [1e-1]]),
     )
     config = dataclasses.replace(SMALL, temperature=2.0)
-    together_N = distill.answer_loss(answers, answers_NK, logits_NK, config, answers.epsilons())
-    alone = [
-        distill.answer_loss(answers, answers_NK[:1], logits_NK[:1], config, epsilon).item()
-        for epsilon in (1e-7, 1e-3, 1e-1)
-    ]
+    together_N = distill.answer_loss(answers, logits_NK, config)
+    each = [answers.each(lambda part, i=i: part[i : i + 1]) for i in range(3)]  # type: ignore[misc]
+    alone = [distill.answer_loss(answer, logits_NK[:1], config).item() for answer in each]
     assert together_N.tolist() == pytest.approx(alone)
     assert len(set(alone)) == 3
     plain = dataclasses.replace(answers, epsilon_N1=None)

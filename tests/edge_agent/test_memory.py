@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edge_agent.adaptation import memory, statistics
 from edge_agent.adaptation.memory import Memory, build_memory
 from edge_agent.adaptation.statistics import MOST_KINDS
 from edge_agent.config import AdaptConfig
@@ -142,6 +143,20 @@ def test_two_local_pictures_are_enough_and_the_seed_decides_the_rest() -> None:
     assert all(np.isfinite(part).all() for name, part in arrays.items() if name != "student")
     first, again = (memory_of(student).to_arrays() for _ in range(2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_a_student_with_many_channels_looks_at_fewer_local_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = registry.build("mobilenet", class_count=10, channels=3)
+    seen_bytes = 16 * sum(norm.num_features for norm in statistics.batch_norms(student))  # of each, two float64
+    assert seen_bytes * statistics.most_pictures(student) <= 128_000_000 < seen_bytes * memory._LOCAL_COUNT
+    assert statistics.most_pictures(registry.build("resnet8", class_count=10, channels=3)) > memory._LOCAL_COUNT
+    looked_at = []
+    monkeypatch.setattr(memory, "most_pictures", lambda _: 7)
+    monkeypatch.setattr(
+        memory, "source_statistics", lambda _, local_NCHW, *args, **more: looked_at.append(local_NCHW)
+    )
+    memory_of(Normed())
+    assert len(looked_at[0]) == 7
 
 
 def test_building_a_memory_changes_neither_weights_nor_statistics_and_leaves_no_hook() -> None:

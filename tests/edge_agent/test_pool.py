@@ -471,6 +471,7 @@ def test_policy_changed_on_the_way_makes_smoothed_probabilities(journal, generat
     pool = load_pool(journal, generator, DESCRIPTION, label_smoothing=0.3)
     assert torch.allclose(pool.probabilities_NK[0], torch.tensor([0.7, 0.2, 0.1]))
     assert torch.allclose(pool.probabilities_NK[16], torch.tensor([0.8, 0.1, 0.1]))
+    assert pool.is_index_N1[:, 0].tolist() == [False] * 16 + [True] * 16
 
 
 def test_every_policy_of_a_run_is_kept_with_its_answers_and_told(journal, generator):
