@@ -100,9 +100,9 @@ class DistillConfig:
     """Share of the averaged student that survives a step; about 1 / (1 - decay) steps are averaged, a ninth of all so
     far at most."""
     temperature: float = 1.0
-    """Softens teacher and student in the divergence; its gradients are scaled back by its square. Above 1, classes that
-    a top-k answer leaves out, which share evenly what is missing, weigh more than they should: with 100 classes or
-    more leave it at 1."""
+    """Softens teacher and student in the divergence; its gradients are scaled back by its square. Above 1, classes
+    that a top-k answer leaves out, which share evenly what is missing, weigh more than they should: with 100 classes
+    or more leave it at 1."""
     label_smoothing: float = 0.1
     """Probability spread over all classes when an answer is only an index."""
     image_weight: float = 1.0
