@@ -30,7 +30,7 @@ from edge_agent.deprivatize import train_generator
 from edge_agent.diffusion import train_diffusion
 from edge_agent.distill import Pool
 from edge_agent.egress import CopiesStopped, CopyGate, PrivatePictureStopped
-from edge_agent.failures import BadInput, BudgetSpent, DiskProblem, RunFolderProblem, TeacherAway
+from edge_agent.failures import BadCredential, BadInput, BudgetSpent, DiskProblem, RunFolderProblem, TeacherAway
 from edge_agent.generators import AnyGenerator, PictureGenerator
 from edge_agent.guidance import TeachersConfidence
 from edge_agent.local_pictures import LocalPictures
@@ -67,7 +67,7 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
             for phase in phases:
                 with folder.clock(PARTS.get(phase, phase)):
                     getattr(agent, phase)()
-            agent.dealings.reconcile()
+            _reconcile(agent.dealings, folder, console)
         except BaseException as ended:
             stopped = not isinstance(ended, Exception)
             raise
@@ -78,6 +78,16 @@ def run(config: RunConfig, phases: Sequence[str], *, api_key: str | None, consol
                 if prepared or not folder.has("summary.json"):
                     summary = agent.write_summary(in_a_hurry=stopped)
         return summary
+
+
+def _reconcile(dealings: Dealings, folder: RunFolder, console: Console) -> None:
+    """Compares the books, if they are there: a run whose phases are done has not failed where they are not."""
+    try:
+        dealings.reconcile()
+    except (BadCredential, TeacherAway) as failure:
+        if folder.journal.open_ids():
+            raise
+        console.warn(f"the books could not be compared, which the next start tries again: {failure}")
 
 
 class Agent:
@@ -173,6 +183,12 @@ class Agent:
         if self._folder.done("distill", inputs) and self._folder.has("student.pt"):
             self._console.say("distill: done before")
             return
+        if self._folder.has("student.pt"):
+            former = self._folder.keep_former("student.pt")
+            self._console.warn(
+                f"the student in {self._folder.path} learnt with other settings or other answers: it is trained "
+                f"anew, and what is there is kept as {former}"
+            )
         self._begin("distill", "adapt")
         self._journal.set_facts(trained_on=self._answers_digest())
         lessons = Lessons(
@@ -308,7 +324,8 @@ class Agent:
             with suppress(DiskProblem):  # the reason why we are here is worth more
                 if self._answers_digest() != trained_on:
                     self._begin("distill", "adapt")
-        self._privacy.attack(side_parts=attackers_parts(self._config.deprivatize), console=self._console)
+        side_parts = attackers_parts(self._config.deprivatize, side=self._local.side)
+        self._privacy.attack(side_parts=side_parts, console=self._console)
         return generator, digest
 
     def _ask(self, generator: PictureGenerator, digest: str) -> None:

@@ -392,6 +392,8 @@ def _api_key(key_file: Path | None) -> str | None:
             text = key_file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"--key-file {key_file}: expected a file with a key ({error})") from None
+        if not text:
+            raise BadInput(f"--key-file {key_file}: expected the line that teacher-admin made, got an empty file")
     else:
         text = os.environ.get("MEKD_API_KEY", "").strip()
     if text and not (text.isascii() and text.isprintable() and " " not in text):

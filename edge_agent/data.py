@@ -179,7 +179,9 @@ def _cifar10(root: Path) -> Sequence[Image.Image | Path]:
 
 def _root(source: str, data_root: Path | None) -> Path:
     if data_root is None:
-        raise DataError(f"{source}: expected a data root, where it lies or may be downloaded to, got none")
+        raise DataError(
+            f"{source}: expected a folder where it lies or may be downloaded to, got none; give --data or MEKD_DATA"
+        )
     return data_root
 
 

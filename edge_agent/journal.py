@@ -145,6 +145,8 @@ class Journal:
             is_final = (
                 to_read and not os.access(path.parent, os.W_OK) and not _size(path.with_name(f"{path.name}-wal"))
             )
+            if not to_read:  # pictures that were sent are nobody else's to read
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             name = path.absolute().as_uri() + ("?immutable=1" if is_final else "")
             connection = sqlite3.connect(name, uri=True, isolation_level=None, timeout=5.0)
             connection.execute("PRAGMA journal_mode = WAL")

@@ -24,7 +24,7 @@ QUANTILE = 0.001
 NEIGHBOURS = 10
 """Sent pictures that the second attack looks at."""
 ATTACKS = ("nearest", "mean_of_nearest", "mean_of_parts")
-"""What ``membership`` tries: figures of fewer are of a former version, and understate."""
+"""What ``membership`` always tries: figures of fewer are of a former version, and understate."""
 _LEAST_TAIL = 4
 _NORMAL_95 = 1.959964
 _BLOCK_NUMBERS = 2**23  # of one block of pictures: 32 MiB
@@ -167,7 +167,9 @@ class Auc:
     high: float
 
 
-def membership(near_NK: Tensor, near_NP: Tensor, *, member_count: int) -> dict[str, Auc]:
+def membership(
+    near_NK: Tensor, near_NP: Tensor, finest_NP: Tensor | None = None, *, member_count: int
+) -> dict[str, Auc]:
     """Attack -> how well it tells the first `member_count` local pictures, the members, from the others.
 
     By the distances (N, K) to the K nearest sent pictures, and (N, P) of each part to the nearest at its place:
@@ -177,13 +179,16 @@ def membership(near_NK: Tensor, near_NP: Tensor, *, member_count: int) -> dict[s
     attack of Hilprecht et al., PoPETs 2019, that looks at all within a radius).
     ``mean_of_parts``: its parts are nearer on average, each to whichever sent picture has the nearest. This one knows
     pictures that are put together of several. (The nearest part alone tells less: empty corners are near to all.)
+    ``mean_of_finest_parts``: the same of `finest_NP`, distances of smaller parts, where these are given.
     """
     scores = {
         "nearest": near_NK[:, 0],
         "mean_of_nearest": near_NK.mean(1),
         "mean_of_parts": near_NP.mean(1),
     }
-    return {name: auc(-scores[name][:member_count], -scores[name][member_count:]) for name in ATTACKS}
+    if finest_NP is not None:
+        scores["mean_of_finest_parts"] = finest_NP.mean(1)
+    return {name: auc(-score_N[:member_count], -score_N[member_count:]) for name, score_N in scores.items()}
 
 
 def auc(members_N: Tensor, others_M: Tensor) -> Auc:

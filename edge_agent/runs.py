@@ -47,7 +47,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         try:
             with disk_problems(f"the run folder {path}"):
-                path.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir(mode=0o700, exist_ok=True)
                 self._lock = (path / "lock").open("a+")
         except DiskProblem as problem:
             if isinstance(problem.__cause__, FileExistsError | NotADirectoryError | PermissionError):
@@ -200,6 +201,14 @@ class RunFolder:
         """Seconds a phase has worked, over all starts; None where it never did."""
         spent = self.journal.fact(f"seconds.{phase}")
         return None if spent is None else float(spent)
+
+    def keep_former(self, name: str) -> str:
+        """Copies a file that is about to be replaced; returns the copy's name. An older copy is lost."""
+        former = f"{Path(name).stem}.before{Path(name).suffix}"
+        with disk_problems(str(self.path / name)):
+            content = (self.path / name).read_bytes()
+        self.write(former, content)
+        return former
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:

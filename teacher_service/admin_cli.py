@@ -1,9 +1,11 @@
 """``teacher-admin``: accounts, budgets and keys on the books, and the facts of model files."""
 
 import asyncio
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,6 +72,40 @@ def _terms_options(command: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
+_key_file_option = click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the key there, for its owner alone to read; a file that exists is left as it is.  [default: standard "
+    "output]",
+)
+
+
+@contextlib.contextmanager
+def _key_goes_to(file: Path | None) -> Iterator[Callable[[str], None]]:
+    """Where a new key is put: made before the key is, and gone again where none was made."""
+    if file is None:
+        yield click.echo
+        return
+    try:
+        opened = open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+    except FileExistsError:
+        fail(f"--key-file {file}: expected a new file, but it exists; give another")
+    except OSError as error:
+        fail(f"--key-file {file}: {error.strerror}")
+
+    def put(text: str) -> None:
+        print(text, file=opened, flush=True)
+        os.fsync(opened.fileno())
+
+    try:
+        with opened:
+            yield put
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
 def _given_terms(given: dict[str, Any]) -> Terms:
     try:
         return Terms(**given)
@@ -105,7 +141,7 @@ def admin(context: click.Context, ledger: str, ledger_ca: Path | None, ledger_in
     --ledger grpc://HOST:PORT and an admin's key, whose first is made on the store.
 
     \b
-    teacher-admin account create my-device --budget 50000     # prints the key, once
+    teacher-admin account create my-device --budget 50000 --key-file key
     teacher-admin account show my-device --format json
     teacher-admin account grant my-device 10000
     teacher-admin account set my-device --answers soft --top-k 3 --decimals 2
@@ -125,10 +161,11 @@ def account() -> None:
 @account.command("create")
 @click.argument("name")
 @click.option("--budget", type=int, required=True, metavar="N", help="Pictures granted from the start.")
+@_key_file_option
 @_terms_options
 @click.pass_obj
-def account_create(ledger: str, /, name: str, budget: int, **given: Any) -> None:
-    """Make an account with a budget; its key goes to standard output, once, and nowhere else."""
+def account_create(ledger: str, /, name: str, budget: int, key_file: Path | None, **given: Any) -> None:
+    """Make an account with a budget; its key goes to --key-file or standard output, once, and nowhere else."""
     terms = _given_terms(given)
 
     async def make(books: Ledger) -> str:
@@ -136,7 +173,8 @@ def account_create(ledger: str, /, name: str, budget: int, **given: Any) -> None
         await books.create_account(name, budget, stored, terms)
         return text
 
-    click.echo(_on_books(ledger, make, create=True))
+    with _key_goes_to(key_file) as put:
+        put(_on_books(ledger, make, create=True))
 
 
 @account.command("show")
@@ -248,9 +286,10 @@ def key() -> None:
     help="customer: buy answers and see its own account. teacher: sell them, a server with --ledger grpc://. "
     "admin: make accounts and keys, and grant.",
 )
+@_key_file_option
 @click.pass_obj
-def key_create(ledger: str, name: str | None, role: str) -> None:
-    """Make one more key for account NAME; it goes to standard output, once.
+def key_create(ledger: str, name: str | None, role: str, key_file: Path | None) -> None:
+    """Make one more key for account NAME; it goes to --key-file or standard output, once.
 
     A teacher's or an admin's key needs no NAME: it belongs to the account "operators", which has no pictures and is
     made where it is missing.
@@ -269,7 +308,8 @@ def key_create(ledger: str, name: str | None, role: str) -> None:
             await books.add_key(stored)
         return text
 
-    click.echo(_on_books(ledger, make, create=first))
+    with _key_goes_to(key_file) as put:
+        put(_on_books(ledger, make, create=first))
 
 
 async def _has_account(books: Ledger, name: str) -> bool:

@@ -221,7 +221,7 @@ def serve(
     same --ledger. SIGTERM drains: batches under way are finished and booked first.
 
     \b
-    teacher-admin account create my-device --budget 50000 > key
+    teacher-admin account create my-device --budget 50000 --key-file key
     teacher-serve --model teacher.pt
     teacher-serve --model rn56.pt --input-shape 3,32,32 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
     teacher-serve --ledger-only --listen 127.0.0.1:50050

@@ -87,6 +87,12 @@ def given_facts(
 ) -> dict[str, object]:
     """What `facts_options` were given, as a model file names it. Ends the program where --labels is unreadable."""
     facts: dict[str, object] = {"architecture": arch, "mean": mean, "std": std, "output": output}
+    for name, given in (("mean", mean), ("std", std)):
+        if given is not None and not all(0 <= number <= 1 for number in given):
+            fail(
+                f"--{name}: expected numbers from 0 to 1, for pixels from 0 to 1, got "
+                f"{','.join(f'{number:g}' for number in given)}; divide those for pixels from 0 to 255 by 255"
+            )
     if input_shape is not None:
         facts["channels"], facts["height"], facts["width"] = input_shape
     if labels is not None:

@@ -76,7 +76,8 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
     if not source.is_file():
         raise FilesError(f"expected a backup at {source}, found no file")
     with _sqlite_errors(f"restore to {ledger}"), _partial(ledger) as partial:
-        _copy(source, partial)  # what is verified and compared from here on is what will be there
+        with _sqlite_errors(f"expected a backup in {source}"):
+            _copy(source, partial)  # what is verified and compared from here on is what will be there
         report = audit.verify(f"sqlite:///{partial}")
         if not report.agrees:
             raise FilesError(f"the books of {source} do not agree: {report.findings[0]}")
@@ -93,7 +94,8 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
                         ) from None
                     undone.lines.append(f"{ledger} cannot be read ({error}), so what is lost cannot be told")
                 if undone.lines and not force:
-                    raise FilesError("; ".join(["the ledger has what the backup lacks", *undone.lines[:20]]))
+                    advice = "--force goes back all the same, and keeps the ledger aside"
+                    raise FilesError("; ".join(["the ledger has what the backup lacks", *undone.lines[:20], advice]))
                 kept = _keep_aside(ledger)
             _refuse_strays(ledger)
             os.replace(partial, ledger)

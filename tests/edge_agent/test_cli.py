@@ -78,6 +78,12 @@ def test_key_file_that_is_missing_is_named(type_in):
     assert "nokey" in line
 
 
+def test_key_file_without_a_key_is_not_taken_for_none(type_in, tmp_path):
+    (tmp_path / "key").write_text("\n")
+    given = ("run", "--phase", "all", "--images", "digits", "--key-file", str(tmp_path / "key"))
+    assert "got an empty file" in one_line(type_in(*given), 2)
+
+
 def test_unknown_student_names_the_known_ones(type_in):
     line = one_line(type_in("run", "--phase", "all", "--images", "digits", "--student", "resnet9"), 2)
     assert "resnet8" in line

@@ -93,7 +93,7 @@ def test_where_fewer_are_there_than_asked_for_the_rest_is_infinite():
     assert privacy.nearest(pictures(2), [pictures(0)]).isinf().all()
 
 
-@pytest.mark.parametrize(("channels", "side", "side_parts"), [(1, 8, 2), (3, 32, 4), (3, 64, 2)])
+@pytest.mark.parametrize(("channels", "side", "side_parts"), [(1, 8, 2), (3, 32, 4), (3, 64, 2), (1, 60, 15)])
 def test_parts_are_what_brute_force_finds_and_the_whole_stays_what_it_is(channels, side, side_parts, monkeypatch):
     monkeypatch.setattr(privacy, "_BLOCK_NUMBERS", 7 * channels * side**2)
     images_NCHW = pictures(10, channels=channels, side=side)

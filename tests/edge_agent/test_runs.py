@@ -22,6 +22,13 @@ def test_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
         pass
 
 
+def test_what_was_sent_is_nobody_elses_to_read(tmp_path):
+    with RunFolder(tmp_path / "runs" / "run"):
+        assert (tmp_path / "runs" / "run").stat().st_mode & 0o777 == 0o700
+        for file in (tmp_path / "runs" / "run").glob("journal.db*"):
+            assert file.stat().st_mode & 0o777 == 0o600, file
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with RunFolder(tmp_path) as folder:
         folder.write("summary.json", b"old")

@@ -251,6 +251,22 @@ def test_agent_killed_while_it_trains_compares_the_books_when_it_goes_on(world):
     world.assert_books_agree()
 
 
+def test_a_finished_run_whose_books_are_closed_to_it_has_not_failed(world):
+    key = world.account(1000)
+    world.start_server()
+    process = world.start_agent("--set", "distill.passes=150", budget=64)
+    world.wait_for_answers(process, 64)
+    world.admin("account", "set", "device", "--suspended")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "the books could not be compared, which the next start tries again" in errors and key not in errors
+    assert world.summary()["phases_done"] == ["deprivatize", "distill", "adapt"]
+    world.admin("account", "set", "device", "--unset", "suspended")
+    again = world.agent("--set", "distill.passes=150", budget=64)
+    assert again.returncode == 0 and "could not be compared" not in again.stderr
+    world.assert_books_agree()
+
+
 def test_books_that_disagree_are_an_error_even_where_nothing_was_left_to_ask(world):
     world.account(1000)
     world.start_server()
@@ -271,8 +287,10 @@ def test_changed_training_options_train_again_on_the_kept_answers(world):
     world.start_server()
     assert world.agent(budget=64).returncode == 0
     student = (world.run_dir / "student.pt").read_bytes()
-    assert world.agent("--set", "distill.passes=2", budget=64).returncode == 0
+    again = world.agent("--set", "distill.passes=2", budget=64)
+    assert again.returncode == 0 and "trained anew, and what is there is kept as student.before.pt" in again.stderr
     assert (world.run_dir / "student.pt").read_bytes() != student
+    assert (world.run_dir / "student.before.pt").read_bytes() == student
     assert world.books()["posted"] == 64
 
 

@@ -41,6 +41,27 @@ def test_the_key_of_a_new_account_is_alone_on_standard_output_and_the_file_is_it
     assert os.stat(ledger.removeprefix("sqlite:///")).st_mode & 0o777 == 0o600
 
 
+def test_a_key_goes_to_a_new_file_of_its_owners_and_never_over_another(ledger: str, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    create = ("account", "create", "device", "--budget", "50", "--key-file", str(file))
+    assert admin_says(ledger, *create) == ""
+    key = file.read_text()
+    assert KEY.fullmatch(key.removesuffix("\n")) and file.stat().st_mode & 0o777 == 0o600
+    assert "expected a new file, but it exists" in admin_says(ledger, *create, status=2)
+    other = tmp_path / "other"
+    assert "which exists" in admin_says(ledger, *create[:-1], str(other), status=2)
+    assert file.read_text() == key and not other.exists()
+    assert admin_says(ledger, "key", "create", "device", "--key-file", str(other)) == ""
+    assert KEY.fullmatch(other.read_text().strip()) and other.read_text() != key
+    assert "No such file" in admin_says(ledger, *create[:-1], str(tmp_path / "none" / "key"), status=2)
+
+
+@pytest.mark.parametrize(("flag", "numbers"), [("--mean", "123.7,116.3,103.5"), ("--std", "58.4,57.1,57.4")])
+def test_numbers_for_pixels_up_to_255_are_refused(ledger: str, tmp_path: Path, flag: str, numbers: str) -> None:
+    said = admin_says(ledger, "model", "describe", str(tmp_path / "m.pt"), flag, numbers, status=2)
+    assert f"{flag}: expected numbers from 0 to 1, for pixels from 0 to 1, got {numbers}; divide" in said
+
+
 def test_an_account_lives_through_grant_show_list_and_statement(ledger: str) -> None:
     admin_says(ledger, "account", "create", "device", "--budget", "50")
     admin_says(ledger, "account", "create", "another", "--budget", "7")

@@ -298,6 +298,14 @@ def test_restore_to_an_empty_place(url: str, tmp_path: Path) -> None:
     assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o600
 
 
+def test_restore_of_what_is_no_backup_names_it(url: str, tmp_path: Path) -> None:
+    made(url, "x")
+    (tmp_path / "key").write_text("mekd_0123456789abcdef" * 100)
+    refused = run(url, "restore", tmp_path / "key")
+    assert refused.exit_code == 2 and f"expected a backup in {tmp_path}/key: file is not a database" in refused.output
+    assert verify(url).entries == 3
+
+
 def test_restore_that_would_lose_something_says_what_and_needs_force(url: str, tmp_path: Path) -> None:
     receipts = made(url, "x")
     with served(url) as (ledger, runner):
@@ -320,6 +328,7 @@ def test_restore_that_would_lose_something_says_what_and_needs_force(url: str, t
         f"key {made_later}: made after the backup, would be gone",
     ]
     assert all(line in refused.output for line in lost), refused.output
+    assert "--force goes back all the same" in refused.output
     assert verify(url).entries == 8
     done = run(url, "restore", tmp_path / "backup", "--force")
     assert done.exit_code == 0, done.output
