@@ -64,15 +64,59 @@ _ARITHMETIC = {
     f"_operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge")
 }
-# Operators that begin with an underscore are torch's own parts: many trust their numbers and read or write outside
-# a tensor's memory. These are what exports of classifiers hold.
-_PRIVATE = re.compile(
-    r"_(adaptive_avg_pool|assert_|convolution|log_softmax|native_batch_norm_legit|native_multi_head_attention"
-    r"|prelu_kernel|safe_softmax|scaled_dot_product|softmax|to_copy|transformer_encoder_layer_fwd|unsafe_view"
-    r"|upsample_|weight_norm)\w*"
+
+# The operators of ATen that a graph may call, by packet name. Many others, public ones too, trust their numbers and
+# reach outside a tensor's memory (`max_pool2d_with_indices_backward`), leave memory as others left it (`empty`: a
+# customer's pictures may show) or act on the world. These are what torchvision's classifiers become, as exported and
+# after `run_decompositions()`, and their relatives. Each was called on the CPU with wrong shapes, types, indices and
+# numbers, its tensors between guard pages. Left out for what that showed: `native_batch_norm`, `_weight_norm`,
+# `_upsample_*_aa`, `_transformer_encoder_layer_fwd`, `_scaled_dot_product_flash_attention_for_cpu`, `remainder`.
+_ALSO_IN_PLACE = """
+    abs add addcdiv addcmul ceil clamp clamp_max clamp_min clip cos div erf exp expm1 floor log log1p masked_fill mul
+    neg pow reciprocal round rsqrt sigmoid sign sin sqrt square sub tanh
+    celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu relu6 selu silu threshold
+    alpha_dropout dropout feature_alpha_dropout feature_dropout
+""".split()
+_BY_KIND = {
+    "pointwise": """
+        eq fmod ge glu gt hardshrink isfinite isinf isnan le lerp log_sigmoid log_softmax _log_softmax logical_and
+        logical_not logical_or lt maximum minimum ne prelu _prelu_kernel rsub softmax _softmax softplus softshrink
+        true_divide where""",
+    "in place": "copy_ detach_ fill_ zero_",
+    "products": """
+        addmm addmv baddbmm bmm conv1d conv2d conv3d conv_transpose2d convolution _convolution dot einsum im2col
+        linear matmul mm mv outer scaled_dot_product_attention vdot""",
+    "pooling, padding and resizing": """
+        adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d
+        avg_pool3d max_pool1d max_pool2d max_pool2d_with_indices constant_pad_nd pad reflection_pad2d
+        replication_pad2d upsample_bicubic2d upsample_bilinear2d upsample_nearest2d _upsample_nearest_exact2d""",
+    "normalisations": """
+        batch_norm _native_batch_norm_legit_no_training group_norm instance_norm layer_norm linalg_vector_norm
+        native_group_norm native_layer_norm norm rms_norm""",
+    "reductions": """
+        all amax amin any argmax argmin cumsum logsumexp max mean min prod std std_mean sum topk var var_mean""",
+    # `as_strided` refuses what lies outside the bytes.
+    "shapes": """
+        alias as_strided broadcast_to cat channel_shuffle chunk clone contiguous copy detach diagonal expand expand_as
+        flatten flip lift_fresh_copy meshgrid movedim narrow native_channel_shuffle permute pixel_shuffle
+        pixel_unshuffle repeat reshape reshape_as roll select select_scatter slice slice_scatter split
+        split_with_sizes squeeze stack swapaxes t tensor_split tile transpose tril triu unbind unflatten unfold
+        unsafe_chunk unsafe_split unsqueeze _unsafe_view view view_as""",
+    # On the CPU these compare every index with the size.
+    "by index": "embedding gather index index_select",
+    "types, sizes and new tensors": """
+        arange eye full full_like linspace new_full new_ones new_zeros ones ones_like scalar_tensor sym_numel sym_size
+        to _to_copy type_as zeros zeros_like""",
+    "checks": "_assert_scalar _assert_tensor_metadata",
+}
+_OPERATORS = frozenset(
+    [*_ALSO_IN_PLACE, *(f"{name}_" for name in _ALSO_IN_PLACE), *" ".join(_BY_KIND.values()).split()]
 )
-# They make or grow a tensor without writing to it: what lay there before, another customer's pictures, may show.
-_UNWRITTEN = ("empty", "new_empty", "resize", "set")
+
+# torch takes any number for one of these, unchecked, and jumps where its tables end.
+_ENUMERATIONS = {"ScalarType": torch.dtype, "MemoryFormat": torch.memory_format, "Layout": torch.layout}
+_LARGEST = 2**31  # number that is a size, dimension or padding: sums of larger ones wrap around in torch's own checks
+_UNCHECKED_BATCH_NORM = "aten::_native_batch_norm_legit_no_training"
 
 # The arguments that may be text. A file name is none of them.
 _TEXT_ARGUMENTS = {"approximate", "assert_msg", "equation", "mode", "padding", "rounding_mode"}
@@ -298,6 +342,7 @@ class _Step:
     results: list[Any]
     forget: tuple[str, ...] = ()  # values that no later step reads
     writes: tuple[str, ...] = ()  # arguments that it changes in place
+    numbers: tuple[str, ...] = ()  # arguments that are sizes, dimensions, paddings
 
 
 def _step(node: Any) -> _Step:
@@ -308,21 +353,62 @@ def _step(node: Any) -> _Step:
         function = _ARITHMETIC[target]
         return _Step(lambda **named: function(*named.values()), arguments, results)
     found = _TARGET.fullmatch(target)
-    overload = getattr(getattr(torch.ops.aten, found[1], None), found[2], None) if found else None
-    if not isinstance(overload, torch._ops.OpOverload):
-        raise ArchiveError(f"operator {target!r}, expected one of torch.ops.aten; {HOW_TO_EXPORT}")
-    # What returns nothing is called for its effect on the world: checks are the only harmless ones.
-    if not overload._schema.returns and not overload._schema.name.startswith("aten::_assert"):
-        raise ArchiveError(f"operator {target!r} returns nothing, expected pure computation")
-    if found and found[1].startswith("_") and not _PRIVATE.fullmatch(found[1]):
-        raise ArchiveError(f"operator {target!r} is one of torch's inner parts, expected a public one")
-    if found and found[1].startswith(_UNWRITTEN):
-        raise ArchiveError(f"operator {target!r} leaves memory as others left it, expected one that fills it")
-    if arguments.get("train") is True or arguments.get("training") is True:
+    packet = getattr(torch.ops.aten, found[1], None) if found and found[1] in _OPERATORS else None
+    overload = getattr(packet, found[2], None) if found else None
+    if not isinstance(overload, torch._ops.OpOverload) or not _is_tensor_operator(overload):
+        raise ArchiveError(
+            f"operator {target!r}, expected one of torch.ops.aten that image classifiers use "
+            f"(_OPERATORS in networks/archive.py); replace it in the model and {HOW_TO_EXPORT}"
+        )
+    # A flag that is computed may change from call to call.
+    if any(arguments.get(name) not in (None, False) for name in ("train", "training")):
         raise ArchiveError(f"operator {target!r} is in training mode; {HOW_TO_EXPORT}")
-    said = overload._schema.arguments
-    writes = tuple(argument.name for argument in said if argument.alias_info and argument.alias_info.is_write)
-    return _Step(overload, arguments, results, writes=writes)
+    writes, numbers = [], []
+    for argument in overload._schema.arguments:
+        if "int" in str(argument.real_type) and argument.name not in ("start", "end"):  # of a slice: "to the end"
+            numbers.append(argument.name)
+        if argument.alias_info and argument.alias_info.is_write:
+            writes.append(argument.name)
+        if argument.name in arguments and not _fits(arguments[argument.name], str(argument.real_type)):
+            got = arguments[argument.name]
+            raise ArchiveError(
+                f"operator {target!r} has {argument.name}={got!r}, expected {argument.real_type}; {HOW_TO_EXPORT}"
+            )
+    # It changes these without saying so.
+    if arguments.get("use_input_stats", False) is not False:
+        writes += ["running_mean", "running_var"]
+    call = _batch_norm if overload.name() == _UNCHECKED_BATCH_NORM else overload
+    return _Step(call, arguments, results, writes=tuple(writes), numbers=tuple(numbers))
+
+
+def _is_tensor_operator(overload: Any) -> bool:
+    """Return whether it is none of TorchScript's own (of numbers, lists and text), and none with unsafe arguments.
+
+    `out` would be a tensor to fill; a scale beside a size is trusted where the size should be.
+    """
+    unsafe = any(one.is_out or one.name in ("scales_h", "scales_w") for one in overload._schema.arguments)
+    return torch._C._dispatch_has_kernel(overload.name()) and not unsafe
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Return whether an argument is what torch does not check itself: no missing tensor, no number as a dtype."""
+    if value is None:
+        return kind.startswith("Optional[")
+    return all(isinstance(value, type_) for name, type_ in _ENUMERATIONS.items() if name in kind)
+
+
+def _batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer as `_native_batch_norm_legit_no_training`, which does not compare its weights with the channels."""
+    answer = torch.batch_norm(input, weight, bias, running_mean, running_var, False, momentum, eps, False)
+    return answer, answer.new_zeros(0), answer.new_zeros(0)
 
 
 def _argument(name: str, argument: Any) -> Any:
@@ -412,13 +498,17 @@ class _Graph(nn.Module):
 
     def _run(self, images_NCHW: Tensor) -> Tensor:
         values: dict[str, Any] = {name: self.get_buffer(f"weight_{i}") for i, name in enumerate(self.weight_names)}
-        values[self.images] = images_NCHW
+        # A part of a larger tensor would let `as_strided` see the rest.
+        whole = images_NCHW.untyped_storage().nbytes() <= images_NCHW.nbytes
+        values[self.images] = images_NCHW if whole else images_NCHW.clone()
         # One customer's pictures must not show in another's answers. Views share the memory they look at.
         weights = _memory_of(list(self.buffers()))
         for step in self.steps:
             named = {key: _value(item, values, images_NCHW.device) for key, item in step.arguments.items()}
             if any(_memory_of(named.get(name)) & weights for name in step.writes):
                 raise ArchiveError(f"it changes its own weights: {step.call}; expected pure computation")
+            if any(_too_large(named.get(name)) for name in step.numbers):
+                raise ArchiveError(f"{step.call} is given sizes beyond {_LARGEST}, expected those of pictures")
             result = step.call(**named)
             results = [result] if len(step.results) == 1 else result
             for name, item in zip(step.results, results or (), strict=True):
@@ -440,6 +530,12 @@ def _value(item: Any, values: Mapping[str, Any], device: torch.device) -> Any:
     if isinstance(item, list):
         return [_value(part, values, device) for part in item]
     return item
+
+
+def _too_large(item: Any) -> bool:
+    if isinstance(item, list):
+        return any(_too_large(part) for part in item)
+    return isinstance(item, int) and abs(item) > _LARGEST
 
 
 def _memory_of(item: Any) -> set[int]:
