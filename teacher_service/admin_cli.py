@@ -22,6 +22,7 @@ from teacher_service.ledger import (
     EntryKind,
     Ledger,
     LedgerError,
+    LedgerIncomplete,
     LedgerUnavailable,
     Role,
     watch,
@@ -82,27 +83,31 @@ _key_file_option = click.option(
 
 
 @contextlib.contextmanager
-def _key_goes_to(file: Path | None) -> Iterator[Callable[[str], None]]:
-    """Where a new key is put: made before the key is, and gone again where none was made."""
+def _handed_over(text: str, file: Path | None) -> Iterator[None]:
+    """Puts a key where it is to go, around what makes it good: into a file before, on standard output after.
+
+    The file is removed where no key was made, and stays where one may have been.
+    """
     if file is None:
-        yield click.echo
+        yield
+        click.echo(text)
         return
     try:
-        opened = open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
+            print(text, file=opened, flush=True)
+            os.fsync(opened.fileno())
     except FileExistsError:
         fail(f"--key-file {file}: expected a new file, but it exists; give another")
     except OSError as error:
-        fail(f"--key-file {file}: {error.strerror}")
-
-    def put(text: str) -> None:
-        print(text, file=opened, flush=True)
-        os.fsync(opened.fileno())
-
-    try:
-        with opened:
-            yield put
-    except BaseException:
         file.unlink(missing_ok=True)
+        fail(f"--key-file {file}: {error.strerror}")
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, LedgerUnavailable | LedgerIncomplete):
+            click.echo(f"{file} has the key, in case it was made", err=True)
+        else:
+            file.unlink()
         raise
 
 
@@ -167,14 +172,13 @@ def account() -> None:
 def account_create(ledger: str, /, name: str, budget: int, key_file: Path | None, **given: Any) -> None:
     """Make an account with a budget; its key goes to --key-file or standard output, once, and nowhere else."""
     terms = _given_terms(given)
+    text, stored = auth.new_key(name)
 
-    async def make(books: Ledger) -> str:
-        text, stored = auth.new_key(name)
+    async def make(books: Ledger) -> None:
         await books.create_account(name, budget, stored, terms)
-        return text
 
-    with _key_goes_to(key_file) as put:
-        put(_on_books(ledger, make, create=True))
+    with _handed_over(text, key_file):
+        _on_books(ledger, make, create=True)
 
 
 @account.command("show")
@@ -299,17 +303,16 @@ def key_create(ledger: str, name: str | None, role: str, key_file: Path | None) 
         raise click.UsageError("Missing argument 'NAME': a customer's key belongs to the customer's account.")
     owner = name or OPERATORS
     first = wanted is not Role.CUSTOMER and owner == OPERATORS  # maybe the first key of all
+    text, stored = auth.new_key(owner, wanted)
 
-    async def make(books: Ledger) -> str:
-        text, stored = auth.new_key(owner, wanted)
+    async def make(books: Ledger) -> None:
         if first and not await _has_account(books, owner):
             await books.create_account(owner, None, stored)
         else:
             await books.add_key(stored)
-        return text
 
-    with _key_goes_to(key_file) as put:
-        put(_on_books(ledger, make, create=first))
+    with _handed_over(text, key_file):
+        _on_books(ledger, make, create=first)
 
 
 async def _has_account(books: Ledger, name: str) -> bool:

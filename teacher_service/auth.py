@@ -162,11 +162,11 @@ class Authenticator:
         until, caller = self._good.get(cached_under, (0.0, None))
         if caller is not None and self._clock() < until:
             return caller
-        self._good.pop(cached_under, None)
         try:
             credential = await self._credential(found[1], seen_good=caller is not None)
         except LedgerError:
             raise Refusal.of(Reason.LEDGER_UNAVAILABLE) from None
+        self._good.pop(cached_under, None)
         if credential is None or not hmac.compare_digest(credential.key.secret_sha256, _sha256(found[2])):
             raise Refusal.of(Reason.UNAUTHENTICATED, got="an unknown key")
         stored = credential.key
@@ -216,6 +216,7 @@ class Authenticator:
             del self._lookups[key_id]
         if credential is None:
             self._unknown[key_id] = self._clock() + UNKNOWN_SECONDS
+            self._unknown.move_to_end(key_id)
             if len(self._unknown) > CACHE_KEYS:
                 self._unknown.popitem(last=False)
         return credential

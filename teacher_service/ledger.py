@@ -45,6 +45,10 @@ class LedgerUnavailable(LedgerError):
     """The store cannot be read or written just now; nothing was changed."""
 
 
+class LedgerIncomplete(LedgerError):
+    """It was done, but not all that was asked for."""
+
+
 class LedgerRefusesKey(LedgerUnavailable):
     """There is a ledger elsewhere, but not for this key: nothing was done, and only an operator can help."""
 

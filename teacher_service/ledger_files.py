@@ -6,9 +6,9 @@ looks at what it would undo and refuses until told; the file that it replaces is
 """
 
 import contextlib
-import fcntl
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,8 +76,9 @@ def restore(source: Path, ledger: Path, *, force: bool = False) -> tuple[audit.R
     if not source.is_file():
         raise FilesError(f"expected a backup at {source}, found no file")
     with _sqlite_errors(f"restore to {ledger}"), _partial(ledger) as partial:
-        with _sqlite_errors(f"expected a backup in {source}"):
-            _copy(source, partial)  # what is verified and compared from here on is what will be there
+        with _sqlite_errors(f"expected a backup in {source}"), contextlib.closing(_connect(source)) as found:
+            found.execute("PRAGMA schema_version")
+        _copy(source, partial)  # what is verified and compared from here on is what will be there
         report = audit.verify(f"sqlite:///{partial}")
         if not report.agrees:
             raise FilesError(f"the books of {source} do not agree: {report.findings[0]}")
@@ -224,30 +225,13 @@ def _sqlite_errors(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """The file beside `target` that is to become it, private and empty; removed where that fails.
-
-    Nobody else writes it meanwhile: what is verified is what is put in place. Raises FilesError.
-    """
-    path = target.with_name(f"{target.name}.partial")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    """A new file beside `target` that is to become it, private and of a name of its own; removed where that fails."""
+    handle, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent)
+    os.close(handle)
+    path = Path(name)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(handle), path.stat())  # not the one that has just become its target
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise FilesError(f"another backup or restore writes {path}; wait for its end, or give another file")
-        os.fchmod(handle, 0o600)
-        os.ftruncate(handle, 0)
-        beside = [path.with_name(path.name + ending) for ending in ("-journal", "-wal", "-shm")]
-        for stray in beside:  # of one that was killed
-            stray.unlink(missing_ok=True)
-        try:
-            yield path
-        except BaseException:
-            for written in (path, *beside):
-                written.unlink(missing_ok=True)
-            raise
-    finally:
-        os.close(handle)
+        yield path
+    except BaseException:
+        for ending in ("", "-journal", "-wal", "-shm"):
+            path.with_name(path.name + ending).unlink(missing_ok=True)
+        raise

@@ -39,6 +39,7 @@ from teacher_service.ledger import (
     HoldState,
     Key,
     LedgerError,
+    LedgerIncomplete,
     LedgerRefusesKey,
     LedgerUnavailable,
     Posted,
@@ -228,8 +229,8 @@ class RemoteLedger:
         made = await self._change("CreateAccount", message, grant_id)
         if (kept := terms_of(made.terms)) != terms:
             if kept.said():
-                raise LedgerError(f"the account {name!r} is there with other terms, {kept.said()}; set them")
-            raise LedgerError(
+                raise LedgerIncomplete(f"the account {name!r} is there with other terms, {kept.said()}; set them")
+            raise LedgerIncomplete(
                 f"the account {name!r} was made without its terms: the ledger at {self._url} knows none; "
                 "update it, then set them"
             )

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -74,7 +75,7 @@ PRUNE_ACCOUNTS = 500  # at most so many accounts are looked at in one query
 # (``ledger_store.POSTGRES_SETTINGS``).
 POST_SECONDS = 8.0
 POST_PAUSE_SECONDS = 0.25
-STUCK_SECONDS = 5.0  # for so long an account whose row could not be had is not waited for again
+STUCK_SECONDS = 5.0  # for so long no account whose row could not be had is waited for again
 RENEW_AGAIN_SECONDS = 1.0  # a lease that could not be renewed is tried again after this
 Clock = Callable[[], int]
 
@@ -191,11 +192,11 @@ class _Transaction:
     def read(self, group: Sequence[_Command], stuck: set[str]) -> set[str]:
         """Reads, and in PostgreSQL locks, what the group is about; in the order of names, so none waits in a ring.
 
-        Of ``stuck``, for which nobody waits, it returns those that are left out: locked by others, or not there.
+        Of ``stuck``, for which nobody waits, it returns those that are left out: locked by others.
         """
         self.renew_leases({command.living for command in group if command.living})
         self.lock(_accounts_of(group) - stuck)
-        left_out = stuck - self.lock(stuck, skip_locked=True)
+        left_out = self._existing(stuck - self.lock(stuck, skip_locked=True))
         by_account: dict[str, set[str]] = {}
         for command in group:
             if command.account is not None and command.batch_id is not None:
@@ -205,6 +206,11 @@ class _Transaction:
             for row in self.connection.execute(_SELECT_HOLDS, {"of": account, "batch_ids": list(batch_ids)}):
                 self._holds[row.account, row.batch_id] = tables.hold_of(row)
         return left_out
+
+    def _existing(self, names: Collection[str]) -> set[str]:
+        account = tables.accounts.c
+        query = sa.select(account.name).where(account.name.in_(sorted(names)))
+        return set(self.connection.execute(query).scalars()) if names else set()
 
     def renew_leases(self, instance_ids: Collection[str]) -> None:
         """Gives other instances a new lease, where the old one is not fresh; before any account is locked."""
@@ -464,8 +470,9 @@ class SqlLedger:
         self._writer = threading.Thread(target=self._write_forever, name="ledger-write", daemon=True)
         self._pruner: asyncio.Task[None] | None = None
         self._lease_written = True
-        # Accounts that no group waits for, since somebody kept them locked -> when to wait for them again, alone.
+        # Accounts that no group waits for, since somebody kept them locked -> when one was last waited for alone.
         self._stuck: dict[str, float] = {}
+        self._wait_again = 0.0  # when one of them may be
         self._closed = False
 
     @classmethod
@@ -855,16 +862,22 @@ class SqlLedger:
         return True
 
     def _commit(self, group: list[_Command]) -> None:
-        """Applies a group, and after it each account left out of it, alone: but for one waited for just before."""
-        stuck = _accounts_of(group) & self._stuck.keys()
-        for name in sorted(self._apply(group, stuck)):
-            of_it = [command for command in group if command.account == name]
-            if time.monotonic() >= self._stuck[name]:
-                del self._stuck[name]
-                self._apply(of_it, set())
-            else:
-                for command in of_it:
-                    command.fail(LedgerUnavailable(f"the account {name} is locked by another program; try again"))
+        """Applies a group, and after it, seldom, one of the accounts that were left out of it, alone.
+
+        However many are locked, the writer waits for them a small part of its time: it has a lease to renew.
+        """
+        left_out = self._apply(group, _accounts_of(group) & self._stuck.keys())
+        if left_out and time.monotonic() >= self._wait_again:
+            name = min(left_out, key=lambda each: (self._stuck[each], each))
+            del self._stuck[name]
+            self._wait_again = math.inf
+            self._apply([command for command in group if command.account == name], set())
+            self._wait_again = time.monotonic() + STUCK_SECONDS
+            left_out.remove(name)
+        for command in group:
+            if command.account in left_out:
+                locked = f"the account {command.account} is locked by another program; try again"
+                command.fail(LedgerUnavailable(locked))
 
     def _apply(self, group: list[_Command], stuck: set[str]) -> set[str]:
         """Applies a group in one transaction: a refused command changes nothing, a failed store fails all.
@@ -902,8 +915,7 @@ class SqlLedger:
             waited_for = _accounts_of(group) - stuck
             if applying and waited_for and is_lock_timeout(error.__cause__):
                 # Where it may have been any of several, each has yet to be waited for alone.
-                until = time.monotonic() + STUCK_SECONDS if len(waited_for) == 1 else 0.0
-                self._stuck |= dict.fromkeys(waited_for, until)
+                self._stuck |= dict.fromkeys(waited_for, time.monotonic() if len(waited_for) == 1 else 0.0)
                 log.warning(
                     "somebody keeps an account locked, one of %d that were wanted: %s", len(waited_for), failure
                 )

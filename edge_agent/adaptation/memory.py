@@ -111,12 +111,12 @@ def build_memory(
     """
     student.eval()
     class_count, feature_count = student.linear.weight.shape
-    looked_at = min(_LOCAL_COUNT, most_pictures(student))
-    order_N = np.random.default_rng(seed).permutation(len(local_NCHW))[:looked_at]
+    order_N = np.random.default_rng(seed).permutation(len(local_NCHW))[:_LOCAL_COUNT]
     local_NCHW = local_NCHW[torch.from_numpy(order_N)]
     said_NK = torch.cat([student.linear(_features(student, part)) for part in local_NCHW.split(_BATCH_COUNT)])
     said_NK = said_NK.softmax(dim=1).cpu()
-    statistics = source_statistics(student, local_NCHW, said_NK, seed=seed)
+    few = most_pictures(student)
+    statistics = source_statistics(student, local_NCHW[:few], said_NK[:few], seed=seed)
     taken = 0 if statistics is None else statistics.kinds_G2S.nbytes + statistics.usual_L22.nbytes
     bytes_a_picture = 4 * (feature_count + class_count)
     most = min(config.memory_count, max(0, config.memory_bytes - taken) // bytes_a_picture)

@@ -181,7 +181,9 @@ def test_figures_by_other_parts_are_not_taken_for_these(journal, split):
     inputs = digest_of({"sent": ["batch 0"], "attacks": privacy.ATTACKS})
     attacks = journal.fact("privacy.membership")["attacks"]
     journal.set_facts(**{"privacy.membership": {"inputs": inputs, "attacks": attacks}})
-    assert record.figures()["membership_auc"] is None
+    assert "mean_of_finest_parts" in record.figures()["membership_attacks"]  # quarters were all that it knew
+    record.attack(side_parts=(4, 8), console=QUIET)
+    assert journal.fact("privacy.membership")["side_parts"] == [4, 8]
 
 
 def probe_that_drops(count):

@@ -56,6 +56,15 @@ def test_a_key_goes_to_a_new_file_of_its_owners_and_never_over_another(ledger: s
     assert "No such file" in admin_says(ledger, *create[:-1], str(tmp_path / "none" / "key"), status=2)
 
 
+def test_a_key_that_may_have_been_made_is_not_thrown_away(ledger: str, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    create = ("account", "create", "device", "--budget", "50", "--key-file", str(file))
+    nowhere = ["--ledger", "grpc://127.0.0.1:9", *create]
+    done = CliRunner().invoke(admin, nowhere, env={"MEKD_LEDGER_KEY": "mekd_0123456789abcdef_" + "0" * 64})
+    assert done.exit_code == 2 and f"{file} has the key, in case it was made" in done.output
+    assert KEY.fullmatch(file.read_text().strip())
+
+
 @pytest.mark.parametrize(("flag", "numbers"), [("--mean", "123.7,116.3,103.5"), ("--std", "58.4,57.1,57.4")])
 def test_numbers_for_pixels_up_to_255_are_refused(ledger: str, tmp_path: Path, flag: str, numbers: str) -> None:
     said = admin_says(ledger, "model", "describe", str(tmp_path / "m.pt"), flag, numbers, status=2)

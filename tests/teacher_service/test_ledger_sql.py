@@ -1152,10 +1152,10 @@ async def test_an_account_locked_by_somebody_costs_no_server_its_lease_and_no_ot
 
 
 @contextlib.contextmanager
-def locked(url: str, account: str) -> Iterator[psycopg.Connection[Any]]:
-    """Somebody has an account's row locked for as long as the context lasts, or until they roll back."""
+def locked(url: str, *accounts: str) -> Iterator[psycopg.Connection[Any]]:
+    """Somebody has accounts' rows locked for as long as the context lasts, or until they roll back."""
     with psycopg.connect(url) as somebody:
-        somebody.execute("SELECT * FROM accounts WHERE name = %s FOR UPDATE", [account])
+        somebody.execute("SELECT * FROM accounts WHERE name = ANY(%s) FOR UPDATE", [list(accounts)])
         yield somebody
         somebody.rollback()
 
@@ -1210,6 +1210,26 @@ async def test_an_account_locked_by_somebody_keeps_no_other_from_holding_and_pos
     assert (await server.hold(wish("0", 1, account="locked"))) == Held()
     assert (await server.post("locked", "before", b"answer")).account.posted == 5
     assert await settled(server) == (5, 2, 108)
+    await server.close()
+
+
+async def test_many_locked_accounts_take_no_more_of_the_writers_time_than_one(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_sql, "STUCK_SECONDS", 600.0)
+    server = SqlLedger.open(postgres_url)
+    names = [f"locked-{number}" for number in range(12)]
+    for account in ("a", *names):
+        await server.create_account(account, 100)
+    waits: list[str] = []
+    sa.event.listen(server._engine, "handle_error", lambda context: waits.append(str(context.original_exception)))
+    with locked(postgres_url, *names):
+        for number in range(2):
+            holds = [server.hold(wish(f"{number}", 1, account=name)) for name in ("a", *names)]
+            told = await grouped(server, *holds)
+            assert told[0] == Held() and all(isinstance(outcome, LedgerUnavailable) for outcome in told[1:])
+        assert len(waits) == 2, waits  # of the first group together, and of one account alone
+    assert [await server.hold(wish("after", 1, account=name)) for name in names] == [Held()] * 12
     await server.close()
 
 
