@@ -361,7 +361,7 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("source", ["mnist", "cifar10"])
 def test_a_data_set_needs_a_data_root(source: str) -> None:
-    with pytest.raises(DataError, match=f"{source}: expected a data root"):
+    with pytest.raises(DataError, match=f"{source}: expected a folder where it lies .* give --data or MEKD_DATA"):
         load(source)
 
 

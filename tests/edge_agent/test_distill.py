@@ -530,9 +530,10 @@ def test_rounded_answers_train_with_their_own_smallest_probability(monkeypatch: 
     seen: list[Tensor] = []
     original = distill.answer_loss
 
-    def noting(pool_: Pool, answers_NK: Tensor, logits_NK: Tensor, config: Any, epsilon_N1: Tensor) -> Tensor:
-        seen.append((epsilon_N1[:, 0] == answers_NK[:, 0]).all())
-        return original(pool_, answers_NK, logits_NK, config, epsilon_N1)
+    def noting(asked: Pool, logits_NK: Tensor, config: Any) -> Tensor:
+        assert asked.probabilities_NK is not None
+        seen.append((asked.epsilons()[:, 0] == asked.probabilities_NK[:, 0]).all())
+        return original(asked, logits_NK, config)
 
     monkeypatch.setattr(distill, "answer_loss", noting)
     first_N1 = torch.linspace(0.1, 0.9, 72)[:, None]
